@@ -1,0 +1,8 @@
+"""Networks and workflow parts that the three Hi-End-MAE bundles share."""
+
+from shared_networks.checkpoints import load_hi_end_mae_10k
+from shared_networks.networks.hi_end_mae import HiEndMAE
+from shared_networks.networks.unetr import HiEndUNETR
+from shared_networks.version import __version__
+
+__all__ = ["HiEndMAE", "HiEndUNETR", "__version__", "load_hi_end_mae_10k"]

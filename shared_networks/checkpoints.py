@@ -1,0 +1,284 @@
+"""Weights in and out: the published checkpoint's names, ours, and loading that says what landed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared_networks.errors import InputError
+from shared_networks.networks.unetr import HiEndUNETR
+
+logger = logging.getLogger(__name__)
+
+OFFICIAL_PREFIX = "module."
+PATCH_WEIGHT = "vit.patch_embedding.patch_embeddings.1.weight"
+
+# Published name -> ours, of modules that hold a weight and a bias; {i} counts blocks.
+OFFICIAL_MODULES = {
+    "encoder.patch_embed.proj": "vit.patch_embedding.patch_embeddings.1",
+    "encoder.blocks.{i}.norm1": "vit.blocks.{i}.norm1",
+    "encoder.blocks.{i}.attn.qkv": "vit.blocks.{i}.attn.qkv",
+    "encoder.blocks.{i}.attn.proj": "vit.blocks.{i}.attn.out_proj",
+    "encoder.blocks.{i}.norm2": "vit.blocks.{i}.norm2",
+    "encoder.blocks.{i}.mlp.fc1": "vit.blocks.{i}.mlp.linear1",
+    "encoder.blocks.{i}.mlp.fc2": "vit.blocks.{i}.mlp.linear2",
+    "encoder.norm": "vit.norm",
+    "encoder_to_decoder.{i}": "decoder.bridges.{i}",
+    "decoder.blocks.{i}.norm1": "decoder.blocks.{i}.norm1",
+    "decoder.blocks.{i}.attn.qkv": "decoder.blocks.{i}.attn.qkv",
+    "decoder.blocks.{i}.attn.proj": "decoder.blocks.{i}.attn.out_proj",
+    "decoder.blocks.{i}.norm2": "decoder.blocks.{i}.norm2",
+    "decoder.blocks.{i}.mlp.fc1": "decoder.blocks.{i}.mlp.linear1",
+    "decoder.blocks.{i}.mlp.fc2": "decoder.blocks.{i}.mlp.linear2",
+    "decoder.cross_attention_blocks.{i}.norm0": "decoder.cross_blocks.{i}.norm0",
+    "decoder.cross_attention_blocks.{i}.self_attn.qkv": "decoder.cross_blocks.{i}.self_attn.qkv",
+    "decoder.cross_attention_blocks.{i}.self_attn.proj": "decoder.cross_blocks.{i}.self_attn.out_proj",
+    "decoder.cross_attention_blocks.{i}.norm1": "decoder.cross_blocks.{i}.norm1",
+    "decoder.cross_attention_blocks.{i}.cross_attn.q": "decoder.cross_blocks.{i}.cross_attn.q",
+    "decoder.cross_attention_blocks.{i}.cross_attn.kv": "decoder.cross_blocks.{i}.cross_attn.kv",
+    "decoder.cross_attention_blocks.{i}.cross_attn.proj": "decoder.cross_blocks.{i}.cross_attn.out_proj",
+    "decoder.cross_attention_blocks.{i}.norm2": "decoder.cross_blocks.{i}.norm2",
+    "decoder.cross_attention_blocks.{i}.mlp.fc1": "decoder.cross_blocks.{i}.mlp.linear1",
+    "decoder.cross_attention_blocks.{i}.mlp.fc2": "decoder.cross_blocks.{i}.mlp.linear2",
+    "decoder.norm": "decoder.norm",
+    "decoder.head": "decoder.head",
+}
+# Published name -> ours, of single tensors.
+OFFICIAL_TENSORS = {
+    "mask_token": "decoder.mask_token",
+    "encoder_pos_embed": "vit.patch_embedding.position_embeddings",
+    "decoder_pos_embed": "decoder.position_embeddings",
+    "encoder.cls_token": "vit.cls_token",
+}
+
+
+
+
+def official_names(num_layers: int, num_self_layers: int, num_taps: int) -> dict[str, str]:
+    """The full one-to-one table of parameter names, published -> ours, for a network of the given depths.
+
+    Args:
+        num_layers: encoder blocks.
+        num_self_layers: plain decoder blocks.
+        num_taps: cross blocks.
+    """
+    repeats = {
+        "encoder.blocks.": num_layers,
+        "decoder.blocks.": num_self_layers,
+        "decoder.cross_attention_blocks.": num_taps,
+        "encoder_to_decoder.": num_taps + 1,
+    }
+    names = dict(OFFICIAL_TENSORS)
+    for official, ours in OFFICIAL_MODULES.items():
+        count = next((n for prefix, n in repeats.items() if official.startswith(prefix)), 1)
+        for i in range(count):
+            for tensor in ("weight", "bias"):
+                names[f"{official}.{tensor}".format(i=i)] = f"{ours}.{tensor}".format(i=i)
+    return names
+
+
+def count_blocks(names: Iterable[str], prefix: str) -> int:
+    """Number of modules ``prefix0.``, ``prefix1.`` ... among parameter names."""
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
+
+
+def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a published pre-training state_dict to that of :class:`HiEndMAE`.
+
+    The patch embedding, stored as a convolution [E, C, p, p, p], becomes a matrix [E, p * p * p * C] with the channel
+    last, as patches are laid out. Names that the table does not know are kept, for the loader to report.
+    """
+    weights = {name.removeprefix(OFFICIAL_PREFIX): tensor for name, tensor in state_dict.items()}
+    table = official_names(
+        count_blocks(weights, "encoder.blocks."),
+        count_blocks(weights, "decoder.blocks."),
+        count_blocks(weights, "decoder.cross_attention_blocks."),
+    )
+    ours = {table.get(name, name): tensor for name, tensor in weights.items()}
+    ours[PATCH_WEIGHT] = ours[PATCH_WEIGHT].permute(0, 2, 3, 4, 1).flatten(1)
+    return ours
+
+
+def to_official(state_dict: Mapping[str, Tensor], patch_size: Sequence[int]) -> dict[str, Tensor]:
+    """Rename a state_dict of :class:`HiEndMAE` to the published names; inverse of :func:`from_official`.
+
+    Args:
+        state_dict: all weights of a ``HiEndMAE``.
+        patch_size: (p_h, p_w, p_d), which the flattened patch embedding does not tell.
+
+    Raises:
+        KeyError: for a parameter that the published network does not have.
+    """
+    table = official_names(
+        count_blocks(state_dict, "vit.blocks."),
+        count_blocks(state_dict, "decoder.blocks."),
+        count_blocks(state_dict, "decoder.cross_blocks."),
+    )
+    official = {ours: name for name, ours in table.items()}
+    weights = {official[name]: tensor for name, tensor in state_dict.items()}
+    patch = weights["encoder.patch_embed.proj.weight"]
+    weights["encoder.patch_embed.proj.weight"] = patch.unflatten(1, (*patch_size, -1)).permute(0, 4, 1, 2, 3)
+    return {OFFICIAL_PREFIX + name: tensor for name, tensor in weights.items()}
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint as a flat state_dict under our names.
+
+    Reads our ``model.pt`` (flat), the published ``hi_end_mae_10k.pth`` (``{"state_dict": ...}``, names prefixed
+    ``module.``) and anything of either form. Nothing but tensors is unpickled.
+
+    Raises:
+        InputError: if there is no such file, or it holds no weights.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint. Give the path of a model.pt or of hi_end_mae_10k.pth.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each way of not being a checkpoint
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a readable PyTorch checkpoint ({reason}). Download or train it again.") from error
+    if isinstance(content, Mapping):
+        content = content.get("state_dict", content.get("model", content))
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path}: holds no state_dict of weights. Give a model.pt or hi_end_mae_10k.pth.")
+    weights = {name.removeprefix(OFFICIAL_PREFIX): tensor for name, tensor in content.items()}
+    return from_official(weights) if "encoder.patch_embed.proj.weight" in weights else weights
+
+
+def check_weights(checkpoint: str | Path, network: nn.Module) -> None:
+    """Refuse a checkpoint that is not of this network, before any work is done.
+
+    Args:
+        checkpoint: a trained ``model.pt``.
+        network: the network that is to be loaded.
+
+    Raises:
+        InputError: if the file is missing or unreadable, or its names or shapes differ from the network's.
+    """
+    if not Path(checkpoint).is_file():
+        raise InputError(f"{checkpoint}: no trained weights there. Train first, or give --checkpoint a model.pt.")
+    found = {name: list(tensor.shape) for name, tensor in read_weights(checkpoint).items()}
+    wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"{checkpoint}: {len(wrong)} of {len(wanted)} tensors do not fit the network ({name} is "
+            f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was trained with "
+            "(such as tiny.json), or the weights of this network."
+        )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor when weights were loaded.
+
+    Attributes:
+        source: the checkpoint.
+        landed: names copied into the network.
+        missing: names that the network has and the checkpoint has not, or has in another shape.
+        unexpected: names that the checkpoint has and the network has not.
+        kept: position tables left as they were, because the checkpoint's is for another grid of tokens.
+    """
+
+    source: str
+    landed: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"weights from {self.source}: {len(self.landed)} tensors landed in the encoder"]
+        lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
+        lines += [f"  unexpected, not used: {', '.join(summarise(self.unexpected)) or 'none'}"]
+        lines += [f"  kept for its own token grid: {name}" for name in self.kept]
+        return "\n".join(lines)
+
+
+def summarise(names: Sequence[str]) -> list[str]:
+    """Shorten parameter names to their top module with a count; single ones stay whole."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".")[0], []).append(name)
+    return [f"{top}.* ({len(group)})" if len(group) > 1 else group[0] for top, group in groups.items()]
+
+
+def load_encoder(network: nn.Module, checkpoint: str | Path) -> LoadReport | None:
+    """Load a pre-trained encoder into a network's ``vit``, print what landed, and refuse half an encoder.
+
+    Args:
+        network: a :class:`HiEndUNETR` or :class:`HiEndMAE`.
+        checkpoint: our pre-training ``model.pt``, the published ``hi_end_mae_10k.pth``, or an empty string to start
+            from scratch.
+
+    Returns:
+        The report, None from scratch.
+
+    Raises:
+        InputError: if the file is missing or unreadable, or does not cover the whole encoder.
+    """
+    if not checkpoint:
+        logger.info("pretrained_encoder is empty: the encoder starts from scratch.")
+        return None
+    if not Path(checkpoint).is_file():
+        raise InputError(
+            f"{checkpoint}: no pre-trained encoder there. Give --pretrained_encoder a model.pt of hi_end_mae_pretrain, "
+            "the published hi_end_mae_10k.pth, or '' to train from scratch."
+        )
+    weights = read_weights(checkpoint)
+    own = {f"vit.{name}": tensor for name, tensor in network.vit.state_dict().items()}
+    fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    kept = tuple(name for name in own if name.endswith("position_embeddings") and name not in fits)
+    report = LoadReport(
+        source=str(checkpoint),
+        landed=tuple(fits),
+        missing=tuple(name for name in own if name not in fits and name not in kept),
+        unexpected=tuple(name for name in weights if name not in own),
+        kept=kept,
+    )
+    logger.info(report)
+    if report.missing:
+        wrong = [
+            f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
+            for name in report.missing
+            if name in weights
+        ]
+        detail = wrong[0] if wrong else f"{report.missing[0]} is not there"
+        raise InputError(
+            f"{checkpoint}: does not cover the encoder, {len(report.missing)} of {len(own)} tensors are missing ({detail}). "
+            "Give a checkpoint of the same patch size, width and depth as network_def."
+        )
+    network.vit.load_state_dict({name.removeprefix("vit."): tensor for name, tensor in fits.items()}, strict=not kept)
+    return report
+
+
+def load_hi_end_mae_10k(
+    num_classes: int = 14, checkpoint: str | Path = "hi_end_mae_10k.pth", **network: Any
+) -> HiEndUNETR:
+    """A segmenter on the encoder that the authors pre-trained on ten thousand CTs.
+
+    Args:
+        num_classes: output channels, background included.
+        checkpoint: the published file (the address is in the README), or our pre-training ``model.pt``.
+        network: further arguments of :class:`HiEndUNETR`; by default the published vit_large_p12 at 96^3.
+
+    Returns:
+        The network, its encoder loaded in full, its convolutions freshly initialised.
+
+    Raises:
+        InputError: if the file is missing, unreadable, or not of this encoder.
+
+    Example:
+        >>> network = load_hi_end_mae_10k(num_classes=14, checkpoint="hi_end_mae_10k.pth")
+        >>> logits = network(torch.zeros(1, 1, 96, 96, 96))  # [1, 14, 96, 96, 96]
+    """
+    segmenter = HiEndUNETR(out_channels=num_classes, **network)
+    load_encoder(segmenter, checkpoint)
+    return segmenter

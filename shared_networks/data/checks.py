@@ -1,0 +1,197 @@
+"""Checking scans before hours are spent on them: everything that is wrong is listed at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from monai.data.utils import correct_nifti_header_if_necessary
+from monai.utils import ensure_tuple
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
+from tqdm import tqdm
+
+from shared_networks.errors import InputError
+
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+_AFFINE_TOLERANCE = 1e-3  # of the smallest voxel size
+_WORKERS = 4  # inflating gzip releases the GIL: two threads on two cores take 0.6 of the time of one
+_FEW_FILES = 20  # checked before a progress bar is any use
+
+logger = logging.getLogger(__name__)
+
+
+class _Scan(NamedTuple):
+    """What is wrong with one file, and its grid (`None` where it has none that could be compared)."""
+
+    problems: list[str]
+    grid: tuple[tuple[int, ...], np.ndarray] | None
+
+
+def check_cases(
+    cases: Sequence[dict[str, Any]], num_classes: int | None = None, voxels: bool = True
+) -> Sequence[dict[str, Any]]:
+    """Checks that scans can be read and make sense, each file once.
+
+    Refused are: files that are missing, truncated, damaged or no NIfTI; images that are not 3D (a fourth axis of length
+    1 is accepted, because MONAI's `EnsureChannelFirstd` makes it the channel; a longer one would silently become
+    channels and a fifth axis a spatial one); spacings that are not positive and affines that are singular; headers
+    whose two affines differ; channels or labels on another grid than the image; NaN and infinite voxels; images of one
+    value; label values that are not integers or not classes. A label that is all background only gives a warning.
+
+    Args:
+        cases: dicts with `image` (a file or a list of files, one a channel) and optionally `label`.
+        num_classes: background included, so that labels are 0 to `num_classes - 1`; `None` accepts any integers.
+        voxels: with `False` only headers are read, which is fast but finds neither truncated files nor bad values.
+
+    Returns:
+        `cases` themselves, so that a config can use the result in their place.
+
+    Raises:
+        InputError: all problems, a line each, or there is no case.
+    """
+    if not cases:
+        raise InputError("no case to check; look at dataset_dir: it must hold at least one image")
+    unique = dict.fromkeys((ensure_tuple(case["image"]), case.get("label")) for case in cases)
+    images = dict.fromkeys(file for files, _ in unique for file in files)
+    labels = dict.fromkeys(label for _, label in unique if label is not None)
+    jobs = [(file, False) for file in images] + [(file, True) for file in labels]
+    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+        scans = pool.map(lambda job: _check_file(job[0], job[1], num_classes, voxels), jobs)
+        hidden = True if len(jobs) < _FEW_FILES else None  # None: hidden unless stderr is a terminal
+        found = dict(zip(jobs, tqdm(scans, "checking", len(jobs), unit="file", disable=hidden), strict=True))
+
+    problems = [f"{file}: {problem}" for (file, _), scan in found.items() for problem in scan.problems]
+    for files, label in unique:
+        others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
+        for other in others:
+            problems += _grid_problems(files[0], found[files[0], False], other[0], found[other])
+    if problems:
+        raise InputError("\n".join([f"{len(problems)} problem(s) in {len(jobs)} file(s):", *problems]))
+    return cases
+
+
+def _check_file(file: str, is_label: bool, num_classes: int | None, voxels: bool) -> _Scan:
+    try:
+        scan = nib.load(file)
+        if not isinstance(scan, nib.Nifti1Image):
+            raise ImageFileError(f"{type(scan).__name__} is not NIfTI")
+        with scan.file_map["image"].get_prepare_fileobj() as stream:
+            # unchecked: nibabel turns a spacing of 0 into 1 and a negative one into its absolute value
+            pixdim = type(scan.header).from_fileobj(stream, check=False)["pixdim"][1:4].astype(float)
+            values = _read_voxels(scan, stream) if voxels else None
+        shape, affine = scan.shape, scan.affine.copy()  # the next line writes into it
+        used_affine = correct_nifti_header_if_necessary(scan).affine
+    except FileNotFoundError:
+        return _Scan(["no such file; correct the path or remove the case"], None)
+    except _UNREADABLE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return _Scan([f"cannot be read ({reason}); copy or download it again"], None)
+    problems = _shape_problems(shape) + _header_problems(pixdim, affine, used_affine)
+    grid = None if problems else (shape, affine)
+    if values is not None:
+        problems += _label_problems(file, values, num_classes) if is_label else _image_problems(values)
+    return _Scan(problems, grid)
+
+
+def _read_voxels(scan: nib.Nifti1Image, stream: ImageOpener) -> np.ndarray:
+    """Reads voxels in the type they are stored in; nibabel makes float64, four times int16, of scaled ones."""
+    stored: Any = scan.dataobj
+    layout = (stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter)
+    is_scaled = (stored.slope, stored.inter) != (1, 0)
+    values = np.asanyarray(ArrayProxy(stream, layout, mmap=False), dtype=np.float32 if is_scaled else None)
+    while stream.read(1 << 20):  # gzip's checksum comes last: nibabel alone reads damaged voxels without a word
+        pass
+    return values
+
+
+def _shape_problems(shape: tuple[int, ...]) -> list[str]:
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        return []
+    return [f"shape {shape} is not 3D; save each volume as a file of its own (channels as NAME_0000, NAME_0001, ...)"]
+
+
+def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.ndarray) -> list[str]:
+    problems = []
+    if not (pixdim > 0).all() or not np.isfinite(pixdim).all():
+        spacing = tuple(round(value, 4) for value in pixdim.tolist())
+        problems.append(f"spacing {spacing} mm in pixdim is not positive; write the true one into the header")
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        problems.append(f"affine {_rows(affine)} is singular or not finite; write the true one into the header")
+    if not problems and not _same(affine, used_affine):
+        # MONAI's reader then takes the qform, even where its code says that there is none.
+        problems.append(
+            f"the header holds two affines, {_rows(affine)} and by its spacing and qform, which MONAI uses, "
+            f"{_rows(used_affine)}; write the true one into both sform and qform"
+        )
+    return problems
+
+
+def _image_problems(values: np.ndarray) -> list[str]:
+    if problems := _finite_problems(values):
+        return problems
+    low, high = values.min(), values.max()
+    return [f"all voxels are {low:g}, so it is no scan; export it again or remove the case"] if low == high else []
+
+
+def _label_problems(file: str, values: np.ndarray, num_classes: int | None) -> list[str]:
+    if problems := _finite_problems(values):
+        return problems
+    if values.dtype.kind == "f" and len(fractions := values[values != np.rint(values)]):
+        return [f"label values {_listed(fractions)} are not integers; resample labels with nearest neighbour"]
+    low, high = values.min(), values.max()
+    if num_classes is not None and (low < 0 or high >= num_classes):
+        outside = values[(values < 0) | (values >= num_classes)]
+        return [
+            f"label values {_listed(outside)} are not among the {num_classes} classes, 0 to {num_classes - 1}; "
+            "map them to those or change the number of classes"
+        ]
+    if low == high == 0:
+        logger.warning("%s: the label is all background", file)
+    return []
+
+
+def _finite_problems(values: np.ndarray) -> list[str]:
+    if values.dtype.kind not in "iuf":
+        return [f"voxels of type {values.dtype} are no numbers; save one number a voxel"]
+    if np.isfinite(values.min()) and np.isfinite(values.max()):  # no mask of the volume's size: NaN passes through
+        return []
+    count = np.count_nonzero(~np.isfinite(values))
+    return [f"{count} of {values.size} voxels are NaN or infinite; replace them or export the file again"]
+
+
+def _grid_problems(image: str, image_scan: _Scan, other: str, other_scan: _Scan) -> list[str]:
+    if image_scan.grid is None or other_scan.grid is None:
+        return []
+    (shape, affine), (other_shape, other_affine) = image_scan.grid, other_scan.grid
+    problems = []
+    if shape[:3] != other_shape[:3]:
+        problems.append(f"{other}: shape {other_shape} is not {shape} as in {image}; resample it to the image's grid")
+    if not _same(affine, other_affine):
+        problems.append(
+            f"{other}: affine {_rows(other_affine)} is not {_rows(affine)} as in {image}; "
+            "resample it to the image's grid, or copy the affine if only the header is wrong"
+        )
+    return problems
+
+
+def _same(affine: np.ndarray, other: np.ndarray) -> bool:
+    spacing = nib.affines.voxel_sizes(affine)
+    return bool(np.abs(affine - other).max() <= _AFFINE_TOLERANCE * spacing.min())
+
+
+def _rows(affine: np.ndarray) -> str:
+    return str((np.round(affine[:3], 4) + 0.0).tolist())  # + 0.0 turns -0.0 into 0.0
+
+
+def _listed(values: np.ndarray, most: int = 10) -> str:
+    unique = np.unique(values)
+    return ", ".join(f"{value:g}" for value in unique[:most]) + (", ..." if len(unique) > most else "")

@@ -1,0 +1,43 @@
+"""From the pre-training network's output to volumes that can be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import convert_to_dst_type, ensure_tuple_rep
+
+from shared_networks.networks.hi_end_mae import restore_intensities
+
+
+class RestoreReconstructiond(MapTransform):
+    """Split a prediction into ``reconstruction`` and ``mask``, both on the image's grid.
+
+    Hidden patches show the prediction, given the mean and standard deviation of the true patch (a viewer must be told);
+    visible patches show the image.
+
+    Args:
+        keys: key of the prediction [C + 1, H, W, D] of :class:`HiEndMAE`, sizes a multiple of the patch.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
+        image_key: key of the image [C, H, W, D] that was reconstructed.
+
+    Returns:
+        The data with ``reconstruction`` [C, H, W, D] in the image's intensities and ``mask`` [1, H, W, D], 1 = hidden.
+    """
+
+    def __init__(self, keys: KeysCollection, patch_size: Sequence[int] | int, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.patch_size = ensure_tuple_rep(patch_size, 3)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        out = dict(data)
+        image = out[self.image_key]
+        for key in self.key_iterator(out):
+            prediction, mask = out[key][:-1], out[key][-1:]
+            restored = restore_intensities(prediction[None], image[None], self.patch_size)[0]
+            out["reconstruction"] = convert_to_dst_type(image + (restored - image) * mask, image)[0]
+            out["mask"] = convert_to_dst_type(mask, image)[0]
+        return out

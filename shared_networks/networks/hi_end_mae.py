@@ -1,0 +1,284 @@
+"""Hi-End-MAE: masked autoencoding with a hierarchical, encoder-driven decoder.
+
+Tang et al., "Hi-End-MAE: Hierarchical encoder-driven masked autoencoders are stronger vision learners for medical
+image segmentation", Medical Image Analysis 2025 (arXiv 2502.08347).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from monai.networks.blocks import MLPBlock
+from torch import Tensor, nn
+
+from shared_networks.networks.vit import (
+    CrossAttention,
+    SelfAttention,
+    TransformerBlock,
+    ViTEncoder,
+    gather_tokens,
+    grid_size,
+    init_linear,
+    interpolate_positions,
+    patchify,
+    recompute,
+    sincos_positions,
+    unpatchify,
+)
+
+PATCH_EPS = 1e-6
+
+
+def standardise_patches(patches: Tensor) -> Tensor:
+    """Give each patch of [B, L, P] mean 0 and (biased) variance 1: what the network learns to predict."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
+    return (patches - mean) / (variance + PATCH_EPS).sqrt()
+
+
+class CrossBlock(nn.Module):
+    """Decoder block that reads an encoder layer: y + SA(LN y), y + CA(LN y, context), y + MLP(LN y)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, norm_eps: float) -> None:
+        super().__init__()
+        self.norm0 = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.self_attn = SelfAttention(hidden_size, num_heads)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.mlp = MLPBlock(hidden_size, int(hidden_size * mlp_ratio))
+
+    def forward(self, y: Tensor, context: Tensor) -> Tensor:
+        y = y + self.self_attn(self.norm0(y))
+        y = y + self.cross_attn(self.norm1(y), context)
+        return y + self.mlp(self.norm2(y))
+
+
+class HierarchicalDecoder(nn.Module):
+    """Hierarchical dense decoding: plain blocks on all tokens, then a cross block for each tap, deep to shallow.
+
+    Args:
+        encoder_size: width of the encoder's tokens, E.
+        hidden_size: width of the decoder's tokens, a multiple of 6 and of ``num_heads``.
+        num_heads: attention heads.
+        num_self_layers: plain blocks before the cross blocks.
+        num_taps: encoder layers read.
+        grid: token grid (h, w, d) of the position table.
+        patch_length: P, voxels of a patch times channels.
+        mlp_ratio: hidden width of the MLP over the token width.
+        norm_eps: LayerNorm epsilon.
+        checkpointing: recompute blocks in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        encoder_size: int,
+        hidden_size: int,
+        num_heads: int,
+        num_self_layers: int,
+        num_taps: int,
+        grid: Sequence[int],
+        patch_length: int,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.grid: list[int] = list(grid)
+        self.checkpointing = checkpointing
+        self.bridges = nn.ModuleList(nn.Linear(encoder_size, hidden_size) for _ in range(num_taps + 1))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.position_embeddings = nn.Parameter(sincos_positions(grid, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_self_layers)
+        )
+        self.cross_blocks = nn.ModuleList(
+            CrossBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_taps)
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.head = nn.Linear(hidden_size, patch_length)
+        self.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, taps: list[Tensor], permutation: Tensor, grid: list[int]) -> Tensor:
+        """Predict every token's patch.
+
+        Args:
+            latent: normalised encoder output [B, 1 + V, E], CLS first.
+            taps: encoder layers, shallow to deep, each [B, 1 + V, E].
+            permutation: [B, L]; its first V entries are the visible tokens.
+            grid: token grid (h, w, d).
+
+        Returns:
+            [B, 1 + L, P]: CLS first, then the tokens in permuted order.
+        """
+        batch, length = permutation.shape
+        layers = taps + [latent]  # noqa: RUF005 (TorchScript knows no unpacking)
+        bridged = [bridge(layers[index]) for index, bridge in enumerate(self.bridges)]
+        seen = bridged[-1]
+        masked = self.mask_token.to(seen.dtype).expand(batch, 1 + length - seen.shape[1], -1)
+        positions = interpolate_positions(self.position_embeddings, self.grid, grid).expand(batch, -1, -1)
+        positions = gather_tokens(positions, permutation)
+        y = torch.cat([seen[:, :1], torch.cat([seen[:, 1:], masked], dim=1) + positions], dim=1)
+        for block in self.blocks:
+            if not torch.jit.is_scripting() and self.checkpointing:
+                y = recompute(block, y)
+            else:
+                y = block(y)
+        for depth, block in enumerate(self.cross_blocks):
+            context = bridged[-2 - depth]
+            if not torch.jit.is_scripting() and self.checkpointing:
+                y = recompute(block, y, context)
+            else:
+                y = block(y, context)
+        return self.head(self.norm(y))
+
+
+class HiEndMAE(nn.Module):
+    """The pre-training network: an image in, the reconstruction of its hidden patches out.
+
+    The defaults are the paper's vit_large_p12 (366.9 M trainable parameters).
+
+    Args:
+        in_channels: image channels C.
+        img_size: image size in voxels, one number or (H, W, D); a multiple of the patch size.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
+        hidden_size: width of the encoder's tokens, a multiple of 6 and of ``num_heads``.
+        num_layers: encoder blocks.
+        num_heads: encoder attention heads.
+        mlp_ratio: hidden width of the MLPs over the token width.
+        decoder_hidden_size: width of the decoder's tokens, a multiple of 6 and of ``decoder_num_heads``.
+        decoder_num_heads: decoder attention heads.
+        decoder_self_layers: plain decoder blocks before the cross blocks.
+        tap_layers: zero-based encoder blocks that the decoder reads, ascending.
+        mask_ratio: share of the patches hidden, from 0 (none) to below 1.
+        checkpointing: recompute blocks in the backward pass to save memory.
+
+    Raises:
+        ValueError: for sizes that do not divide, taps out of range, or a mask ratio that leaves nothing to see or do.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        img_size: Sequence[int] | int = 96,
+        patch_size: Sequence[int] | int = 12,
+        hidden_size: int = 1536,
+        num_layers: int = 12,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        decoder_hidden_size: int = 528,
+        decoder_num_heads: int = 16,
+        decoder_self_layers: int = 2,
+        tap_layers: Sequence[int] = (3, 6, 9),
+        mask_ratio: float = 0.75,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mask_ratio = mask_ratio
+        self.vit = ViTEncoder(
+            in_channels=in_channels,
+            img_size=img_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            tap_layers=tap_layers,
+            cls_token=True,
+            trainable_positions=False,
+            checkpointing=checkpointing,
+        )
+        self.num_visible(math.prod(self.vit.grid))
+        self.decoder = HierarchicalDecoder(
+            encoder_size=hidden_size,
+            hidden_size=decoder_hidden_size,
+            num_heads=decoder_num_heads,
+            num_self_layers=decoder_self_layers,
+            num_taps=len(self.vit.tap_layers),
+            grid=self.vit.grid,
+            patch_length=math.prod(self.vit.patch_size) * in_channels,
+            mlp_ratio=mlp_ratio,
+            checkpointing=checkpointing,
+        )
+
+    def num_visible(self, length: int) -> int:
+        """V, the patches left visible of ``length``: int(L * (1 - mask ratio)).
+
+        Raises:
+            ValueError: if no patch, or every patch, would be visible.
+        """
+        visible = int(length * (1 - self.mask_ratio))
+        if not 0 < visible < length:
+            raise ValueError(
+                f"mask ratio {self.mask_ratio} leaves {visible} of {length} patches visible: "
+                "at least one must be visible and one hidden."
+            )
+        return visible
+
+    def shuffle(self, batch: int, length: int) -> Tensor:
+        """A random order of the patches for each image, [B, L]; in eval mode the same at every call."""
+        if torch.jit.is_scripting():
+            noise = torch.rand(batch, length)
+        else:
+            noise = torch.rand(batch, length, generator=None if self.training else torch.Generator().manual_seed(0))
+        return noise.argsort(dim=1)
+
+    def encode(self, image: Tensor, permutation: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Visible patches of [B, C, H, W, D] to latent and taps, each [B, 1 + V, E] with CLS first."""
+        visible = permutation[:, : self.num_visible(permutation.shape[1])]
+        return self.vit.encode(self.vit.embed(image, visible))
+
+    def decode(self, latent: Tensor, taps: list[Tensor], permutation: Tensor, grid: list[int]) -> Tensor:
+        """Latent and taps to predicted patches [B, 1 + L, P], CLS first, then in permuted order."""
+        return self.decoder(latent, taps, permutation, grid)
+
+    def forward(self, image: Tensor, permutation: Tensor | None = None) -> Tensor:
+        """Hide patches, reconstruct them.
+
+        Args:
+            image: [B, C, H, W, D].
+            permutation: [B, L], each row a shuffle of the patch indices whose first V entries stay visible;
+                drawn by :meth:`shuffle` when not given.
+
+        Returns:
+            [B, C + 1, H, W, D]: the predicted voxels, standardised patch by patch, and last the mask (1 = hidden).
+
+        Raises:
+            ValueError: if the image does not divide into patches, or the permutation is not of its length.
+        """
+        grid = self.vit.patch_grid(image)
+        shape = [image.shape[0], grid[0] * grid[1] * grid[2]]
+        if permutation is None:
+            permutation = self.shuffle(shape[0], shape[1]).to(image.device)
+        elif list(permutation.shape) != shape:
+            raise ValueError(f"permutation of shape {list(permutation.shape)} is not [B, L] = {shape}.")
+        latent, taps = self.encode(image, permutation)
+        tokens = self.decode(latent, taps, permutation, grid)[:, 1:]
+
+        order = permutation.argsort(dim=1)
+        patches = gather_tokens(tokens, order)
+        hidden = (order >= self.num_visible(shape[1])).to(patches.dtype)
+        size = self.vit.patch_size
+        mask = hidden.unsqueeze(-1).expand(-1, -1, size[0] * size[1] * size[2])
+        return torch.cat([unpatchify(patches, grid, size), unpatchify(mask, grid, size)], dim=1)
+
+
+def restore_intensities(prediction: Tensor, image: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Put a standardised prediction back on the image's intensity scale, for viewing.
+
+    Every patch gets the mean and (unbiased, as published) standard deviation of the TRUE patch, so a viewer must be
+    told that those come from the truth and only the pattern inside a patch is predicted.
+
+    Args:
+        prediction: [B, C, H, W, D], standardised patch by patch.
+        image: [B, C, H, W, D], the truth.
+        patch_size: (p_h, p_w, p_d).
+
+    Returns:
+        [B, C, H, W, D].
+    """
+    size = list(patch_size)
+    std, mean = torch.std_mean(patchify(image, size), dim=-1, keepdim=True)
+    return unpatchify(patchify(prediction, size) * (std + PATCH_EPS) + mean, list(grid_size(image.shape[2:], size)), size)

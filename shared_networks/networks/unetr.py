@@ -1,0 +1,127 @@
+"""HiEndUNETR: a UNETR on the pre-trained encoder.
+
+Hatamizadeh et al., "UNETR: Transformers for 3D medical image segmentation", WACV 2022, as the Hi-End-MAE paper
+fine-tunes it: the token grid is doubled three times, and a trilinear resize closes the gap to the image size
+(8 -> 64 -> 96 for patches of 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
+from torch import Tensor, nn
+
+from shared_networks.networks.vit import ViTEncoder
+
+
+def tokens_to_volume(tokens: Tensor, grid: list[int]) -> Tensor:
+    """[B, L, E] to [B, E, h, w, d]."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid[0], grid[1], grid[2])
+
+
+class ResizeUpBlock(nn.Module):
+    """Last up-step: trilinear resize to the skip's size, 3x3x3 convolution, concatenation, residual block."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_name: str) -> None:
+        super().__init__()
+        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv_block = UnetResBlock(3, 2 * out_channels, out_channels, kernel_size=3, stride=1, norm_name=norm_name)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
+        return self.conv_block(torch.cat([self.conv3d(x), skip], dim=1))
+
+
+class HiEndUNETR(nn.Module):
+    """The segmentation network: an image in, logits of its size out.
+
+    The defaults are the published fine-tuning's: vit_large_p12 on 96^3 crops. Other input sizes work as long as the
+    patch divides them; positions are interpolated.
+
+    Args:
+        in_channels: image channels C.
+        out_channels: classes, background included.
+        img_size: training crop in voxels, one number or (H, W, D); a multiple of the patch size.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
+        feature_size: width f of the full-resolution convolutions.
+        hidden_size: token width, a multiple of 6 and of ``num_heads``.
+        num_layers: encoder blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLPs over the token width.
+        tap_layers: three zero-based encoder blocks that feed the skips, ascending.
+        norm_name: normalisation of the convolution blocks.
+        dropout: dropout in the encoder; MONAI Label's uncertainty scoring sets it.
+        checkpointing: recompute encoder blocks in the backward pass to save memory.
+
+    Raises:
+        ValueError: for sizes that do not divide, taps out of range, or a number of taps other than three.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 14,
+        img_size: Sequence[int] | int = 96,
+        patch_size: Sequence[int] | int = 12,
+        feature_size: int = 32,
+        hidden_size: int = 1536,
+        num_layers: int = 12,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        tap_layers: Sequence[int] = (3, 6, 9),
+        norm_name: str = "instance",
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(tap_layers) != 3:
+            raise ValueError(f"tap layers {list(tap_layers)} must be three, one for each skip of the UNETR.")
+        self.vit = ViTEncoder(
+            in_channels=in_channels,
+            img_size=img_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            tap_layers=tap_layers,
+            norm_eps=1e-5,
+            dropout=dropout,
+            checkpointing=checkpointing,
+        )
+        f = feature_size
+        conv = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
+        lift = {**conv, "stride": 1, "upsample_kernel_size": 2, "conv_block": True}
+        self.encoder1 = UnetrBasicBlock(3, in_channels, f, stride=1, **conv)
+        self.encoder2 = UnetrPrUpBlock(3, hidden_size, 2 * f, num_layer=2, **lift)
+        self.encoder3 = UnetrPrUpBlock(3, hidden_size, 4 * f, num_layer=1, **lift)
+        self.encoder4 = UnetrPrUpBlock(3, hidden_size, 8 * f, num_layer=0, **lift)
+        self.decoder5 = UnetrUpBlock(3, hidden_size, 8 * f, upsample_kernel_size=2, **conv)
+        self.decoder4 = UnetrUpBlock(3, 8 * f, 4 * f, upsample_kernel_size=2, **conv)
+        self.decoder3 = UnetrUpBlock(3, 4 * f, 2 * f, upsample_kernel_size=2, **conv)
+        self.decoder2 = ResizeUpBlock(2 * f, f, norm_name)
+        self.out = UnetOutBlock(3, f, out_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Segment an image.
+
+        Args:
+            image: [B, C, H, W, D], each size a multiple of the patch size.
+
+        Returns:
+            Logits [B, out_channels, H, W, D].
+
+        Raises:
+            ValueError: if a size is not a multiple of the patch size, or the channels differ.
+        """
+        grid = self.vit.patch_grid(image)
+        last, taps = self.vit(image)
+        skip4 = self.encoder4(tokens_to_volume(taps[2], grid))
+        x = self.decoder5(tokens_to_volume(last, grid), skip4)
+        x = self.decoder4(x, self.encoder3(tokens_to_volume(taps[1], grid)))
+        x = self.decoder3(x, self.encoder2(tokens_to_volume(taps[0], grid)))
+        x = self.decoder2(x, self.encoder1(image))
+        return self.out(x)

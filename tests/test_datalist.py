@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from shared_networks.data.datalist import case_name, find_images, find_labels, pair_cases, report_cases, split_cases
+from shared_networks.errors import InputError
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def relative(root: Path, files: list) -> list:
+    return [relative(root, f) if isinstance(f, list) else Path(f).relative_to(root).as_posix() for f in files]
+
+
+@pytest.mark.parametrize(
+    ("image", "name"),
+    [
+        ("imagesTr/img0001_0000.nii.gz", "img0001"),
+        ("/data/img0001_0000.nii", "img0001"),
+        ("img0001.nii.gz", "img0001"),
+        (["a.b_0000.nii.gz", "a.b_0001.nii.gz"], "a.b"),
+        ("FLARE22_Tr_0001_0000.nii.gz", "FLARE22_Tr_0001"),
+        ("FLARE22_Tr_0001.nii.gz", "FLARE22_Tr_0001"),
+        ("case_00000_0000.nii.gz", "case_00000"),
+    ],
+)
+def test_case_name(image, name):
+    assert case_name(image) == name
+
+
+def test_images_of_an_nnunet_folder_are_sorted_by_case_name(tmp_path):
+    touch(tmp_path, "imagesTr/b_0000.nii.gz", "imagesTr/a_0000.nii", "imagesTr/a1_0000.nii.gz")
+    touch(tmp_path, "imagesTr/._a_0000.nii.gz", "imagesTr/notes.txt", "dataset.json", "labelsTr/a.nii.gz")
+    found = find_images(str(tmp_path))
+    assert relative(tmp_path, found) == ["imagesTr/a_0000.nii", "imagesTr/a1_0000.nii.gz", "imagesTr/b_0000.nii.gz"]
+    assert all(isinstance(file, str) for file in found)
+
+
+def test_images_of_another_folder(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTs/z_0000.nii.gz")
+    assert relative(tmp_path, find_images(tmp_path, "imagesTs")) == ["imagesTs/z_0000.nii.gz"]
+
+
+def test_channels_of_a_case_come_in_order(tmp_path):
+    touch(tmp_path, *(f"imagesTr/{name}_000{channel}.nii.gz" for name in "ba" for channel in (1, 0, 2)))
+    assert relative(tmp_path, find_images(tmp_path)) == [
+        [f"imagesTr/{name}_000{channel}.nii.gz" for channel in range(3)] for name in "ab"
+    ]
+
+
+def test_numbers_that_end_case_names_are_not_channels(tmp_path):
+    touch(tmp_path, "imagesTr/Tr_0001.nii.gz", "imagesTr/Tr_0002.nii.gz")
+    assert relative(tmp_path, find_images(tmp_path)) == ["imagesTr/Tr_0001.nii.gz", "imagesTr/Tr_0002.nii.gz"]
+
+
+def test_files_of_a_flat_folder_are_cases(tmp_path):
+    touch(tmp_path, "s_0002.nii.gz", "s_0000.nii.gz", "s_0001.nii", "other/x.nii.gz", "readme.md")
+    assert relative(tmp_path, find_images(tmp_path)) == ["s_0000.nii.gz", "s_0001.nii", "s_0002.nii.gz"]
+
+
+def test_incomplete_and_double_channels_are_listed_together(tmp_path):
+    touch(tmp_path, *(f"imagesTr/{name}.nii.gz" for name in ("a_0000", "a_0001", "b_0000", "c_0000", "c_0002")))
+    touch(tmp_path, "imagesTr/d_0000.nii", "imagesTr/d_0000.nii.gz")
+    with pytest.raises(InputError) as caught:
+        find_images(tmp_path)
+    folder = tmp_path / "imagesTr"
+    assert str(caught.value).splitlines() == [
+        f"{folder}/b_0000.nii.gz: 1 of 2 channels; add the others or remove the case",
+        f"{folder}/c_0000.nii.gz, {folder}/c_0002.nii.gz: one case needs one file a channel, named c_0000, c_0001",
+        f"{folder}/d_0000.nii, {folder}/d_0000.nii.gz: one case needs one file a channel, named d_0000, d_0001",
+    ]
+
+
+def test_one_name_twice_in_a_flat_folder_is_refused(tmp_path):
+    touch(tmp_path, "a.nii.gz", "a_0000.nii.gz")
+    with pytest.raises(InputError, match="one case needs one file a channel"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("find", [find_images, find_labels])
+@pytest.mark.parametrize("unset", ["", None])
+def test_an_unset_folder_is_named(find, unset):
+    with pytest.raises(InputError, match="dataset_dir is not set; pass --dataset_dir FOLDER"):
+        find(unset)
+
+
+@pytest.mark.parametrize("find", [find_images, find_labels])
+def test_a_missing_folder_is_named(find, tmp_path):
+    with pytest.raises(InputError) as caught:
+        find(tmp_path / "nowhere")
+    assert str(caught.value).startswith(f"{tmp_path}/nowhere: no such folder; pass --dataset_dir")
+
+
+def test_folders_without_scans_are_named_with_the_layouts(tmp_path):
+    with pytest.raises(InputError) as caught:
+        find_images(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: no NIfTI file (.nii.gz or .nii); the layouts read are imagesTr/NAME_0000.nii.gz in the data set "
+        "and, for images, a flat folder of scans"
+    )
+    (tmp_path / "imagesTr").mkdir()
+    with pytest.raises(InputError, match="imagesTr: no NIfTI file"):
+        find_images(tmp_path)
+
+
+def test_labels(tmp_path):
+    touch(tmp_path, "labelsTr/b.nii.gz", "labelsTr/a_0001.nii")
+    assert relative(tmp_path, find_labels(tmp_path)) == ["labelsTr/a_0001.nii", "labelsTr/b.nii.gz"]
+    with pytest.raises(InputError, match="labelsTs: no such folder; labels are read from labelsTs/NAME"):
+        find_labels(tmp_path, "labelsTs")
+    (tmp_path / "labelsTs").mkdir()
+    with pytest.raises(InputError, match="labelsTs: no NIfTI file"):
+        find_labels(tmp_path, "labelsTs")
+
+
+def test_pairs_are_made_by_name_and_not_by_position():
+    images = ["i/FLARE22_Tr_0002_0000.nii.gz", ["i/b_0000.nii.gz", "i/b_0001.nii.gz"], "i/c.nii"]
+    labels = ["l/b.nii", "l/c.nii.gz", "l/FLARE22_Tr_0002.nii.gz"]
+    assert pair_cases(images, labels) == [
+        {"image": "i/FLARE22_Tr_0002_0000.nii.gz", "label": "l/FLARE22_Tr_0002.nii.gz"},
+        {"image": ["i/b_0000.nii.gz", "i/b_0001.nii.gz"], "label": "l/b.nii"},
+        {"image": "i/c.nii", "label": "l/c.nii.gz"},
+    ]
+
+
+def test_an_image_named_as_its_label_is_paired_though_it_ends_like_a_channel():
+    assert pair_cases(["i/s_0000.nii.gz"], ["l/s_0000.nii.gz"]) == [
+        {"image": "i/s_0000.nii.gz", "label": "l/s_0000.nii.gz"}
+    ]
+
+
+def test_everything_without_partner_is_listed():
+    images = ["i/a_0000.nii.gz", "i/b_0000.nii.gz", ["i/c_0000.nii.gz", "i/c_0001.nii.gz"], "j/b_0000.nii.gz"]
+    with pytest.raises(InputError) as caught:
+        pair_cases(images, ["l/b.nii.gz", "l/d.nii.gz", "l/e.nii"])
+    assert str(caught.value).splitlines() == [
+        "images and labels do not pair, 5 problem(s):",
+        "i/a_0000.nii.gz: no label; add the label a.nii.gz or remove the image",
+        "i/c_0000.nii.gz: no label; add the label c.nii.gz or remove the image",
+        "i/b_0000.nii.gz, j/b_0000.nii.gz, l/b.nii.gz: several files for the case b; give each case its own name",
+        "l/d.nii.gz: no image; add the image d_0000.nii.gz or remove the label",
+        "l/e.nii: no image; add the image e_0000.nii.gz or remove the label",
+    ]
+
+
+def cases(*names: str) -> list[dict]:
+    return [{"image": f"imagesTr/{name}_0000.nii.gz"} for name in names]
+
+
+def names(split: dict, part: str) -> list[str]:
+    return [case_name(case["image"]) for case in split[part]]
+
+
+def test_published_btcv_split():
+    btcv = [f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))]
+    split = split_cases(cases(*reversed(btcv)), [f"img{number:04d}" for number in range(35, 41)])
+    assert names(split, "validation") == ["img0035", "img0036", "img0037", "img0038", "img0039", "img0040"]
+    assert names(split, "train") == btcv[:24]
+
+
+def test_names_that_are_partly_missing_are_warned_of(caplog):
+    split = split_cases(cases("a", "b", "c"), ["b", "img0035"])
+    assert (names(split, "train"), names(split, "validation")) == (["a", "c"], ["b"])
+    assert "validation cases that are not in the data set: img0035" in caplog.text
+
+
+def test_one_name_may_be_given_as_a_string():
+    assert names(split_cases(cases("img1", "img2"), "img2"), "validation") == ["img2"]
+
+
+def test_draw_is_fixed_by_the_seed_and_free_of_the_input_order(caplog):
+    letters = list("abcdefghij")
+    with caplog.at_level(logging.INFO):
+        split = split_cases(cases(*letters), ["img0035"])
+    assert names(split, "validation") == ["c", "i"]  # RandomState(0).permutation(10) starts with 2, 8
+    assert names(split, "train") == list("abdefghj")
+    assert split == split_cases(cases(*reversed(letters)))
+    assert names(split_cases(cases(*letters), seed=1), "validation") == ["c", "j"]
+    assert "none of val_cases (img0035) is in the data set" in caplog.text
+    assert "validation cases, 2 of 10 drawn with seed 0: c, i" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "fraction", "expected"), [(2, 0.0, 1), (2, 0.99, 1), (3, 0.2, 1), (10, 0.35, 4)])
+def test_size_of_the_draw(count, fraction, expected):
+    split = split_cases(cases(*map(str, range(count))), val_fraction=fraction)
+    assert (len(split["validation"]), len(split["train"])) == (expected, count - expected)
+
+
+def test_labels_and_channels_stay_with_their_case():
+    given = [{"image": [f"{n}_0000.nii", f"{n}_0001.nii"], "label": f"{n}.nii"} for n in "ab"]
+    assert split_cases(given, ["a"]) == {"train": [given[1]], "validation": [given[0]]}
+
+
+def test_a_single_case_serves_for_both(caplog):
+    split = split_cases(cases("a"), ["a"])
+    assert split == {"train": cases("a"), "validation": cases("a")}
+    assert "a is the only case" in caplog.text and "memorisation" in caplog.text
+
+
+def test_splits_that_cannot_be():
+    with pytest.raises(InputError, match="no case to split; look at dataset_dir"):
+        split_cases([])
+    with pytest.raises(InputError, match="val_cases names all 2 cases"):
+        split_cases(cases("a", "b"), ["a", "b"])
+    for fraction in (1.0, -0.1):
+        with pytest.raises(InputError, match=f"val_fraction is {fraction}"):
+            split_cases(cases("a", "b"), val_fraction=fraction)
+
+
+def test_report_cases_are_the_test_cases_where_there_are_labels(tmp_path, caplog):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    touch(tmp_path, "imagesTs/t_0000.nii.gz")
+    assert report_cases(tmp_path, cases("a")) == cases("a")
+    assert "has no labelsTs: reporting on the validation cases, which chose the model" in caplog.text
+    caplog.clear()
+    touch(tmp_path, "labelsTs/t.nii.gz")
+    expected = {"image": str(tmp_path / "imagesTs/t_0000.nii.gz"), "label": str(tmp_path / "labelsTs/t.nii.gz")}
+    assert report_cases(tmp_path, cases("a")) == [expected]
+    assert caplog.text == ""
