@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_networks.errors import InputError
+from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,6 @@ OFFICIAL_TENSORS = {
     "decoder_pos_embed": "decoder.position_embeddings",
     "encoder.cls_token": "vit.cls_token",
 }
-
-
 
 
 def official_names(num_layers: int, num_self_layers: int, num_taps: int) -> dict[str, str]:
@@ -142,13 +141,17 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way of not being a checkpoint
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable PyTorch checkpoint ({reason}). Download or train it again.") from error
+        # Its text stays in the traceback: for a file with code in it, torch advises to load it unsafely.
+        raise InputError(
+            f"{path}: not a readable PyTorch checkpoint ({type(error).__name__}): it is damaged, or holds more than "
+            "weights. Download or train it again."
+        ) from error
     if isinstance(content, Mapping):
         content = content.get("state_dict", content.get("model", content))
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+    entries = content.items() if isinstance(content, Mapping) else ()
+    weights = {str(name).removeprefix(OFFICIAL_PREFIX): t for name, t in entries if isinstance(t, Tensor)}
+    if not weights:
         raise InputError(f"{path}: holds no state_dict of weights. Give a model.pt or hi_end_mae_10k.pth.")
-    weights = {name.removeprefix(OFFICIAL_PREFIX): tensor for name, tensor in content.items()}
     return from_official(weights) if "encoder.patch_embed.proj.weight" in weights else weights
 
 
@@ -171,8 +174,8 @@ def check_weights(checkpoint: str | Path, network: nn.Module) -> None:
         name = wrong[0]
         raise InputError(
             f"{checkpoint}: {len(wrong)} of {len(wanted)} tensors do not fit the network ({name} is "
-            f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was trained with "
-            "(such as tiny.json), or the weights of this network."
+            f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was trained "
+            "with (such as tiny.json), or the weights of this network."
         )
 
 
@@ -210,11 +213,11 @@ def summarise(names: Sequence[str]) -> list[str]:
     return [f"{top}.* ({len(group)})" if len(group) > 1 else group[0] for top, group in groups.items()]
 
 
-def load_encoder(network: nn.Module, checkpoint: str | Path) -> LoadReport | None:
+def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
     """Load a pre-trained encoder into a network's ``vit``, print what landed, and refuse half an encoder.
 
     Args:
-        network: a :class:`HiEndUNETR` or :class:`HiEndMAE`.
+        network: whose ``vit`` is to be loaded.
         checkpoint: our pre-training ``model.pt``, the published ``hi_end_mae_10k.pth``, or an empty string to start
             from scratch.
 
@@ -235,7 +238,7 @@ def load_encoder(network: nn.Module, checkpoint: str | Path) -> LoadReport | Non
     weights = read_weights(checkpoint)
     own = {f"vit.{name}": tensor for name, tensor in network.vit.state_dict().items()}
     fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
-    kept = tuple(name for name in own if name.endswith("position_embeddings") and name not in fits)
+    kept = tuple(name for name in own if name.endswith("position_embeddings") and name in weights.keys() - fits.keys())
     report = LoadReport(
         source=str(checkpoint),
         landed=tuple(fits),
@@ -252,8 +255,8 @@ def load_encoder(network: nn.Module, checkpoint: str | Path) -> LoadReport | Non
         ]
         detail = wrong[0] if wrong else f"{report.missing[0]} is not there"
         raise InputError(
-            f"{checkpoint}: does not cover the encoder, {len(report.missing)} of {len(own)} tensors are missing ({detail}). "
-            "Give a checkpoint of the same patch size, width and depth as network_def."
+            f"{checkpoint}: does not cover the encoder, {len(report.missing)} of {len(own)} tensors are missing "
+            f"({detail}). Give a checkpoint of the same patch size, width and depth as network_def."
         )
     network.vit.load_state_dict({name.removeprefix("vit."): tensor for name, tensor in fits.items()}, strict=not kept)
     return report

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from shared_networks.data import phantom
-from shared_networks.data.phantom import BTCV, FLARE22, phantom_case, write_dataset
+from shared_networks.data.anatomy import BTCV, FLARE22
+from shared_networks.data.phantom import phantom_case, write_dataset
 
 SEEDS = range(16)
 # Of organs wholly in view, in ml: limits for every case and for the median one.

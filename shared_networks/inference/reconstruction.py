@@ -7,7 +7,7 @@ from typing import Any
 
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
-from monai.utils import convert_to_dst_type, ensure_tuple_rep
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
 from shared_networks.networks.hi_end_mae import restore_intensities
 
@@ -25,6 +25,9 @@ class RestoreReconstructiond(MapTransform):
 
     Returns:
         The data with ``reconstruction`` [C, H, W, D] in the image's intensities and ``mask`` [1, H, W, D], 1 = hidden.
+
+    Raises:
+        ValueError: if the image does not divide into patches.
     """
 
     def __init__(self, keys: KeysCollection, patch_size: Sequence[int] | int, image_key: str = "image") -> None:
@@ -33,10 +36,12 @@ class RestoreReconstructiond(MapTransform):
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add ``reconstruction`` and ``mask``."""
         out = dict(data)
         image = out[self.image_key]
         for key in self.key_iterator(out):
-            prediction, mask = out[key][:-1], out[key][-1:]
+            output = convert_to_tensor(out[key])  # its own metadata, if any, must not outdo the image's
+            prediction, mask = output[:-1], output[-1:]
             restored = restore_intensities(prediction[None], image[None], self.patch_size)[0]
             out["reconstruction"] = convert_to_dst_type(image + (restored - image) * mask, image)[0]
             out["mask"] = convert_to_dst_type(mask, image)[0]

@@ -1,0 +1,1 @@
+"""The networks: pure PyTorch and MONAI blocks, no data."""

@@ -122,10 +122,7 @@ class HierarchicalDecoder(nn.Module):
         positions = gather_tokens(positions, permutation)
         y = torch.cat([seen[:, :1], torch.cat([seen[:, 1:], masked], dim=1) + positions], dim=1)
         for block in self.blocks:
-            if not torch.jit.is_scripting() and self.checkpointing:
-                y = recompute(block, y)
-            else:
-                y = block(y)
+            y = recompute(block, y) if not torch.jit.is_scripting() and self.checkpointing else block(y)
         for depth, block in enumerate(self.cross_blocks):
             context = bridged[-2 - depth]
             if not torch.jit.is_scripting() and self.checkpointing:
@@ -152,7 +149,7 @@ class HiEndMAE(nn.Module):
         decoder_num_heads: decoder attention heads.
         decoder_self_layers: plain decoder blocks before the cross blocks.
         tap_layers: zero-based encoder blocks that the decoder reads, ascending.
-        mask_ratio: share of the patches hidden, from 0 (none) to below 1.
+        mask_ratio: share of the patches hidden, above 0 and below 1.
         checkpointing: recompute blocks in the backward pass to save memory.
 
     Raises:
@@ -278,7 +275,11 @@ def restore_intensities(prediction: Tensor, image: Tensor, patch_size: Sequence[
 
     Returns:
         [B, C, H, W, D].
+
+    Raises:
+        ValueError: if the image does not divide into patches.
     """
     size = list(patch_size)
+    grid = list(grid_size(image.shape[2:], size))
     std, mean = torch.std_mean(patchify(image, size), dim=-1, keepdim=True)
-    return unpatchify(patchify(prediction, size) * (std + PATCH_EPS) + mean, list(grid_size(image.shape[2:], size)), size)
+    return unpatchify(patchify(prediction, size) * (std + PATCH_EPS) + mean, grid, size)

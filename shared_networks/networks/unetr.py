@@ -8,6 +8,7 @@ fine-tunes it: the token grid is doubled three times, and a trilinear resize clo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,8 @@ class HiEndUNETR(nn.Module):
             checkpointing=checkpointing,
         )
         f = feature_size
-        conv = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
-        lift = {**conv, "stride": 1, "upsample_kernel_size": 2, "conv_block": True}
+        conv: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
+        lift: dict[str, Any] = {**conv, "stride": 1, "upsample_kernel_size": 2, "conv_block": True}
         self.encoder1 = UnetrBasicBlock(3, in_channels, f, stride=1, **conv)
         self.encoder2 = UnetrPrUpBlock(3, hidden_size, 2 * f, num_layer=2, **lift)
         self.encoder3 = UnetrPrUpBlock(3, hidden_size, 4 * f, num_layer=1, **lift)

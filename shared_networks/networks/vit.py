@@ -201,14 +201,14 @@ def attention_maps(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     maps: dict[str, Tensor] = {}
 
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(attention: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            maps[name] = attention.weights(*inputs)
+    def watch(name: str, module: SelfAttention | CrossAttention) -> torch.utils.hooks.RemovableHandle:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            maps[name] = module.weights(*inputs)
 
         return module.register_forward_hook(hook)
 
-    attentions = [(n, m) for n, m in network.named_modules() if isinstance(m, SelfAttention | CrossAttention)]
-    handles = [watch(name, module) for name, module in attentions]
+    modules = network.named_modules()
+    handles = [watch(name, m) for name, m in modules if isinstance(m, SelfAttention | CrossAttention)]
     try:
         yield maps
     finally:
@@ -256,9 +256,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         length = math.prod(patch_size) * in_channels
         self.patch_embeddings = nn.Sequential(Patchify(patch_size), nn.Linear(length, hidden_size))
-        self.position_embeddings = nn.Parameter(
-            sincos_positions(grid, hidden_size), requires_grad=trainable_positions
-        )
+        self.position_embeddings = nn.Parameter(sincos_positions(grid, hidden_size), requires_grad=trainable_positions)
 
 
 class ViTEncoder(nn.Module):
@@ -311,9 +309,7 @@ class ViTEncoder(nn.Module):
         self.hidden_size = hidden_size
         self.tap_layers: list[int] = taps
         self.checkpointing = checkpointing
-        self.patch_embedding = PatchEmbedding(
-            in_channels, self.grid, self.patch_size, hidden_size, trainable_positions
-        )
+        self.patch_embedding = PatchEmbedding(in_channels, self.grid, self.patch_size, hidden_size, trainable_positions)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if cls_token else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -339,7 +335,7 @@ class ViTEncoder(nn.Module):
         return [size[0] // self.patch_size[0], size[1] // self.patch_size[1], size[2] // self.patch_size[2]]
 
     def embed(self, image: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Image [B, C, H, W, D] to position-coded tokens: all [B, L, E], or those at ``visible`` [B, V] as [B, V, E]."""
+        """Image [B, C, H, W, D] to position-coded tokens: all, [B, L, E], or those at ``visible`` [B, V], [B, V, E]."""
         grid = self.patch_grid(image)
         patches = self.patch_embedding.patch_embeddings[0](image)
         positions = interpolate_positions(self.patch_embedding.position_embeddings, self.grid, grid)
@@ -358,10 +354,7 @@ class ViTEncoder(nn.Module):
             tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         taps: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            if not torch.jit.is_scripting() and self.checkpointing:
-                tokens = recompute(block, tokens)
-            else:
-                tokens = block(tokens)
+            tokens = recompute(block, tokens) if not torch.jit.is_scripting() and self.checkpointing else block(tokens)
             if index in self.tap_layers:
                 taps.append(tokens)
         return self.norm(tokens), taps

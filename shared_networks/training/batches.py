@@ -19,5 +19,6 @@ class PrepareBatchSelfSupervised(PrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
+        """Move the image of ``batchdata`` to ``device``; see :class:`PrepareBatchSelfSupervised`."""
         image, _ = default_prepare_batch({"image": batchdata["image"]}, device, non_blocking, **kwargs)
         return image, image

@@ -21,7 +21,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     Returns:
         Two groups in the form that torch optimisers take; frozen parameters are in neither.
     """
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or name.endswith(UNDECAYED)

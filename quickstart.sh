@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# From a fresh clone to organ labels on a CT: pre-train, fine-tune, evaluate, segment. Results go to outputs/quickstart.
+#   ./quickstart.sh                 on synthetic CTs, made first
+#   ./quickstart.sh --data FOLDER   on your own, nnU-Net style: imagesTr, labelsTr and, where there are, imagesTs, labelsTs
+# Options: --bundle hi_end_mae_flare_seg for FLARE22's label order (default hi_end_mae_btcv_seg);
+#          --epochs N to fine-tune for longer.
+set -euo pipefail
+cd "$(dirname "$0")"
+root=$PWD out=$PWD/outputs/quickstart data="" bundle=hi_end_mae_btcv_seg epochs=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --data) data=$(realpath -- "$2") ;;
+        --bundle) bundle=${2%/} ;;
+        --epochs) epochs=$2 ;;
+        *) sed -n '2,6s/^# \?//p' "$0" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+
+step "environment"
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+python=$root/.venv/bin/python
+run() { # run BUNDLE CONFIG OPTIONS...
+    (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "$2" "${@:3}")
+}
+SECONDS=0
+
+if [ -z "$data" ]; then
+    step "synthetic CTs"
+    data=$out/data
+    label_set=${bundle#hi_end_mae_}
+    "$python" -m shared_networks.data.phantom --out "$data" --label_set "${label_set%_seg}"
+fi
+scans=$data
+[ -d "$data/imagesTs" ] || scans=$data/imagesTr
+
+step "pre-training without labels"
+run hi_end_mae_pretrain "['configs/train.json','configs/tiny.json']" \
+    --dataset_dir "$data" --ckpt_dir "$out/hi_end_mae_pretrain" --output_dir "$out/hi_end_mae_pretrain"
+run hi_end_mae_pretrain "['configs/inference.json','configs/tiny.json']" \
+    --dataset_dir "$scans" --checkpoint "$out/hi_end_mae_pretrain/model.pt" --output_dir "$out"
+
+step "fine-tuning from it"
+run "$bundle" "['configs/train.json','configs/tiny.json']" ${epochs:+--epochs "$epochs"} \
+    --dataset_dir "$data" --pretrained_encoder "$out/hi_end_mae_pretrain/model.pt" \
+    --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle"
+
+step "evaluation on the scans' own grids"
+run "$bundle" "['configs/train.json','configs/evaluate.json','configs/tiny.json']" \
+    --dataset_dir "$data" --checkpoint "$out/$bundle/model.pt" --output_dir "$out"
+
+step "segmentation"
+run "$bundle" "['configs/inference.json','configs/tiny.json']" \
+    --dataset_dir "$scans" --checkpoint "$out/$bundle/model.pt" --output_dir "$out"
+
+step "done"
+echo "models:          $out/hi_end_mae_pretrain/model.pt, $out/$bundle/model.pt"
+echo "Dice by organ:   $out/dice.csv"
+echo "labels:          $out/*_seg.nii.gz"
+echo "pictures:        $out/*_overlay.png (truth and prediction), $out/*_reconstruction.png"
+echo "training curves: tensorboard --logdir $out"

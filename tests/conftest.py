@@ -1,0 +1,31 @@
+"""Data and places that several tests share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared_networks.data.phantom import write_dataset
+
+ROOT = Path(__file__).parent.parent
+BUNDLES = ("hi_end_mae_pretrain", "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg")
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundles and the package as a user has them after cloning, so that runs write beside the copy."""
+    root = tmp_path_factory.mktemp("clone")
+    for name in (*BUNDLES, "shared_networks"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("models", "outputs", "__pycache__"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small synthetic data sets in nnU-Net layout, by label set: three cases to train on, one to report on."""
+    root = tmp_path_factory.mktemp("data")
+    for label_set in ("btcv", "flare"):
+        write_dataset(root / label_set, label_set=label_set, train=3, test=1, seed=1, voxel_mm=6.0)
+    return {label_set: root / label_set for label_set in ("btcv", "flare")}

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from shared_networks.inference.reconstruction import RestoreReconstructiond
+
+SIZE, PATCH = (4, 6, 8), (2, 3, 4)  # 8 patches
+AFFINE = torch.tensor([[0.0, -1.5, 0, 20], [2.0, 0, 0, -7], [0, 0, 3.0, 11], [0, 0, 0, 1]], dtype=torch.float64)
+BLOCKS = [
+    (slice(None), slice(h, h + 2), slice(w, w + 3), slice(d, d + 4)) for h, w, d in product((0, 2), (0, 3), (0, 4))
+]
+HIDDEN = (1, 2, 5, 7)
+
+
+def image(channels: int = 2) -> MetaTensor:
+    values = -200 + 500 * torch.rand(channels, *SIZE, generator=torch.Generator().manual_seed(1))
+    return MetaTensor(values, affine=AFFINE.clone(), meta={"filename_or_obj": "case.nii.gz"})
+
+
+def output(channels: int = 2) -> Tensor:
+    """What the network gives: voxels of mean 0 and variance 1 in each patch, and the mask."""
+    prediction = torch.rand(channels + 1, *SIZE, generator=torch.Generator().manual_seed(2))
+    for index, block in enumerate(BLOCKS):
+        values = prediction[:-1][block]
+        prediction[:-1][block] = (values - values.mean()) / values.std(correction=0)
+        prediction[-1:][block] = float(index in HIDDEN)
+    return prediction
+
+
+@pytest.fixture(params=["tensor", "tensor with another affine"])
+def pred(request: Any) -> Tensor:
+    return output() if request.param == "tensor" else MetaTensor(output(), affine=torch.eye(4))
+
+
+def test_visible_patches_are_the_image_and_hidden_ones_have_its_statistics(pred):
+    data = RestoreReconstructiond("pred", PATCH)({"image": image(), "pred": pred})
+    for index, block in enumerate(BLOCKS):
+        true, shown, mask = (data[key][block].as_tensor() for key in ("image", "reconstruction", "mask"))
+        assert (mask == float(index in HIDDEN)).all()
+        if index not in HIDDEN:
+            assert torch.equal(shown, true)
+            continue
+        assert not torch.allclose(shown, true)
+        assert shown.mean().item() == pytest.approx(true.mean().item(), abs=1e-3)
+        assert shown.std().item() == pytest.approx(true.std().item(), rel=0.02)
+        torch.testing.assert_close(shown, output()[:-1][block] * true.std() + true.mean(), rtol=1e-4, atol=1e-3)
+
+
+def test_results_lie_on_the_grid_of_the_image(pred):
+    data = RestoreReconstructiond("pred", PATCH)({"image": image(), "pred": pred})
+    assert data["reconstruction"].shape == (2, *SIZE) and data["mask"].shape == (1, *SIZE)
+    for key in ("reconstruction", "mask"):
+        assert isinstance(data[key], MetaTensor)
+        assert torch.equal(data[key].affine, AFFINE)
+        assert data[key].meta["filename_or_obj"] == "case.nii.gz"
+
+
+def test_inputs_are_left_alone():
+    data = {"image": image(), "pred": output(), "case": "a"}
+    result = RestoreReconstructiond("pred", PATCH)(data)
+    assert data.keys() == {"image", "pred", "case"} and result["case"] == "a"
+    assert torch.equal(data["image"], image()) and torch.equal(data["pred"], output())
+
+
+def test_other_keys_one_patch_size_for_all_axes_and_plain_tensors():
+    values = torch.rand(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    prediction = torch.zeros(2, 4, 4, 4)
+    prediction[1, :2, :2, :2] = 1
+    data = RestoreReconstructiond("guess", 2, image_key="ct")({"ct": values, "guess": prediction})
+    expected = values.clone()
+    expected[0, :2, :2, :2] = values[0, :2, :2, :2].mean()
+    torch.testing.assert_close(data["reconstruction"], expected)
+    assert torch.equal(data["mask"], prediction[1:])
+    assert type(data["reconstruction"]) is type(data["mask"]) is Tensor
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"image size \(4, 6, 8\) is not divisible by patch size \(2, 4, 4\)"):
+        RestoreReconstructiond("pred", (2, 4, 4))({"image": image(), "pred": output()})
