@@ -263,6 +263,13 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(network.eval()(image)[0], plain(image)[0])
 
 
+def test_dropout_acts_on_embedding_attention_and_mlp():
+    network, image, tokens = tiny(dropout=0.3), draw(1, 2, 4, 9, 8), draw(1, 12, 24)
+    block = network.blocks[0]
+    for part, x in ((network.embed, image), (block.attn, tokens), (block.mlp, tokens)):
+        assert not torch.equal(part(x), part(x)), part
+
+
 @pytest.mark.parametrize("taps", [(), (2, 0), (0, 0), (0, 3), (-1, 2)])
 def test_encoder_refuses_taps_out_of_range_or_order(taps):
     with pytest.raises(ValueError) as error:

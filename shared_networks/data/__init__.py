@@ -1,0 +1,1 @@
+"""Scans on disk: finding, checking and making them."""

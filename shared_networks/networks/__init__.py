@@ -1,1 +1,1 @@
-"""The networks: pure PyTorch and MONAI blocks, no data."""
+"""The networks: torch and MONAI blocks, no data."""

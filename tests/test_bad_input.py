@@ -1,0 +1,150 @@
+"""What a user can get wrong, through the bundles' own configs: one clear line, and nothing written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.bundle import ConfigWorkflow
+
+from shared_networks.errors import input_error_in
+
+from .conftest import ROOT
+
+BTCV = ROOT / "hi_end_mae_btcv_seg" / "configs"
+
+
+def images(data: Path) -> list[Path]:
+    return sorted((data / "imagesTr").iterdir())
+
+
+def labels(data: Path) -> list[Path]:
+    return sorted((data / "labelsTr").iterdir())
+
+
+def rewrite(file: Path, change: Callable[[np.ndarray], np.ndarray], move_mm: float = 0.0) -> None:
+    """Save a scan again with other voxels, or moved along its first world axis."""
+    scan = nib.load(file)
+    affine = scan.affine.copy()
+    affine[0, 3] += move_mm
+    nib.save(nib.Nifti1Image(change(np.asanyarray(scan.dataobj)), affine), file)
+
+
+def with_nan(voxels: np.ndarray) -> np.ndarray:
+    voxels = voxels.astype(np.float32)
+    voxels[2, 3, 4] = np.nan
+    voxels[0, 0, 0] = np.inf
+    return voxels
+
+
+def with_label_200(voxels: np.ndarray) -> np.ndarray:
+    voxels = voxels.copy()
+    voxels[5, 5, 5] = 200
+    return voxels
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+# name: what is done to the data set, and what the one line must say, the file first
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no such folder": (lambda d: shutil.rmtree(d), "{data}: no such folder; pass --dataset_dir"),
+    "empty folder": (lambda d: empty(d / "imagesTr"), "{data}/imagesTr: no NIfTI file"),
+    "image without label": (lambda d: labels(d)[0].unlink(), "train_000_0000.nii.gz: no label; add the label"),
+    "shapes disagree": (lambda d: rewrite(labels(d)[1], lambda v: v[1:]), "train_001.nii.gz: shape"),
+    "affines disagree": (lambda d: rewrite(labels(d)[1], lambda v: v, move_mm=9.0), "train_001.nii.gz: affine"),
+    "4D image": (lambda d: rewrite(images(d)[2], lambda v: np.stack([v, v], -1)), "train_002_0000.nii.gz: shape"),
+    "foreign label": (lambda d: rewrite(labels(d)[0], with_label_200), "train_000.nii.gz: label values 200 are not"),
+    "NaN and infinite": (lambda d: rewrite(images(d)[0], with_nan), "train_000_0000.nii.gz: 2 of "),
+    "truncated": (lambda d: truncate(images(d)[1]), "train_001_0000.nii.gz: cannot be read"),
+    "all zeros": (lambda d: rewrite(images(d)[2], np.zeros_like), "train_002_0000.nii.gz: all voxels are 0"),
+}
+
+
+@pytest.fixture
+def data(datasets: dict[str, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(datasets["btcv"], tmp_path / "data")
+
+
+def workflow(data: Path, out: Path, **override: object) -> ConfigWorkflow:
+    return ConfigWorkflow(
+        config_file=[str(BTCV / "train.json"), str(BTCV / "tiny.json")],
+        logging_file=False,
+        dataset_dir=str(data),
+        bundle_root=str(BTCV.parent),
+        **{"pretrained_encoder": "", "ckpt_dir": str(out), "output_dir": str(out), "epochs": 1, **override},
+    )
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_bad_data_stops_before_anything_is_written(problem: str, data: Path, tmp_path: Path) -> None:
+    spoil, line = BROKEN[problem]
+    spoil(data)
+    with pytest.raises(Exception) as caught:  # monai wraps it; the command line unwraps it, see test_errors.py
+        workflow(data, tmp_path / "out").initialize()
+    error = input_error_in(caught.value)
+    assert error is not None, caught.value
+    assert line.format(data=data) in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_encoder_names_the_three_choices(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception) as caught:
+        workflow(data, tmp_path / "out", pretrained_encoder="nowhere/model.pt").initialize()
+    message = str(input_error_in(caught.value))
+    assert message.startswith("nowhere/model.pt: no pre-trained encoder there.")
+    assert all(choice in message for choice in ("hi_end_mae_pretrain", "hi_end_mae_10k.pth", "''"))
+    assert "\n" not in message
+
+
+def test_several_bad_files_come_as_lines_of_one_error(data: Path, tmp_path: Path) -> None:
+    """As a user sees it: the process ends with 1, stderr ends with the lines, no traceback."""
+    truncate(images(data)[0])
+    rewrite(images(data)[2], np.zeros_like)
+    words = f"-W ignore -m monai.bundle run --config_file ['{BTCV}/train.json','{BTCV}/tiny.json'] --bundle_root"
+    words += f" {BTCV.parent} --pretrained_encoder= --dataset_dir {data} --ckpt_dir {tmp_path}/out --output_dir {tmp_path}/out"
+    done = subprocess.run([sys.executable, *words.split()], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    lines = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert lines[0] == "error: 2 problem(s) in 6 file(s):"
+    assert lines[1].startswith(f"{images(data)[0]}: cannot be read")
+    assert lines[2].startswith(f"{images(data)[2]}: all voxels are 0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_volume_smaller_than_the_crop_trains(data: Path, tmp_path: Path) -> None:
+    for file in (*images(data), *labels(data)):
+        rewrite(file, lambda v: v[:12, :14, :9])  # 72 x 84 x 54 mm or so, crops are 144
+    flow = workflow(data, tmp_path / "out", num_samples=1, val_interval=1)
+    flow.initialize()
+    flow.run()
+    assert (tmp_path / "out" / "model.pt").is_file()
+
+
+def test_inference_without_weights_says_so(data: Path, tmp_path: Path) -> None:
+    flow = ConfigWorkflow(
+        config_file=[str(BTCV / "inference.json"), str(BTCV / "tiny.json")],
+        workflow_type="infer",
+        logging_file=False,
+        dataset_dir=str(data),
+        bundle_root=str(BTCV.parent),
+        checkpoint="nowhere/model.pt",
+        output_dir=str(tmp_path / "out"),
+    )
+    with pytest.raises(Exception) as caught:
+        flow.initialize()
+    assert str(input_error_in(caught.value)).startswith("nowhere/model.pt: no trained weights there.")
+    assert not (tmp_path / "out").exists()
