@@ -3,15 +3,16 @@
 #   ./quickstart.sh                 on synthetic CTs, made first
 #   ./quickstart.sh --data FOLDER   on your own, nnU-Net style: imagesTr, labelsTr and, where there are, imagesTs, labelsTs
 # Options: --bundle hi_end_mae_flare_seg for FLARE22's label order (default hi_end_mae_btcv_seg);
-#          --epochs N to fine-tune for longer.
+#          --epochs N to fine-tune for longer; --spacing MM for finer voxels than the tiny setting's 4 mm.
 set -euo pipefail
 cd "$(dirname "$0")"
-root=$PWD out=$PWD/outputs/quickstart data="" bundle=hi_end_mae_btcv_seg epochs=""
+root=$PWD out=$PWD/outputs/quickstart data="" bundle=hi_end_mae_btcv_seg epochs="" spacing=""
 while [ $# -gt 0 ]; do
     case $1 in
         --data) data=$(realpath -- "$2") ;;
         --bundle) bundle=${2%/} ;;
         --epochs) epochs=$2 ;;
+        --spacing) spacing=[$2,$2,$2] ;;
         *) sed -n '2,6s/^# \?//p' "$0" >&2; exit 2 ;;
     esac
     shift 2
@@ -23,7 +24,7 @@ step "environment"
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 python=$root/.venv/bin/python
 run() { # run BUNDLE CONFIG OPTIONS...
-    (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "$2" "${@:3}")
+    (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "$2" "${@:3}" ${spacing:+--spacing "$spacing"})
 }
 SECONDS=0
 
