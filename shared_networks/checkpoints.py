@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from shared_networks.errors import InputError
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
-
-logger = logging.getLogger(__name__)
 
 OFFICIAL_PREFIX = "module."
 PATCH_WEIGHT = "vit.patch_embedding.patch_embeddings.1.weight"
@@ -228,7 +225,7 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
         InputError: if the file is missing or unreadable, or does not cover the whole encoder.
     """
     if not checkpoint:
-        logger.info("pretrained_encoder is empty: the encoder starts from scratch.")
+        print("pretrained_encoder is empty: the encoder starts from scratch", flush=True)
         return None
     if not Path(checkpoint).is_file():
         raise InputError(
@@ -246,7 +243,7 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
         unexpected=tuple(name for name in weights if name not in own),
         kept=kept,
     )
-    logger.info(report)
+    print(report, flush=True)
     if report.missing:
         wrong = [
             f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"

@@ -113,8 +113,9 @@ def test_several_bad_files_come_as_lines_of_one_error(data: Path, tmp_path: Path
     """As a user sees it: the process ends with 1, stderr ends with the lines, no traceback."""
     truncate(images(data)[0])
     rewrite(images(data)[2], np.zeros_like)
-    words = f"-W ignore -m monai.bundle run --config_file ['{BTCV}/train.json','{BTCV}/tiny.json'] --bundle_root"
-    words += f" {BTCV.parent} --pretrained_encoder= --dataset_dir {data} --ckpt_dir {tmp_path}/out --output_dir {tmp_path}/out"
+    out = tmp_path / "out"
+    words = f"-W ignore -m monai.bundle run --config_file ['{BTCV}/train.json','{BTCV}/tiny.json'] --dataset_dir {data}"
+    words += f" --bundle_root {BTCV.parent} --pretrained_encoder= --ckpt_dir {out} --output_dir {out}"
     done = subprocess.run([sys.executable, *words.split()], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +243,7 @@ def test_check_quotes_what_does_not_fit(change, message, tmp_path):
     assert f"of {len(network.state_dict())} tensors" in str(error.value)
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="shared_networks.checkpoints")
-    return caplog
-
-
-def test_encoder_lands_in_full_and_the_report_says_so(tmp_path, log):
+def test_encoder_lands_in_full_and_the_report_says_so(tmp_path, capsys):
     mae, segmenter = tiny_mae(), tiny_segmenter()
     before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
     file = save(mae.state_dict(), tmp_path)
@@ -264,11 +257,11 @@ def test_encoder_lands_in_full_and_the_report_says_so(tmp_path, log):
         missing=(),
         unexpected=tuple(name for name in mae.state_dict() if name in others),
     )
-    assert log.messages == [
+    assert capsys.readouterr().out == (
         f"weights from {file}: {4 * 12 + 5} tensors landed in the encoder\n"
         "  missing: none\n"
-        f"  unexpected, not used: vit.cls_token, decoder.* ({len(others) - 1})"
-    ]
+        f"  unexpected, not used: vit.cls_token, decoder.* ({len(others) - 1})\n"
+    )
     pretrained = mae.state_dict()
     after = segmenter.state_dict()
     assert_same_weights(after, {name: pretrained[name] if name in encoder else before[name] for name in before})
@@ -295,21 +288,21 @@ def test_pretraining_may_start_from_an_encoder_too(tmp_path):
     assert_same_weights(network.vit.state_dict(), source.vit.state_dict())
 
 
-def test_another_token_grid_keeps_its_own_positions(tmp_path, log):
+def test_another_token_grid_keeps_its_own_positions(tmp_path, capsys):
     mae, segmenter = tiny_mae(), tiny_segmenter(img_size=(8, 6, 12))
     own = segmenter.get_parameter(POSITIONS).clone()
     report = load_encoder(segmenter, save(mae.state_dict(), tmp_path))
     assert report.kept == (POSITIONS,) and POSITIONS not in report.landed and not report.missing
-    assert log.messages[0].endswith(f"\n  kept for its own token grid: {POSITIONS}")
+    assert capsys.readouterr().out.endswith(f"\n  kept for its own token grid: {POSITIONS}\n")
     assert torch.equal(segmenter.get_parameter(POSITIONS), own)
     assert torch.equal(segmenter.get_parameter("vit.norm.weight"), mae.get_parameter("vit.norm.weight"))
 
 
-def test_no_checkpoint_means_from_scratch(log):
+def test_no_checkpoint_means_from_scratch(capsys):
     segmenter = tiny_segmenter()
     before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
     assert load_encoder(segmenter, "") is None
-    assert log.messages == ["pretrained_encoder is empty: the encoder starts from scratch."]
+    assert capsys.readouterr().out == "pretrained_encoder is empty: the encoder starts from scratch\n"
     assert_same_weights(segmenter.state_dict(), before)
 
 
@@ -335,7 +328,7 @@ def test_missing_encoder_names_the_three_choices(tmp_path):
         ),
     ],
 )
-def test_half_an_encoder_is_refused_and_the_network_left_alone(change, missing, detail, tmp_path, log):
+def test_half_an_encoder_is_refused_and_the_network_left_alone(change, missing, detail, tmp_path, capsys):
     weights = dict(tiny_mae().state_dict())
     for name, shape in change.items():
         weights.pop(name) if shape is None else weights.update({name: torch.zeros(shape)})
@@ -345,7 +338,8 @@ def test_half_an_encoder_is_refused_and_the_network_left_alone(change, missing, 
         load_encoder(segmenter, file)
     assert f"{file}: does not cover the encoder, {missing} of 53 tensors are missing ({detail})." in str(error.value)
     assert "same patch size, width and depth" in str(error.value)
-    assert all(name in log.messages[0] for name in change)  # the report comes first, with all of them
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in change)  # the report comes first, with all of them
     assert_same_weights(segmenter.state_dict(), before)
 
 
@@ -370,7 +364,7 @@ def test_published_checkpoint_of_another_encoder_is_refused(tmp_path):
         load_hi_end_mae_10k(checkpoint=file, feature_size=2, **{**VIT, "hidden_size": 12})
 
 
-def test_published_checkpoint_at_its_true_size(tmp_path, log):
+def test_published_checkpoint_at_its_true_size(tmp_path, capsys):
     """Every tensor of the 1.37 GB file, each expanded from one value of its own, lands where it belongs."""
     values = {name: float(i) for i, name in enumerate(PUBLISHED, start=1)}
     content = {
@@ -390,4 +384,4 @@ def test_published_checkpoint_at_its_true_size(tmp_path, log):
     for name, tensor in encoder.items():
         lowest, highest = tensor.aminmax()
         assert lowest == highest == values[official[name]], name
-    assert "149 tensors landed in the encoder\n  missing: none\n" in log.messages[0]
+    assert "149 tensors landed in the encoder\n  missing: none\n" in capsys.readouterr().out
