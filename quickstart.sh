@@ -44,7 +44,7 @@ run hi_end_mae_pretrain "['configs/inference.json','configs/tiny.json']" \
     --dataset_dir "$scans" --checkpoint "$out/hi_end_mae_pretrain/model.pt" --output_dir "$out"
 
 step "fine-tuning from it"
-run "$bundle" "['configs/train.json','configs/tiny.json']" ${epochs:+--epochs "$epochs"} \
+run "$bundle" "['configs/train.json','configs/tiny.json']" ${epochs:+--epochs "$epochs" --val_interval "$(((epochs + 2) / 3))"} \
     --dataset_dir "$data" --pretrained_encoder "$out/hi_end_mae_pretrain/model.pt" \
     --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle"
 
