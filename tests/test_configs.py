@@ -58,7 +58,7 @@ def test_metadata_is_valid(bundle: str) -> None:
     assert __version__ in metadata["changelog"]
 
 
-@pytest.mark.parametrize(("bundle", "label_set"), zip(SEGMENTERS, ("btcv", "flare"), strict=True))
+@pytest.mark.parametrize(("bundle", "label_set"), [*zip(SEGMENTERS, ("btcv", "flare"), strict=True)])
 def test_labels_are_the_published_ones_everywhere(bundle: str, label_set: str) -> None:
     names = read(bundle, "train.json")["label_names"]
     outputs = read(bundle, "metadata.json")["network_data_format"]["outputs"]["pred"]
