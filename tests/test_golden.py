@@ -124,5 +124,5 @@ def test_segmentation_network_is_the_published_one(vector: dict[str, Any]) -> No
     assert_same_gradients(network, vector["grad_norms"], {})
 
 
-def test_there_are_vectors_of_both_kinds() -> None:
-    assert golden("hi_end_mae") and golden("unetr"), f"no golden vectors in {FOLDERS}"
+def test_there_are_vectors() -> None:
+    assert FILES, f"no golden vectors in {FOLDERS}"
