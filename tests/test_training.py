@@ -3,11 +3,13 @@ from __future__ import annotations
 import math
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.losses import DiceCELoss
 from torch import Tensor
 
 from shared_networks.networks.hi_end_mae import HiEndMAE
@@ -197,3 +199,13 @@ def test_batches_are_moved_and_converted():
     inputs, targets = PrepareBatchSelfSupervised()({"image": torch.rand(2, 1, 4, 4, 4)}, "meta", True, dtype=torch.half)
     assert inputs is targets
     assert inputs.device.type == "meta" and inputs.dtype == torch.half
+
+
+def test_background_weight_of_one_is_the_published_loss():
+    """The segmenters' configs pass class weights always; at their default of 1 they must change nothing."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 4, 3, 2), torch.randint(0, 5, (2, 1, 4, 3, 2))
+    settings: dict[str, Any] = {"to_onehot_y": True, "softmax": True, "squared_pred": True}
+    plain = DiceCELoss(**settings)(logits, labels)
+    torch.testing.assert_close(DiceCELoss(**settings, weight=torch.ones(5))(logits, labels), plain)
+    assert DiceCELoss(**settings, weight=torch.tensor([0.05, 1, 1, 1, 1]))(logits, labels) != plain
