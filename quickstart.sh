@@ -3,7 +3,8 @@
 #   ./quickstart.sh                 on synthetic CTs, made first
 #   ./quickstart.sh --data FOLDER   on your own, nnU-Net style: imagesTr, labelsTr and, where there are, imagesTs, labelsTs
 # Options: --bundle hi_end_mae_flare_seg for FLARE22's label order (default hi_end_mae_btcv_seg);
-#          --epochs N to fine-tune for longer; --spacing MM for finer voxels than the tiny setting's 4 mm.
+#          --epochs N to fine-tune for longer; --spacing MM for finer voxels than the tiny setting's 4 mm;
+#          -- SETTINGS for the fine-tuning alone, such as -- --background_weight 0.05
 set -euo pipefail
 cd "$(dirname "$0")"
 root=$PWD out=$PWD/outputs/quickstart data="" bundle=hi_end_mae_btcv_seg epochs="" spacing=""
@@ -13,7 +14,8 @@ while [ $# -gt 0 ]; do
         --bundle) bundle=${2%/} ;;
         --epochs) epochs=$2 ;;
         --spacing) spacing=[$2,$2,$2] ;;
-        *) sed -n '2,6s/^# \?//p' "$0" >&2; exit 2 ;;
+        --) shift; break ;;
+        *) sed -n '2,7s/^# \?//p' "$0" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -46,7 +48,7 @@ run hi_end_mae_pretrain "['configs/inference.json','configs/tiny.json']" \
 step "fine-tuning from it"
 run "$bundle" "['configs/train.json','configs/tiny.json']" ${epochs:+--epochs "$epochs" --val_interval "$(((epochs + 2) / 3))"} \
     --dataset_dir "$data" --pretrained_encoder "$out/hi_end_mae_pretrain/model.pt" \
-    --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle"
+    --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle" "$@"
 
 step "evaluation on the scans' own grids"
 run "$bundle" "['configs/train.json','configs/evaluate.json','configs/tiny.json']" \
