@@ -1,0 +1,155 @@
+"""Whether training is healthy: what is written beside the loss, for TensorBoard and MONAI's experiment tracking."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
+from monai.utils import ensure_tuple_rep
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from shared_networks.figures import reconstruction_figure
+from shared_networks.networks.hi_end_mae import HiEndMAE, restore_intensities
+
+
+class TrainingMonitor:
+    """Adds to a trainer's metrics, epoch by epoch, what tells a healthy run from a starved or a diverging one.
+
+    - `learning_rate`: at the end of the epoch;
+    - `grad_norm`: median over the epoch's optimiser steps, where :class:`ClipGradients` measures it;
+    - `crops_per_second`: of all processes together, waiting included;
+    - `data_wait`: share of the time in which this process waited for its next batch.
+
+    Handlers that write an epoch's metrics must come after it.
+
+    Args:
+        optimizer: whose learning rate.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self.start_waiting)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.stop_waiting)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.count)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.report)
+
+    def start(self, engine: Any) -> None:
+        """Begin an epoch."""
+        self.started = self.ended = self.asked = time.perf_counter()
+        self.waited = 0.0
+        self.crops = 0
+        self.grad_norms: list[Tensor] = []
+        engine.state.grad_norm = None
+
+    def start_waiting(self, _engine: Any) -> None:
+        """Note when a batch was asked for."""
+        self.asked = time.perf_counter()
+
+    def stop_waiting(self, engine: Any) -> None:
+        """Note how long it took, and how many crops came."""
+        self.waited += time.perf_counter() - self.asked
+        self.crops += len(engine.state.batch["image"])
+
+    def count(self, engine: Any) -> None:
+        """Note an iteration's gradient and end."""
+        if engine.state.grad_norm is not None:
+            self.grad_norms.append(engine.state.grad_norm.detach())
+            engine.state.grad_norm = None
+        self.ended = time.perf_counter()  # validation follows, which is not to count
+
+    def report(self, engine: Any) -> None:
+        """Add the epoch's figures to the metrics."""
+        seconds = max(self.ended - self.started, 1e-9)
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        engine.state.metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        engine.state.metrics["crops_per_second"] = processes * self.crops / seconds
+        engine.state.metrics["data_wait"] = self.waited / seconds
+        if self.grad_norms:
+            engine.state.metrics["grad_norm"] = torch.stack(self.grad_norms).median().item()
+
+
+class FeatureSpread:
+    """Adds to an evaluator's metrics how much the encoder's features differ, tap by tap: a probe for collapse.
+
+    `spread_tap_N` is the standard deviation of a feature over all tokens seen in the validation (CLS left out),
+    averaged over the features of block N. It falls towards 0 where the encoder answers alike whatever it is shown.
+
+    Args:
+        network: bare network, whose `vit` is watched.
+    """
+
+    def __init__(self, network: HiEndMAE) -> None:
+        self.vit = network.vit
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.report)
+
+    def start(self, _engine: Any) -> None:
+        """Watch the taps."""
+        self.sums = {tap: torch.zeros(3, self.vit.hidden_size, dtype=torch.float64) for tap in self.vit.tap_layers}
+        self.hooks = [self.vit.blocks[tap].register_forward_hook(self.watch(tap)) for tap in self.sums]
+
+    def watch(self, tap: int) -> Any:
+        """A hook that sums up the outputs of a block."""
+
+        def hook(_block: nn.Module, _inputs: Any, tokens: Tensor) -> None:
+            features = tokens[:, 1:].detach().flatten(0, 1).double().cpu()
+            count = torch.full_like(features[0], len(features))
+            self.sums[tap] += torch.stack([count, features.sum(0), features.square().sum(0)])
+
+        return hook
+
+    def report(self, engine: Any) -> None:
+        """Add the spreads to the metrics and stop watching."""
+        for hook in self.hooks:
+            hook.remove()
+        for tap, (count, total, squares) in self.sums.items():
+            variance = squares / count - (total / count).square()
+            engine.state.metrics[f"spread_tap_{tap}"] = variance.clamp(min=0).sqrt().mean().item()
+
+
+class ReconstructionPanel:
+    """Writes a picture of the first validation crop for TensorBoard: the crop, what was seen of it, what was rebuilt.
+
+    Args:
+        log_dir: folder of TensorBoard's files.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
+        spacing: voxel size in mm.
+    """
+
+    def __init__(self, log_dir: str | Path, patch_size: Sequence[int] | int, spacing: Sequence[float]) -> None:
+        self.log_dir = log_dir
+        self.patch_size = ensure_tuple_rep(patch_size, 3)
+        self.affine = np.diag([*spacing, 1.0])
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator that does not decollate."""
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Draw the first batch of a validation."""
+        if engine.state.iteration != 1:
+            return
+        image, output = (engine.state.output[key][:1].float().cpu() for key in ("image", "pred"))
+        mask = output[:, -1:]
+        restored = image + (restore_intensities(output[:, :-1], image, self.patch_size) - image) * mask
+        scan, hidden, rebuilt = (np.asarray(volume[0, 0]) for volume in (image, mask, restored))
+        masked = np.where(hidden > 0, np.nan, scan)
+        figure = reconstruction_figure(scan, masked, rebuilt, self.affine, f"epoch {engine.state.epoch}")
+        with SummaryWriter(str(self.log_dir)) as writer:
+            writer.add_figure("reconstruction", figure, engine.state.epoch)

@@ -1,0 +1,292 @@
+"""Never losing work: training states on disk, going on from them, and leaving in time when told to stop.
+
+Nothing random is stored but the seed: crops are a function of (seed, epoch, place) and masks of (seed, rank,
+iteration), see `shared_networks.data.draws` and :class:`shared_networks.training.steps.SeedIterations`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator, Trainer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shared_networks.data.draws import DrawSampler
+from shared_networks.errors import InputError
+from shared_networks.training.steps import completes_step
+
+logger = logging.getLogger(__name__)
+
+
+def save_atomically(content: Mapping[str, Any], file: str | Path) -> None:
+    """Write a file of :func:`torch.save` so that it is there whole or not at all, whatever happens meanwhile.
+
+    Args:
+        content: what to save.
+        file: where; its folder is made, an older file of the name is replaced.
+
+    Raises:
+        InputError: the file cannot be written (disk full, no permission); an older one is left as it was.
+    """
+    path = Path(file)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with suppress(OSError):
+            unfinished.unlink()
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: cannot be written ({reason}); nothing saved before is lost. Make room or give another folder, "
+            "then go on with --resume True"
+        ) from error
+
+
+class SaveBestModel:
+    """Writes the network's weights, flat, whenever a validation is the best so far.
+
+    Args:
+        network: bare network (not wrapped for several GPUs).
+        file: where, `models/model.pt`.
+    """
+
+    def __init__(self, network: nn.Module, file: str | Path) -> None:
+        self.network = network
+        self.file = file
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator with a key metric."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Save, if the evaluator has just found a new best."""
+        if engine.state.best_metric_epoch == engine.state.epoch:
+            save_atomically(self.network.state_dict(), self.file)
+
+
+class TrainingState:
+    """What training needs to go on, saved by epoch, by time and on SIGTERM, and read when it starts again.
+
+    States are files `state_ITERATION.ckpt`, written atomically by rank 0, the newest `keep` kept. They hold network,
+    optimiser, schedule, gradient scaler, epoch, iteration, best metric and seed, and are read by every rank, so the
+    folder must be one that all machines see. Call :meth:`start`, then run the trainer while :attr:`unfinished`.
+
+    Args:
+        folder: of the states. Not that of `model.pt`: MONAI Label would take a state for a model.
+        network: bare network.
+        optimizer: its optimiser.
+        lr_scheduler: stepped every iteration.
+        trainer: MONAI trainer, `trainer.data_loader.sampler` a :class:`shared_networks.data.draws.DrawSampler`.
+        evaluator: MONAI evaluator that the trainer's handlers run.
+        seed: of the run.
+        every_epochs: save after so many epochs.
+        every_minutes: save also within epochs, after so many minutes without.
+        keep: states kept.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        network: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler,
+        trainer: Trainer,
+        evaluator: Evaluator,
+        seed: int = 0,
+        every_epochs: int = 1,
+        every_minutes: float = 15.0,
+        keep: int = 2,
+    ) -> None:
+        self.folder = Path(folder)
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.trainer: Any = trainer
+        self.evaluator: Any = evaluator
+        self.seed = seed
+        self.every_epochs = every_epochs
+        self.every_seconds = 60 * every_minutes
+        self.keep = keep
+        self.rank: int = self.trainer.state.rank
+        self.validated_epoch = 0
+        self.saved_at = time.monotonic()
+        self.own: list[Path] = []
+        self.stop_signal = 0
+        self.votes: dist.ProcessGroup | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether epochs are left to train."""
+        state = self.trainer.state
+        return state.iteration < state.epoch_length * state.max_epochs
+
+    @property
+    def unvalidated(self) -> bool:
+        """Whether all epochs are trained and the last was not validated, so that the last model might go unsaved."""
+        return not self.unfinished and not self.stop_signal and self.validated_epoch < self.trainer.state.max_epochs
+
+    def start(self, resume: bool) -> None:
+        """Attach to trainer and evaluator and, with `resume`, go back to the newest state there is.
+
+        Raises:
+            InputError: no state can be read though there are some, or they are of another network or seed.
+        """
+        found = sorted(self.folder.glob("state_*.ckpt"), reverse=True)
+        if resume and found:
+            self.load(found)
+            self.own = found[::-1]
+        elif found and self.rank == 0:
+            logger.warning(
+                "%s holds the state of an earlier run, which the first state of this one will replace; "
+                "stop now and pass --resume True to go on with it",
+                self.folder,
+            )
+        if dist.is_available() and dist.is_initialized():
+            self.votes = dist.new_group(backend="gloo")  # on the CPU: asking NCCL would halt the GPU in every iteration
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.request_stop)
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.after_iteration)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
+        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.after_validation)
+
+    def request_stop(self, number: int, _frame: Any) -> None:
+        """Note a signal; training stops after the iteration that is under way."""
+        self.stop_signal = number
+
+    def after_validation(self, engine: Any) -> None:
+        """Remember which epoch was validated."""
+        self.validated_epoch = engine.state.epoch
+
+    def after_iteration(self, engine: Any) -> None:
+        """Save within an epoch, if time is up, and leave, if told to."""
+        if not completes_step(engine) or engine.state.iteration % engine.state.epoch_length == 0:
+            return  # gradients accumulated by halves are not saved; the epoch's last state comes after its validation
+        if self.is_told_to_stop():
+            self.leave(engine)
+        elif time.monotonic() - self.saved_at > self.every_seconds:
+            self.save()
+
+    def after_epoch(self, engine: Any) -> None:
+        """Save at the end of an epoch, if it is due, and leave, if told to."""
+        if self.is_told_to_stop():
+            self.leave(engine)
+        elif engine.state.epoch % self.every_epochs == 0 or not self.unfinished:
+            self.save()
+
+    def is_told_to_stop(self) -> bool:
+        """Whether any process was sent SIGTERM; all must leave after the same iteration, or some wait for ever."""
+        if self.votes is not None:
+            vote = torch.tensor(self.stop_signal)
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.votes)
+            self.stop_signal = int(vote)
+        return self.stop_signal != 0
+
+    def leave(self, engine: Any) -> None:
+        """Save and end the trainer's run."""
+        self.save()
+        if self.rank == 0:
+            at = f"epoch {engine.state.epoch}, iteration {engine.state.iteration}"
+            print(
+                f"stopped by signal {self.stop_signal} at {at}; --resume True goes on from {self.own[-1]}", flush=True
+            )
+        engine.terminate()
+
+    def save(self) -> None:
+        """Write a state, then remove those that are no longer kept. Only rank 0 writes.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        self.saved_at = time.monotonic()
+        if self.rank != 0:
+            return
+        at = self.trainer.state
+        content = {
+            "iteration": at.iteration,
+            "epoch": at.epoch,
+            "epoch_length": at.epoch_length,
+            "seed": self.seed,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.lr_scheduler.last_epoch,
+            "scaler": None if self.trainer.scaler is None else self.trainer.scaler.state_dict(),
+            "best_metric": float(self.evaluator.state.best_metric),
+            "best_metric_epoch": self.evaluator.state.best_metric_epoch,
+            "validated_epoch": self.validated_epoch,
+        }
+        file = self.folder / f"state_{at.iteration:09d}.ckpt"
+        save_atomically(content, file)
+        self.own = [*(other for other in self.own if other != file), file][-self.keep :]
+        for other in [*self.folder.glob("state_*.ckpt"), *self.folder.glob("state_*.ckpt.tmp")]:
+            if other not in self.own:
+                other.unlink()
+
+    def load(self, files: list[Path]) -> None:
+        """Go back to the first of the files that can be read; see :meth:`start`."""
+        for file in files:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                break
+            except Exception as error:  # torch raises a different type for each way of being damaged
+                logger.warning("%s: cannot be read (%s); trying the one before", file, type(error).__name__)
+        else:
+            raise InputError(f"{self.folder}: none of its states can be read; remove them to start anew")
+        self.check(state, file)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.trainer.scaler is not None and state["scaler"] is not None:
+            self.trainer.scaler.load_state_dict(state["scaler"])
+        self.evaluator.state.best_metric = state["best_metric"]
+        self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        self.validated_epoch = state["validated_epoch"]
+
+        length, max_epochs = self.trainer.state.epoch_length, self.trainer.state.max_epochs
+        iteration, schedule = state["iteration"], state["schedule"]
+        if length != state["epoch_length"]:  # another number of processes, batch size or cases
+            epochs_done = iteration // state["epoch_length"]
+            iteration = schedule = epochs_done * length
+            logger.warning(
+                "an epoch had %d iterations and has %d now: going on from the start of epoch %d",
+                state["epoch_length"],
+                length,
+                epochs_done + 1,
+            )
+        self.lr_scheduler.last_epoch = schedule
+        self.trainer.load_state_dict({"iteration": iteration, "epoch_length": length, "max_epochs": max_epochs})
+        sampler, batch = self.trainer.data_loader.sampler, self.trainer.data_loader.batch_size
+        if isinstance(sampler, DrawSampler):
+            sampler.start = iteration % length * batch
+        if self.rank == 0 and self.unfinished:
+            print(f"resuming from {file}: iteration {iteration} of {length * max_epochs}", flush=True)
+        elif self.rank == 0:
+            print(f"finished: {file} is at epoch {state['epoch']} of {max_epochs}; --epochs N trains on", flush=True)
+
+    def check(self, state: Mapping[str, Any], file: Path) -> None:
+        """Refuse a state of another network or seed; see :meth:`start`."""
+        if state["seed"] != self.seed:
+            raise InputError(f"{file}: its seed is {state['seed']}, not {self.seed}; pass --seed {state['seed']}")
+        own = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
+        there = {name: tensor.shape for name, tensor in state["network"].items()}
+        if wrong := sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name)):
+            raise InputError(
+                f"{file}: is of another network ({len(wrong)} tensors differ, the first {wrong[0]}); give the settings "
+                "that it was trained with, or another --output_dir to start anew"
+            )

@@ -1,0 +1,340 @@
+"""Never losing work: real runs of the pre-training bundle, killed and stopped, and the writing of states."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from ignite.metrics import Loss
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
+from monai.optimizers import WarmupCosineSchedule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from shared_networks.data.draws import DrawSampler
+from shared_networks.errors import InputError
+from shared_networks.training.state import SaveBestModel, TrainingState, save_atomically
+
+from .conftest import ROOT
+
+PRETRAIN = ROOT / "hi_end_mae_pretrain"
+SMALL = "--epochs 4 --warmup_epochs 1 --val_interval 2 --num_samples 2 --batch_size 1 --val_fraction 0.3"
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    files = "['configs/train.json','configs/tiny.json']"
+    words = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files, *SMALL.split()]
+    return [*words, "--dataset_dir", str(data), "--ckpt_dir", str(out), "--output_dir", str(out), *more]
+
+
+def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(data, out, *more), cwd=PRETRAIN, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def wait_for(found: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    """Wait for something in the folder of a run that is under way."""
+    end = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None, process.communicate()[0][-5000:]
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
+def loss_curve(out: Path) -> dict[int, float]:
+    """Loss by iteration, as TensorBoard would show it; the resumed run's where it repeats one."""
+    events = EventAccumulator(str(out))
+    events.Reload()
+    return {scalar.step: scalar.value for scalar in events.Scalars("masked_mse")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(datasets["btcv"], out))
+    return out
+
+
+def assert_same_run(out: Path, uninterrupted: Path) -> None:
+    curve = loss_curve(uninterrupted)
+    assert list(curve) == list(range(1, 9)) and len(set(curve.values())) == 8
+    assert loss_curve(out) == curve  # exactly
+    whole, resumed = (torch.load(folder / "model.pt", weights_only=True) for folder in (uninterrupted, out))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
+    datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    states = tmp_path / "state"
+    process = start(datasets["btcv"], tmp_path, "--save_minutes", "0")
+    wait_for(lambda: list(states.glob("state_*3.ckpt.tmp")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [file.name for file in states.glob("*.tmp")] == ["state_000000003.ckpt.tmp"]  # it was in the middle
+    output = finish(start(datasets["btcv"], tmp_path, "--resume"))
+    assert f"resuming from {states}/state_000000002.ckpt: iteration 2 of 8" in output
+    assert_same_run(tmp_path, uninterrupted)
+    assert sorted(file.name for file in states.iterdir()) == ["state_000000006.ckpt", "state_000000008.ckpt"]
+
+    before = (tmp_path / "model.pt").stat().st_mtime_ns
+    output = finish(start(datasets["btcv"], tmp_path, "--resume"))
+    assert f"finished: {states}/state_000000008.ckpt is at epoch 4 of 4; --epochs N trains on" in output
+    assert (tmp_path / "model.pt").stat().st_mtime_ns == before
+
+
+def test_sigterm_saves_and_exits_cleanly(datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path) -> None:
+    process = start(datasets["btcv"], tmp_path, "--save_minutes", "0")
+    wait_for(lambda: list((tmp_path / "state").glob("state_*.ckpt")), process)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by signal 15 at epoch" in finish(process)
+    assert "resuming from" in finish(start(datasets["btcv"], tmp_path, "--resume"))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+# What follows runs in process, on a network of one number.
+
+
+class Line(nn.Linear):
+    """A network that counts nothing but its steps."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+
+def training(
+    folder: Path, epochs: int = 2, cases: int = 6, batch: int = 2, seed: int = 0, val: int = 1, **kwargs: Any
+) -> TrainingState:
+    torch.manual_seed(0)
+    network = Line()
+    data = Dataset([{"image": torch.tensor([float(i)]), "label": torch.ones(1)} for i in range(cases)])
+    sampler = DrawSampler(data, num_replicas=1, rank=0, seed=seed)
+    loader = DataLoader(Indexed(data), sampler=sampler, batch_size=batch)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    schedule = WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=epochs * len(loader))
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(data, batch_size=cases),
+        network=network,
+        key_val_metric={"error": Loss(nn.MSELoss(), output_transform=from_engine(["pred", "label"]))},
+        metric_cmp_fn=lambda current, best: current < best,
+        val_handlers=[SaveBestModel(network, folder / "model.pt")],
+        decollate=False,
+    )
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=loader,
+        network=network,
+        optimizer=optimizer,
+        loss_function=nn.MSELoss(),
+        train_handlers=[
+            LrScheduleHandler(schedule, print_lr=False, epoch_level=False),
+            ValidationHandler(interval=val, validator=evaluator, epoch_level=True),
+        ],
+        decollate=False,
+        accumulation_steps=kwargs.pop("accumulation_steps", 1),
+    )
+    return TrainingState(folder, network, optimizer, schedule, trainer, evaluator, seed=seed, **kwargs)
+
+
+class Indexed:
+    """Takes draws in place of indices."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draw: Any) -> Any:
+        return self.data[draw.case]
+
+
+def run(state: TrainingState, resume: bool = False) -> TrainingState:
+    state.start(resume)
+    if state.unfinished:
+        state.trainer.run()
+    if state.unvalidated:
+        state.evaluator.run(state.trainer.state.max_epochs)
+    return state
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.name != "model.pt")
+
+
+def stop_after(state: TrainingState, iteration: int) -> None:
+    """SIGTERM arrives during an iteration."""
+    event = Events.ITERATION_STARTED(once=iteration)
+    state.trainer.add_event_handler(event, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_states_are_rotated(tmp_path: Path) -> None:
+    run(training(tmp_path, epochs=5))
+    assert names(tmp_path) == ["state_000000012.ckpt", "state_000000015.ckpt"]
+
+
+def test_states_are_written_by_epoch_and_by_time(tmp_path: Path) -> None:
+    run(training(tmp_path / "epoch", epochs=5, every_epochs=2, keep=9))
+    assert names(tmp_path / "epoch") == [f"state_{i:09d}.ckpt" for i in (6, 12, 15)]  # and the last
+    run(training(tmp_path / "time", epochs=2, every_minutes=0.0, keep=9))
+    assert names(tmp_path / "time") == [f"state_{i:09d}.ckpt" for i in range(1, 7)]
+
+
+def test_a_state_holds_all_that_training_needs(tmp_path: Path) -> None:
+    state = run(training(tmp_path))
+    content = torch.load(tmp_path / "state_000000006.ckpt", weights_only=True)
+    assert (content["iteration"], content["epoch"], content["epoch_length"], content["schedule"]) == (6, 2, 3, 6)
+    assert content["best_metric"] == state.evaluator.state.best_metric and content["best_metric_epoch"] in (1, 2)
+    torch.testing.assert_close(content["network"]["weight"], state.network.state_dict()["weight"])
+    assert content["optimizer"]["state"][0]["step"] == 6
+    assert content["seed"] == 0 and content["scaler"] is None and content["validated_epoch"] == 2
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6])
+def test_stopping_anywhere_changes_nothing(tmp_path: Path, at: int) -> None:
+    whole = run(training(tmp_path / "whole"))
+    stopped = training(tmp_path / "parts")
+    stop_after(stopped, at)
+    run(stopped)
+    assert stopped.trainer.state.iteration == at
+    resumed = run(training(tmp_path / "parts"), resume=True)
+    for key in ("weight", "bias"):
+        assert torch.equal(whole.network.state_dict()[key], resumed.network.state_dict()[key])
+    assert whole.evaluator.state.best_metric == resumed.evaluator.state.best_metric
+    assert whole.evaluator.state.best_metric_epoch == resumed.evaluator.state.best_metric_epoch
+    assert whole.optimizer.state_dict()["param_groups"] == resumed.optimizer.state_dict()["param_groups"]
+
+
+def test_half_accumulated_gradients_are_not_saved(tmp_path: Path) -> None:
+    state = training(tmp_path, epochs=1, cases=12, accumulation_steps=4)  # 6 iterations, steps after 4 and 6
+    stop_after(state, 2)
+    run(state)
+    assert state.trainer.state.iteration == 4
+
+
+def test_the_last_epoch_is_validated_though_not_due(tmp_path: Path) -> None:
+    state = training(tmp_path, epochs=3, val=2)
+    run(state)
+    assert state.validated_epoch == 3
+    assert not state.unvalidated and not state.unfinished
+
+
+def test_more_epochs_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(training(tmp_path, epochs=2))
+    longer = run(training(tmp_path, epochs=3), resume=True)
+    assert longer.trainer.state.iteration == 9
+    assert longer.lr_scheduler.t_total == 9  # type: ignore[attr-defined]
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_another_number_of_processes_goes_on_from_the_start_of_the_epoch(tmp_path: Path) -> None:
+    state = training(tmp_path, epochs=4)
+    stop_after(state, 5)  # the second of three iterations of epoch 2
+    run(state)
+    other = training(tmp_path, epochs=4, batch=3)  # as if there were more: 2 iterations an epoch
+    other.start(resume=True)
+    assert other.trainer.state.iteration == 2 and other.lr_scheduler.last_epoch == 2
+    other.trainer.run()
+    assert other.trainer.state.iteration == 8
+
+
+def test_without_resume_training_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(training(tmp_path, epochs=3))
+    again = training(tmp_path, epochs=2)
+    again.start(resume=False)
+    assert "pass --resume True to go on with it" in caplog.text
+    assert len(names(tmp_path)) == 2  # nothing is lost until there is something new
+    again.trainer.run()
+    assert names(tmp_path) == ["state_000000003.ckpt", "state_000000006.ckpt"]
+
+
+def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
+    assert run(training(tmp_path), resume=True).trainer.state.iteration == 6
+
+
+def test_a_damaged_state_falls_back_on_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(training(tmp_path, epochs=2))
+    (tmp_path / "state_000000006.ckpt").write_bytes(b"half")
+    state = training(tmp_path, epochs=2)
+    state.start(resume=True)
+    assert state.trainer.state.iteration == 3
+    assert "state_000000006.ckpt: cannot be read" in caplog.text
+    (tmp_path / "state_000000003.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match="none of its states can be read"):
+        training(tmp_path).start(resume=True)
+
+
+def test_states_of_another_seed_or_network_are_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    with pytest.raises(InputError, match=r"its seed is 0, not 5; pass --seed 0"):
+        training(tmp_path, seed=5).start(resume=True)
+    other = training(tmp_path)
+    other.network = nn.Linear(2, 1)
+    with pytest.raises(InputError, match=r"is of another network \(1 tensors differ, the first weight\)"):
+        other.start(resume=True)
+
+
+def test_the_best_model_is_kept_across_a_resume(tmp_path: Path) -> None:
+    state = training(tmp_path)
+    run(state)
+    (tmp_path / "model.pt").write_bytes(b"the best so far")
+    longer = training(tmp_path, epochs=3)
+    longer.start(resume=True)
+    longer.evaluator.state.best_metric = -1.0  # nothing can be better
+    longer.trainer.run()
+    assert (tmp_path / "model.pt").read_bytes() == b"the best so far"
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow beyond 8 kB: writing fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path, full_disk: None) -> None:
+    file = tmp_path / "model.pt"
+    save_atomically({"weight": torch.ones(3)}, file)
+    with pytest.raises(InputError) as caught:
+        save_atomically({"weight": torch.ones(100_000)}, file)
+    assert str(caught.value).startswith(f"{file}: cannot be written (")
+    assert "\n" not in str(caught.value) and "--resume True" in str(caught.value)
+    assert names(tmp_path) == [] and torch.load(file, weights_only=True)["weight"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/state_1.ckpt: cannot be written \(Not a directory|File exists"):
+        save_atomically({}, tmp_path / "file" / "state_1.ckpt")
