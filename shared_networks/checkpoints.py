@@ -186,6 +186,7 @@ class LoadReport:
         missing: names that the network has and the checkpoint has not, or has in another shape.
         unexpected: names that the checkpoint has and the network has not.
         kept: position tables left as they were, because the checkpoint's is for another grid of tokens.
+        part: what was loaded.
     """
 
     source: str
@@ -193,9 +194,10 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     kept: tuple[str, ...] = ()
+    part: str = "encoder"
 
     def __str__(self) -> str:
-        lines = [f"weights from {self.source}: {len(self.landed)} tensors landed in the encoder"]
+        lines = [f"weights from {self.source}: {len(self.landed)} tensors landed in the {self.part}"]
         lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
         lines += [f"  unexpected, not used: {', '.join(summarise(self.unexpected)) or 'none'}"]
         lines += [f"  kept for its own token grid: {name}" for name in self.kept]
@@ -232,8 +234,31 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
             f"{checkpoint}: no pre-trained encoder there. Give --pretrained_encoder a model.pt of hi_end_mae_pretrain, "
             "the published hi_end_mae_10k.pth, or '' to train from scratch."
         )
+    return _load(network, checkpoint, "encoder")
+
+
+def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
+    """Load a whole pre-training network, to go on with its pre-training, print what landed, and refuse anything else.
+
+    Args:
+        network: to be loaded.
+        checkpoint: our ``model.pt``, the published ``hi_end_mae_10k.pth``, or an empty string to start from scratch.
+            Position tables of another ``img_size`` are left out, as the network computes its own.
+
+    Returns:
+        The report, None from scratch.
+
+    Raises:
+        InputError: if the file is missing or unreadable, or its names or shapes are not the network's.
+    """
+    return _load(network, checkpoint, "network") if checkpoint else None
+
+
+def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> LoadReport:
+    """Load the network, or its encoder alone, and leave it as it was if the checkpoint does not cover that."""
     weights = read_weights(checkpoint)
-    own = {f"vit.{name}": tensor for name, tensor in network.vit.state_dict().items()}
+    prefix = "vit." if part == "encoder" else ""
+    own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}
     fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     kept = tuple(name for name in own if name.endswith("position_embeddings") and name in weights.keys() - fits.keys())
     report = LoadReport(
@@ -242,6 +267,7 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
         missing=tuple(name for name in own if name not in fits and name not in kept),
         unexpected=tuple(name for name in weights if name not in own),
         kept=kept,
+        part=part,
     )
     print(report, flush=True)
     if report.missing:
@@ -252,10 +278,15 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
         ]
         detail = wrong[0] if wrong else f"{report.missing[0]} is not there"
         raise InputError(
-            f"{checkpoint}: does not cover the encoder, {len(report.missing)} of {len(own)} tensors are missing "
+            f"{checkpoint}: does not cover the {part}, {len(report.missing)} of {len(own)} tensors are missing "
             f"({detail}). Give a checkpoint of the same patch size, width and depth as network_def."
         )
-    network.vit.load_state_dict({name.removeprefix("vit."): tensor for name, tensor in fits.items()}, strict=not kept)
+    if report.unexpected and part == "network":
+        raise InputError(
+            f"{checkpoint}: {len(report.unexpected)} tensors have no place in the network (such as "
+            f"{report.unexpected[0]}). Give a checkpoint of the same depth as network_def."
+        )
+    network.load_state_dict({**network.state_dict(), **fits}, strict=True)
     return report
 
 
@@ -282,3 +313,57 @@ def load_hi_end_mae_10k(
     segmenter = HiEndUNETR(out_channels=num_classes, **network)
     load_encoder(segmenter, checkpoint)
     return segmenter
+
+
+def to_monai_vit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of a :class:`HiEndMAE` or :class:`HiEndUNETR` under the names of :class:`monai.networks.nets.ViT`.
+
+    They load strictly into ``ViT(..., proj_type="perceptron", qkv_bias=True)`` of the same sizes. That ViT has no CLS
+    token unless it classifies, and there its norms have epsilon 1e-5, so the CLS token is left out: the outputs are
+    those of the encoder as the segmenters run it, not those of pre-training, where all tokens attend to CLS too.
+
+    Args:
+        state_dict: all weights of the network.
+    """
+    weights = {name.removeprefix("vit."): tensor for name, tensor in state_dict.items() if name.startswith("vit.")}
+    weights.pop("cls_token", None)
+    # MONAI's blocks carry a norm for cross-attention even where there is none.
+    norms = {n.replace("norm1", "norm_cross_attn"): t for n, t in weights.items() if ".norm1." in n}
+    return weights | {n: torch.ones_like(t) if n.endswith("weight") else torch.zeros_like(t) for n, t in norms.items()}
+
+
+def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Path, form: str) -> None:
+    """Write a checkpoint in another form, after loading it strictly.
+
+    Args:
+        network: of the checkpoint's sizes; it is loaded.
+        checkpoint: our ``model.pt`` or the published ``hi_end_mae_10k.pth``.
+        output: the file to write, which must not exist.
+        form: ``model``, our flat ``model.pt``; ``official``, the published form and names (``{"state_dict": ...}``);
+            or ``monai_vit``, the encoder alone, see :func:`to_monai_vit`.
+
+    Raises:
+        InputError: for an unknown form, an output that is not set or exists, or a checkpoint that
+            :func:`load_hi_end_mae` refuses.
+    """
+    if form not in ("model", "official", "monai_vit"):
+        raise InputError(f"format is {form!r}: give --format model, official or monai_vit")
+    if not output:
+        raise InputError("output is not set; pass --output FILE, the file to write")
+    target = Path(output)
+    if target.exists():
+        raise InputError(f"{target}: exists and is not overwritten; move it away or give another --output")
+    if not checkpoint:
+        raise InputError("checkpoint is not set; pass --checkpoint FILE, a model.pt or hi_end_mae_10k.pth")
+    load_hi_end_mae(network, checkpoint)
+    weights = network.state_dict()
+    content: Mapping[str, Any] = weights
+    if form == "official":
+        content = {"state_dict": to_official(weights, network.vit.patch_size)}
+    elif form == "monai_vit":
+        content = to_monai_vit(weights)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")  # so that a full disk leaves no half file under the name asked for
+    torch.save(content, part)
+    part.replace(target)
+    print(f"{target}: {len(content.get('state_dict', content))} tensors written as {form}", flush=True)

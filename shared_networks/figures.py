@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
@@ -30,6 +31,7 @@ LABEL_COLOURS = (
 )
 MASK_COLOUR = "#2b4568"  # no grey, so that a masked patch is never taken for tissue or air
 FILL_OPACITY = 0.4
+HEAT_OPACITY = 0.7  # of the largest weight
 GAP = 0.06  # inches between panels
 TEXT_COLOUR = "#333333"
 GREYS = LinearSegmentedColormap.from_list("greys", ["black", "white"]).with_extremes(bad=MASK_COLOUR)
@@ -42,6 +44,7 @@ class Plane(NamedTuple):
     pixels: np.ndarray  # [rows, columns]
     spacing: tuple[float, float]  # millimetres between rows and between columns
     sides: tuple[str, str]  # the patient's direction at the viewer's left and right
+    centre: tuple[int, int]  # row and column of the voxel where the planes meet
 
     @property
     def extent(self) -> tuple[float, float]:
@@ -76,9 +79,9 @@ def orthogonal_planes(
     lpi = apply_orientation(volume, orientation)
     left, posterior, inferior = spacing
     return (
-        Plane("axial", lpi[:, :, at[2]].T, (posterior, left), ("R", "L")),
-        Plane("coronal", lpi[:, at[1], :].T, (inferior, left), ("R", "L")),
-        Plane("sagittal", lpi[at[0], :, :].T, (inferior, posterior), ("A", "P")),
+        Plane("axial", lpi[:, :, at[2]].T, (posterior, left), ("R", "L"), (at[1], at[0])),
+        Plane("coronal", lpi[:, at[1], :].T, (inferior, left), ("R", "L"), (at[2], at[0])),
+        Plane("sagittal", lpi[at[0], :, :].T, (inferior, posterior), ("A", "P"), (at[2], at[1])),
     )
 
 
@@ -183,14 +186,55 @@ def reconstruction_figure(
     names = [row[0].name for row in grid]
     figure, _ = _panels(grid, names, list(columns), (0.0, 1.0), (0.3, 0.1, 0.5, 0.4), "nearest")
     _add_title(figure, title)
-    figure.text(
-        0.5,
-        0.2 / figure.get_figheight(),
+    _add_caption(
+        figure,
         "Means and standard deviations of masked patches come from the truth; only the pattern within is predicted.",
-        fontsize=7,
-        color=TEXT_COLOUR,
-        horizontalalignment="center",
-        verticalalignment="center",
+    )
+    return figure
+
+
+def attention_figure(
+    image: Plane,
+    maps: Mapping[str, Mapping[str, Plane]],
+    window: tuple[float, float] = (-175.0, 250.0),
+    title: str = "",
+) -> Figure:
+    """Draw attention maps over a slice through the query, which is marked: a row for each kind, a column for each tap.
+
+    Each panel has its own colours, from violet at the smallest to yellow at the largest weight in the slice; both are
+    written in its corner. Source of the layout: Tang et al., "Hi-End-MAE", arXiv 2502.08347.
+
+    Args:
+        image: the slice, in Hounsfield units.
+        maps: attention in that slice by kind and by tap, the same taps for every kind; 0 outside the window that the
+            network saw.
+        window: Hounsfield units shown as black and as white.
+        title: heading of the figure, such as the name of the case.
+    """
+    taps = list(next(iter(maps.values())))
+    figure, panels = _panels(
+        [[image] * len(taps)] * len(maps), list(maps), taps, window, (0.3, 0.1, 0.5, 0.55), "bilinear"
+    )
+    for row, kind in zip(panels, maps.values(), strict=True):
+        for panel, plane in zip(row, kind.values(), strict=True):
+            known = plane.pixels > 0
+            weights = plane.pixels[known] if known.any() else np.zeros(1)
+            low, high = float(weights.min()), float(weights.max())
+            share = np.where(known, plane.pixels - low, 0) / (high - low or 1.0)
+            colours = colormaps["plasma"](share)
+            colours[..., 3] = np.where(known, HEAT_OPACITY * (1 + share) / 2, 0)
+            panel.imshow(colours, aspect="auto", interpolation="nearest")
+            y, x = image.centre
+            panel.plot(x, y, "+", color="cyan", markersize=9, markeredgewidth=1.5, scalex=False, scaley=False)
+            text = f"{100 * low:.2f} to {100 * high:.2f} %"
+            mark = panel.text(0.98, 0.03, text, color="white", fontsize=7, ha="right", transform=panel.transAxes)
+            mark.set_path_effects([withStroke(linewidth=1.5, foreground="black")])
+    _add_title(figure, title)
+    _add_caption(
+        figure,
+        "Share of the attention of the patch at +, mean over heads; violet is the smallest in the slice, yellow the "
+        "largest.\nThe network sees one window, outside which there is none. Cross-attention: the patch at + and all "
+        "without colour are hidden.",
     )
     return figure
 
@@ -273,6 +317,11 @@ def _draw_labels(panel: Axes, plane: Plane, num_labels: int) -> None:
 def _add_title(figure: Figure, title: str) -> None:
     y = 1 - 0.15 / figure.get_figheight()
     figure.text(0.3 / figure.get_figwidth(), y, title, fontsize=9, color=TEXT_COLOUR, va="center", weight="bold")
+
+
+def _add_caption(figure: Figure, caption: str) -> None:
+    y = 0.2 * (1 + caption.count("\n") / 3) / figure.get_figheight()
+    figure.text(0.5, y, caption, fontsize=7, color=TEXT_COLOUR, ha="center", va="center")
 
 
 def _add_legend(figure: Figure, beside: Axes, heading: str, entries: Mapping[int, str]) -> None:

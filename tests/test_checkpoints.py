@@ -1,30 +1,43 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from monai.bundle import ConfigWorkflow, download_large_files
+from monai.networks.nets import ViT
 from torch import Tensor, nn
 
 from shared_networks.checkpoints import (
     PATCH_WEIGHT,
     LoadReport,
     check_weights,
+    convert_weights,
     count_blocks,
     from_official,
     load_encoder,
+    load_hi_end_mae,
     load_hi_end_mae_10k,
     official_names,
     read_weights,
     summarise,
+    to_monai_vit,
     to_official,
 )
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, input_error_in
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
 from shared_networks.networks.vit import ViTEncoder, patchify
+
+from .conftest import ROOT
 
 PUBLISHED: dict[str, list[int]] = json.loads(
     (Path(__file__).parent / "data" / "official_checkpoint_keys_vit_large_p12.json").read_text()
@@ -385,3 +398,190 @@ def test_published_checkpoint_at_its_true_size(tmp_path, capsys):
         lowest, highest = tensor.aminmax()
         assert lowest == highest == values[official[name]], name
     assert "149 tensors landed in the encoder\n  missing: none\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["ours", "official"])
+def test_pretraining_goes_on_from_a_whole_network(form, tmp_path, capsys):
+    source, network = tiny_mae(), tiny_mae()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    weights = source.state_dict()
+    file = save(weights if form == "ours" else {"state_dict": to_official(weights, PATCH), "epoch": 9}, tmp_path)
+    report = load_hi_end_mae(network, file)
+    assert report is not None and set(report.landed) == weights.keys()
+    assert not report.missing and not report.unexpected and not report.kept
+    assert_same_weights(network.state_dict(), weights)
+    assert f"weights from {file}: {len(weights)} tensors landed in the network\n  missing: none\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_pretraining_from_scratch_and_on_another_grid(tmp_path):
+    network = tiny_mae()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert load_hi_end_mae(network, "") is None
+    assert_same_weights(network.state_dict(), before)
+    file = save(before, tmp_path)
+    larger = HiEndMAE(**{**VIT, "img_size": (8, 6, 12)}, decoder_hidden_size=12, decoder_num_heads=2)
+    tables = {name: t.clone() for name, t in larger.state_dict().items() if name.endswith("position_embeddings")}
+    report = load_hi_end_mae(larger, file)
+    assert report is not None and set(report.kept) == tables.keys()
+    assert len(tables) == 2
+    assert_same_weights(larger.state_dict(), {**before, **tables})
+
+
+@pytest.mark.parametrize("change", ["segmenter", "deeper", "shape", "missing file"])
+def test_half_a_network_is_refused_and_left_alone(change, tmp_path):
+    network = tiny_mae()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    weights, message = {
+        "segmenter": (
+            tiny_segmenter().state_dict(),
+            r"does not cover the network, \d+ of \d+ .*\(vit.cls_token is not",
+        ),
+        "deeper": (tiny_mae(num_layers=5).state_dict(), r"12 tensors have no place in the network \(such as vit\.bl"),
+        "shape": (
+            {**before, "decoder.norm.bias": torch.zeros(3)},
+            r"\(decoder\.norm\.bias is \[3\] there, \[12\] here\)",
+        ),
+        "missing file": (None, r"model\.pt: no such checkpoint"),
+    }[change]
+    file = tmp_path / "model.pt" if weights is None else save(weights, tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        load_hi_end_mae(network, file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert_same_weights(network.state_dict(), before)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_exported_encoder_is_monais_vit(channels, tmp_path):
+    mae, segmenter = tiny_mae(in_channels=channels), tiny_segmenter(in_channels=channels)
+    file = tmp_path / "encoder.pt"
+    convert_weights(tiny_mae(in_channels=channels), save(mae.state_dict(), tmp_path), file, "monai_vit")
+    vit = ViT(
+        in_channels=channels,
+        img_size=(4, 6, 12),
+        patch_size=PATCH,
+        hidden_size=24,
+        mlp_dim=48,
+        num_layers=4,
+        num_heads=3,
+        proj_type="perceptron",
+        qkv_bias=True,
+    )
+    vit.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    load_encoder(segmenter, tmp_path / "model.pt")
+    image = torch.rand(2, channels, 4, 6, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # in double precision, as weights of variance 1 amplify rounding
+        tokens, layers = vit.double()(image.double())
+        latent, taps = segmenter.double().vit(image.double())
+        with_cls, _ = mae.double().vit(image.double())
+    torch.testing.assert_close(tokens, latent, rtol=1e-9, atol=1e-9)
+    for n, tap in zip(VIT["tap_layers"], taps, strict=True):
+        torch.testing.assert_close(layers[n], tap, rtol=1e-9, atol=1e-9)
+    assert (with_cls[:, 1:] - tokens).abs().max() > 1e-3  # the difference that the docstring tells
+    assert_same_weights(to_monai_vit(segmenter.float().state_dict()), torch.load(file, weights_only=True))
+
+
+def test_conversions_come_back_to_the_same_weights(tmp_path, capsys):
+    source = tiny_mae().state_dict()
+    file = save(source, tmp_path)
+    official, back = tmp_path / "new" / "official.pth", tmp_path / "back.pt"
+    convert_weights(tiny_mae(), file, official, "official")
+    content = torch.load(official, weights_only=True)
+    assert_same_weights(content["state_dict"], to_official(source, PATCH))
+    blank = tiny_mae()
+    nn.init.zeros_(blank.decoder.head.weight)
+    convert_weights(blank, official, back, "model")
+    assert_same_weights(torch.load(back, weights_only=True), source)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["back.pt", "model.pt", "new", "official.pth"]
+    assert f"{back}: {len(source)} tensors written as model\n" in capsys.readouterr().out
+
+
+def test_conversion_refuses_what_would_be_lost_or_guessed(tmp_path):
+    file = save(tiny_mae().state_dict(), tmp_path)
+    before = file.read_bytes()
+    for arguments, message in {
+        (file, file, "model"): f"{file}: exists and is not overwritten",
+        (file, "", "model"): "output is not set; pass --output FILE",
+        ("", tmp_path / "new.pt", "model"): "checkpoint is not set; pass --checkpoint FILE",
+        (file, tmp_path / "new.pt", "onnx"): "format is 'onnx': give --format model, official or monai_vit",
+        (tmp_path / "none.pt", tmp_path / "new.pt", "model"): f"{tmp_path}/none.pt: no such checkpoint",
+    }.items():
+        with pytest.raises(InputError) as error:
+            convert_weights(tiny_mae(), *arguments)
+        assert str(error.value).startswith(message)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def bundle_with_server(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the bundle's large_files.yml, whose address is replaced by that of a local server."""
+    bundle, served = tmp_path / "bundle", tmp_path / "served"
+    bundle.mkdir()
+    served.mkdir()
+    content = yaml.safe_load((ROOT / "hi_end_mae_pretrain" / "large_files.yml").read_text())
+    (entry,) = content["large_files"]
+    assert entry["url"] == "https://drive.google.com/uc?id=1pjQVAhW0S5d_zD-X99aBq4WvlpDFcjGQ"
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SilentHandler, directory=str(served))) as server:
+        entry["url"] = f"http://127.0.0.1:{server.server_port}/hi_end_mae_10k.pth"
+        (bundle / "large_files.yml").write_text(yaml.safe_dump(content))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield bundle
+        server.shutdown()
+
+
+def convert(*overlays: str, **settings: Any) -> None:
+    folder = ROOT / "hi_end_mae_pretrain"
+    files = [str(folder / "configs" / f"{name}.json") for name in ("inference", "convert", *overlays)]
+    flow = ConfigWorkflow(files, workflow_type="infer", logging_file=False, bundle_root=str(folder), **settings)
+    flow.initialize()
+    flow.run()
+
+
+def fetch_and_convert(bundle: Path, shapes: dict[str, list[int]], network: HiEndMAE, *overlays: str) -> None:
+    """Serve a file of the published names, download it as users do, convert it and load it strictly."""
+    values = {name: float(i) for i, name in enumerate(shapes, start=1)}
+    tensors = {name: torch.tensor([values[name]]).expand(shape) for name, shape in shapes.items()}
+    save({"state_dict": tensors, "epoch": 1000}, bundle.parent / "served", "hi_end_mae_10k.pth")
+    download_large_files(bundle_path=str(bundle))
+    (file,) = (bundle / "models").iterdir()
+    assert file.name == "hi_end_mae_10k.pth"  # no .pt, which MONAI Label would take for the bundle's own
+    convert(*overlays, checkpoint=str(file), output=str(bundle / "models" / "model.pt"), format="model")
+    network.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True), strict=True, assign=True)
+    official = {ours: f"module.{name}" for name, ours in official_names(12, 2, 3).items()}
+    for name, tensor in network.state_dict().items():
+        lowest, highest = tensor.aminmax()
+        assert lowest == highest == values[official[name]], name
+
+
+def test_official_file_is_fetched_converted_and_loaded(bundle_with_server: Path):
+    """By its true names; the sizes are those of tiny.json."""
+    settings = {"hidden_size": 192, "num_heads": 6, "decoder_hidden_size": 96, "decoder_num_heads": 6}
+    network = HiEndMAE(img_size=48, **settings)
+    shapes_of = shapes(to_official(network.state_dict(), (12, 12, 12)))
+    assert shapes_of.keys() == PUBLISHED.keys()
+    fetch_and_convert(bundle_with_server, shapes_of, network, "tiny")
+
+
+def test_official_file_is_fetched_converted_and_loaded_at_its_true_size(bundle_with_server: Path):
+    with torch.device("meta"):
+        network = HiEndMAE()
+    fetch_and_convert(bundle_with_server, PUBLISHED, network)
+    shutil.rmtree(bundle_with_server)  # 1.5 GB
+
+
+def test_convert_command_names_what_is_missing(tmp_path: Path):
+    file = save(tiny_mae().state_dict(), tmp_path)
+    for settings, message in (
+        ({}, "output is not set"),
+        ({"output": str(tmp_path / "x.pt")}, "does not cover the net"),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            convert("tiny", checkpoint=str(file), **settings)
+        assert message in str(input_error_in(error.value))

@@ -1,0 +1,299 @@
+"""Where a chosen place in a scan looks: attention maps of encoder and decoder on the scan's own grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, SpatialCrop
+from monai.utils import convert_to_numpy, ensure_tuple, ensure_tuple_rep
+from nibabel.affines import apply_affine, voxel_sizes
+from scipy.ndimage import affine_transform
+from torch import Tensor, nn
+
+from shared_networks.data.datalist import Image, case_name, find_labels, pair_cases
+from shared_networks.errors import InputError
+from shared_networks.figures import attention_figure, orthogonal_planes
+from shared_networks.inference.features import token_affine
+from shared_networks.networks.hi_end_mae import HiEndMAE
+from shared_networks.networks.vit import attention_maps
+from shared_networks.reports import source_file
+
+
+def query_cases(
+    images: Sequence[Image],
+    dataset_dir: str | Path,
+    folder: str,
+    voxel: Sequence[int] | None = None,
+    label: int | None = None,
+) -> list[dict[str, Any]]:
+    """The scans to look at, paired with their labels where an organ is asked for.
+
+    Args:
+        images: as ``find_images`` returns them.
+        dataset_dir: the data set they come from.
+        folder: the images' folder; labels are read from the one named alike (``imagesTr``: ``labelsTr``).
+        voxel: the place asked for, or
+        label: the organ asked for.
+
+    Returns:
+        For each image ``{"image": image}``, with ``"label"`` where an organ is asked for.
+
+    Raises:
+        InputError: both or neither are asked for, or images and labels do not pair.
+    """
+    if (voxel is None) == (label is None):
+        raise InputError(
+            f'voxel is {voxel} and label is {label}: give exactly one, --voxel "[i,j,k]" in the scan\'s own indices '
+            "or --label N, an organ's value"
+        )
+    if label is None:
+        return [{"image": image} for image in images]
+    labels = folder.replace("images", "labels")
+    if not (Path(dataset_dir) / labels).is_dir():
+        raise InputError(
+            f"{Path(dataset_dir) / labels}: no such folder, so there is no label {label} to look for; give --folder "
+            'imagesTr to read imagesTr and labelsTr, or --voxel "[i,j,k]"'
+        )
+    return pair_cases(images, find_labels(dataset_dir, labels))
+
+
+def organ_voxel(organ: np.ndarray, spacing: Sequence[float]) -> tuple[int, ...]:
+    """The voxel of an organ that is closest to its centroid, so that it lies in a curved organ too.
+
+    Args:
+        organ: [X, Y, Z], true in the organ, which has at least one voxel.
+        spacing: millimetres along (X, Y, Z).
+    """
+    voxels = np.argwhere(organ)
+    distances = np.square((voxels - voxels.mean(axis=0)) * spacing).sum(axis=1)
+    return tuple(voxels[distances.argmin()].tolist())
+
+
+def find_queries(
+    cases: Sequence[Mapping[str, Any]], voxel: Sequence[int] | None = None, label: int | None = None
+) -> list[dict[str, Any]]:
+    """Find the voxel asked for in each scan, before the network runs.
+
+    Args:
+        cases: of :func:`query_cases`, with readable files.
+        voxel: indices (i, j, k) in the scan as it is stored, or
+        label: the organ's value, whose voxel is that of :func:`organ_voxel`.
+
+    Returns:
+        For each case ``{"image": image, "voxel": (i, j, k)}``.
+
+    Raises:
+        InputError: a line for each scan that has no such voxel or organ, or the voxel is not three integers.
+    """
+    if voxel is not None and (len(ensure_tuple(voxel)) != 3 or not all(isinstance(n, int) for n in voxel)):
+        raise InputError(f'voxel is {voxel}: give three integers, --voxel "[i,j,k]"')
+    queries, problems = [], []
+    for case in cases:
+        file = ensure_tuple(case["image"])[0] if label is None else case["label"]
+        scan: Any = nib.load(file)
+        query = None if voxel is None else tuple(voxel)
+        if query is not None and not all(0 <= n < size for n, size in zip(query, scan.shape[:3], strict=True)):
+            problems.append(f"{file}: voxel {list(query)} is outside its {scan.shape[:3]} voxels; indices count from 0")
+        if label is not None:
+            values = np.asanyarray(scan.dataobj).reshape(scan.shape[:3])
+            present = np.unique(values[values > 0]).astype(int).tolist()
+            if label in present:
+                query = organ_voxel(values == label, voxel_sizes(scan.affine))
+            else:
+                problems.append(f"{file}: no voxel has label {label}; its labels are {present}")
+        queries.append({"image": case["image"], "voxel": query})
+    if problems:
+        raise InputError("\n".join(problems))
+    return queries
+
+
+class QueryWindowd(MapTransform):
+    """Crop the window around a query that the network will see, and number the token that holds it.
+
+    The window is placed so that the query lies in the middle of its patch and that patch in the middle of the window,
+    as far as the scan reaches: a window goes beyond the scan only where the scan is smaller.
+
+    Args:
+        keys: key of the prepared image [C, H, W, D], a MetaTensor at least as large as the window.
+        img_size: (H, W, D) of the window in voxels.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
+        voxel_key: key of the query's indices (i, j, k) in the scan as it is stored.
+
+    Returns:
+        The data with the image cropped, ``query``, the token's number in row-major (h, w, d) order, and the voxel as
+        an array.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        img_size: Sequence[int] | int,
+        patch_size: Sequence[int] | int,
+        voxel_key: str = "voxel",
+    ) -> None:
+        super().__init__(keys)
+        self.size = np.array(ensure_tuple_rep(img_size, 3))
+        self.patch = np.array(ensure_tuple_rep(patch_size, 3))
+        self.voxel_key = voxel_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Crop one case."""
+        out = dict(data)
+        voxel = np.array(out[self.voxel_key])
+        for key in self.key_iterator(out):
+            image = out[key]
+            corner = convert_to_numpy(image.meta["spatial_shape"]) - 1
+            to_image = np.linalg.inv(convert_to_numpy(image.affine)) @ convert_to_numpy(image.meta["original_affine"])
+            index, *ends = np.rint(apply_affine(to_image, [voxel, 0 * voxel, corner])).astype(int)
+            first, last = np.min(ends, axis=0), np.max(ends, axis=0)
+            start = index - self.size // self.patch // 2 * self.patch - self.patch // 2
+            start = start.clip(first, (last + 1 - self.size).clip(first))
+            start = start.clip(0, np.array(image.shape[1:]) - self.size)
+            token = (index - start).clip(0, self.size - 1) // self.patch
+            out[key] = SpatialCrop(roi_start=start, roi_end=start + self.size)(image)
+            out["query"] = int(np.ravel_multi_index(token, self.size // self.patch))
+        out[self.voxel_key] = voxel
+        return out
+
+
+class QueryAttention(nn.Module):
+    """A pre-training network, handing out the attention of one query token by tap, mean over heads.
+
+    Args:
+        network: in eval mode, so that it hides the same patches at every call.
+    """
+
+    def __init__(self, network: HiEndMAE) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor, query: Tensor) -> dict[str, Tensor]:
+        """Watch a query.
+
+        The encoder sees all patches. For the decoder the query is hidden, with the patches that the network's own mask
+        hides: its mask token asks, in the cross block that reads a tap, the patches that the encoder saw.
+
+        Args:
+            image: [B, C, H, W, D], sizes a multiple of the patch size.
+            query: [B], a token's number for each image, in row-major (h, w, d) order.
+
+        Returns:
+            ``encoder_tap_N``, attention inside the encoder block with zero-based index N, whose output is the tap, and
+            ``cross_tap_N``, that of the decoder to the tap; each [B, 1, h, w, d] in float32, summing to 1 less the
+            share of the CLS token. Hidden patches have 0 in ``cross_tap_N``.
+        """
+        grid = self.network.vit.patch_grid(image)
+        batch, length = image.shape[0], math.prod(grid)
+        taps = self.network.vit.tap_layers
+        rows = torch.arange(batch, device=image.device)
+        with attention_maps(self.network) as maps:
+            self.network.vit(image)
+        weights = {
+            f"encoder_tap_{n}": maps[f"vit.blocks.{n}.attn"].float().mean(dim=1)[rows, 1 + query, 1:] for n in taps
+        }
+        permutation = query_last(self.network.shuffle(batch, length).to(image.device), query)
+        visible = permutation[:, : self.network.num_visible(length)]
+        with attention_maps(self.network) as maps:
+            self.network(image, permutation)
+        for depth, n in reversed([*enumerate(reversed(taps))]):  # cross blocks read the deepest tap first
+            seen = maps[f"decoder.cross_blocks.{depth}.cross_attn"].float().mean(dim=1)[:, -1, 1:]
+            weights[f"cross_tap_{n}"] = seen.new_zeros(batch, length).scatter(1, visible, seen)
+        return {name: w.reshape(batch, 1, *grid) for name, w in weights.items()}
+
+
+def query_last(permutation: Tensor, query: Tensor) -> Tensor:
+    """Move a token to the end of each row of a permutation [B, L], where it is hidden; the others keep their order.
+
+    Args:
+        permutation: [B, L], each row a shuffle of the token numbers.
+        query: [B], the tokens to move.
+    """
+    order = (permutation == query[:, None]).int().argsort(dim=1, stable=True)
+    return permutation.gather(1, order)
+
+
+def to_scan_grid(tokens: np.ndarray, affine: np.ndarray, scan_affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Give each voxel of a scan the value of the token whose patch it lies in, 0 where there is none.
+
+    Args:
+        tokens: [h, w, d].
+        affine: [4, 4] of the tokens, see :func:`token_affine`.
+        scan_affine: [4, 4], from the scan's voxel indices to RAS millimetres.
+        shape: (X, Y, Z) of the scan.
+
+    Returns:
+        [X, Y, Z] in float32.
+    """
+    to_tokens = np.linalg.inv(affine) @ scan_affine
+    # `grid-constant`, as `constant` would cut the outermost patches at their centres.
+    return affine_transform(
+        tokens.astype(np.float32), to_tokens, output_shape=tuple(shape), order=0, mode="grid-constant", cval=0.0
+    )
+
+
+class SaveAttentiond(MapTransform):
+    """Write the attention maps of a query on the scan's own grid, with a figure, and return the data as they came.
+
+    For each map of :class:`QueryAttention` there is ``{case}_{map}.nii.gz``, such as ``ct_001_cross_tap_9.nii.gz``,
+    float32, one 3D file each so that any viewer lays it over the scan: a voxel holds the weight of the patch it lies
+    in. The network sees one window, and attention does not reach beyond it: outside there are zeros.
+    ``{case}_attention.png`` shows the maps in the axial slice through the query.
+
+    Args:
+        keys: key of the maps, a dict of [1, h, w, d].
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
+        output_dir: folder of the files, created if need be.
+        window: intensities of the scan shown as black and as white.
+        image_key: key of the window [C, H, W, D] that the network saw, whose file is the scan.
+        voxel_key: key of the query's indices (i, j, k) in the scan.
+
+    Raises:
+        ValueError: on call, if the image does not know its file.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        patch_size: Sequence[int] | int,
+        output_dir: str | Path,
+        window: tuple[float, float] = (-175.0, 250.0),
+        image_key: str = "image",
+        voxel_key: str = "voxel",
+    ) -> None:
+        super().__init__(keys)
+        self.patch_size = ensure_tuple_rep(patch_size, 3)
+        self.output_dir = Path(output_dir)
+        self.window = window
+        self.image_key = image_key
+        self.voxel_key = voxel_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        """Write the files of one decollated case."""
+        image = data[self.image_key]
+        file = source_file(image)
+        scan: Any = nib.load(file)
+        case, shape, voxel = case_name(file), scan.shape[:3], convert_to_numpy(data[self.voxel_key]).tolist()
+        affine = token_affine(convert_to_numpy(image.affine), self.patch_size)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+
+        maps: dict[str, dict[str, Any]] = {}
+        for name, attention in data[self.keys[0]].items():
+            volume = to_scan_grid(convert_to_numpy(attention[0]), affine, scan.affine, shape)
+            nib.save(nib.Nifti1Image(volume, scan.affine), self.output_dir / f"{case}_{name}.nii.gz")
+            kind, tap = name.split("_", 1)
+            maps.setdefault(kind, {})[tap.replace("_", " ")] = orthogonal_planes(volume, scan.affine, voxel)[0]
+        figure = attention_figure(
+            orthogonal_planes(np.asanyarray(scan.dataobj).reshape(shape), scan.affine, voxel)[0],
+            maps,
+            self.window,
+            f"{case}   voxel {voxel}",
+        )
+        figure.savefig(self.output_dir / f"{case}_attention.png", bbox_inches="tight")
+        return data
