@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,10 +74,12 @@ def test_two_processes_get_the_gradients_of_one_and_masks_of_their_own(tmp_path:
     assert not torch.equal(parts[0]["mask"], parts[1]["mask"])
 
 
-def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+def start(
+    data: Path, out: Path, *more: str, launch: str = f"--standalone --nproc_per_node {WORLD}"
+) -> subprocess.Popen[str]:
     files = "['configs/train.json','configs/multi_gpu_train.json','configs/tiny.json']"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
-    words += ["-m", "monai.bundle", "run", "--config_file", files, *SMALL.split(), "--dataset_dir", str(data)]
+    words = [sys.executable, "-m", "torch.distributed.run", *launch.split(), "-m", "monai.bundle", "run"]
+    words += ["--config_file", files, *SMALL.split(), "--dataset_dir", str(data)]
     words += ["--ckpt_dir", str(out), "--output_dir", str(out), "--save_minutes", "0", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -115,9 +118,17 @@ def test_a_killed_process_ends_the_job_soon(killed: dict[str, Any]) -> None:
     assert killed["seconds"] < 60  # not the half hour of gloo's timeout
 
 
-def test_the_restart_resumes(killed: dict[str, Any], datasets: dict[str, Path], tmp_path: Path) -> None:
+def test_the_restart_resumes_as_two_machines_would_have_run(
+    killed: dict[str, Any], datasets: dict[str, Path], tmp_path: Path
+) -> None:
     assert "resuming from" in killed["resumed"]
-    finish(start(datasets["btcv"], tmp_path))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint localhost:{port} --rdzv_id test"
+    nodes = [start(datasets["btcv"], tmp_path, launch=launch) for _ in range(2)]
+    for node in nodes:
+        finish(node)
     assert loss_curve(killed["out"]) == pytest.approx(loss_curve(tmp_path), rel=1e-6)
 
 

@@ -98,7 +98,7 @@ class TrainingState:
         evaluator: MONAI evaluator that the trainer's handlers run.
         seed: of the run.
         every_epochs: save after so many epochs.
-        every_minutes: save also within epochs, after so many minutes without.
+        every_minutes: save between as well, after so many minutes without.
         keep: states kept.
     """
 
@@ -181,15 +181,19 @@ class TrainingState:
             return  # gradients accumulated by halves are not saved; the epoch's last state comes after its validation
         if self.is_told_to_stop():
             self.leave(engine)
-        elif time.monotonic() - self.saved_at > self.every_seconds:
+        elif self.is_time():
             self.save()
 
     def after_epoch(self, engine: Any) -> None:
         """Save at the end of an epoch, if it is due, and leave, if told to."""
         if self.is_told_to_stop():
             self.leave(engine)
-        elif engine.state.epoch % self.every_epochs == 0 or not self.unfinished:
+        elif engine.state.epoch % self.every_epochs == 0 or not self.unfinished or self.is_time():
             self.save()
+
+    def is_time(self) -> bool:
+        """Whether the last state is older than `every_minutes`."""
+        return time.monotonic() - self.saved_at > self.every_seconds
 
     def is_told_to_stop(self) -> bool:
         """Whether any process was sent SIGTERM; all must leave after the same iteration, or some wait for ever."""
