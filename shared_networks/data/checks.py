@@ -29,11 +29,18 @@ _FEW_FILES = 20  # checked before a progress bar is any use
 logger = logging.getLogger(__name__)
 
 
-class _Scan(NamedTuple):
-    """What is wrong with one file, and its grid (`None` where it has none that could be compared)."""
+class Nifti(NamedTuple):
+    """What is in one NIfTI file, or why it is of no use.
+
+    Attributes:
+        problems: what is wrong, a sentence each.
+        grid: shape and affine, `[4, 4]` in mm (RAS); `None` where the file has none that could be used.
+        values: voxels of that shape as numbers; `None` where they were not asked for or could not be read.
+    """
 
     problems: list[str]
     grid: tuple[tuple[int, ...], np.ndarray] | None
+    values: np.ndarray | None = None
 
 
 def check_cases(
@@ -73,13 +80,19 @@ def check_cases(
     for files, label in unique:
         others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
         for other in others:
-            problems += _grid_problems(files[0], found[files[0], False], other[0], found[other])
+            problems += grid_problems(files[0], found[files[0], False], other[0], found[other])
     if problems:
         raise InputError("\n".join([f"{len(problems)} problem(s) in {len(jobs)} file(s):", *problems]))
     return cases
 
 
-def _check_file(file: str, is_label: bool, num_classes: int | None, voxels: bool) -> _Scan:
+def read_nifti(file: str, voxels: bool = True) -> Nifti:
+    """Reads a file to its last byte, once; what is wrong with it is returned and not raised.
+
+    Args:
+        file: `.nii.gz` or `.nii`.
+        voxels: with `False` only the header is read.
+    """
     try:
         scan = nib.load(file)
         if not isinstance(scan, nib.Nifti1Image):
@@ -91,15 +104,19 @@ def _check_file(file: str, is_label: bool, num_classes: int | None, voxels: bool
         shape, affine = scan.shape, scan.affine.copy()  # the next line writes into it
         used_affine = correct_nifti_header_if_necessary(scan).affine
     except FileNotFoundError:
-        return _Scan(["no such file; correct the path or remove the case"], None)
+        return Nifti(["no such file; correct the path or remove the case"], None)
     except _UNREADABLE as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return _Scan([f"cannot be read ({reason}); copy or download it again"], None)
+        return Nifti([f"cannot be read ({reason}); copy or download it again"], None)
     problems = _shape_problems(shape) + _header_problems(pixdim, affine, used_affine)
-    grid = None if problems else (shape, affine)
+    return Nifti(problems, None if problems else (shape, affine), values)
+
+
+def _check_file(file: str, is_label: bool, num_classes: int | None, voxels: bool) -> Nifti:
+    problems, grid, values = read_nifti(file, voxels)
     if values is not None:
-        problems += _label_problems(file, values, num_classes) if is_label else _image_problems(values)
-    return _Scan(problems, grid)
+        problems = problems + (_label_problems(file, values, num_classes) if is_label else image_problems(values))
+    return Nifti(problems, grid)
 
 
 def _read_voxels(scan: nib.Nifti1Image, stream: ImageOpener) -> np.ndarray:
@@ -135,7 +152,8 @@ def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.nda
     return problems
 
 
-def _image_problems(values: np.ndarray) -> list[str]:
+def image_problems(values: np.ndarray) -> list[str]:
+    """Returns what is wrong with the voxels of an image of any shape: no numbers, not finite, or all the same."""
     if problems := _finite_problems(values):
         return problems
     low, high = values.min(), values.max()
@@ -168,7 +186,8 @@ def _finite_problems(values: np.ndarray) -> list[str]:
     return [f"{count} of {values.size} voxels are NaN or infinite; replace them or export the file again"]
 
 
-def _grid_problems(image: str, image_scan: _Scan, other: str, other_scan: _Scan) -> list[str]:
+def grid_problems(image: str, image_scan: Nifti, other: str, other_scan: Nifti) -> list[str]:
+    """Returns how the grid of another file (a channel, a label) differs from the image's."""
     if image_scan.grid is None or other_scan.grid is None:
         return []
     (shape, affine), (other_shape, other_affine) = image_scan.grid, other_scan.grid

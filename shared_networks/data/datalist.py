@@ -192,7 +192,8 @@ def report_cases(
 
 def _stem(file: str) -> str:
     name = Path(file).name
-    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
+    suffixes = (*_SUFFIXES, ".npy")  # the last is the prepared store's
+    return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
 
 
 def _dataset_folder(dataset_dir: str | Path | None) -> Path:
