@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -91,7 +91,7 @@ def command_line_options(arguments: Sequence[str]) -> dict[str, str]:
     """
     words = list(takewhile(lambda word: word != "--", arguments))  # what follows is for fire itself
     options = {}
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue="--"):
         if not _FLAG.match(word):
             continue
         key, equals, value = word.lstrip("-").partition("=")
