@@ -185,7 +185,7 @@ class LoadReport:
         landed: names copied into the network.
         missing: names that the network has and the checkpoint has not, or has in another shape.
         unexpected: names that the checkpoint has and the network has not.
-        kept: position tables left as they were, because the checkpoint's is for another grid of tokens.
+        kept: left as they were, because the checkpoint's are for another grid of tokens or number of classes.
         part: what was loaded.
     """
 
@@ -200,7 +200,7 @@ class LoadReport:
         lines = [f"weights from {self.source}: {len(self.landed)} tensors landed in the {self.part}"]
         lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
         lines += [f"  unexpected, not used: {', '.join(summarise(self.unexpected)) or 'none'}"]
-        lines += [f"  kept for its own token grid: {name}" for name in self.kept]
+        lines += [f"  kept as it was, of another size there: {name}" for name in self.kept]
         return "\n".join(lines)
 
 
@@ -254,6 +254,22 @@ def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | N
     return _load(network, checkpoint, "network") if checkpoint else None
 
 
+def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | None:
+    """Load a fine-tuned segmenter, to go on from it, print what landed, and drop its head if the classes differ.
+
+    Args:
+        network: to be loaded.
+        checkpoint: a ``model.pt`` of a segmentation bundle, or an empty string for none.
+
+    Returns:
+        The report, None for none.
+
+    Raises:
+        InputError: if the file is missing or unreadable, or anything but the head is not the network's.
+    """
+    return _load(network, checkpoint, "segmenter") if checkpoint else None
+
+
 def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> LoadReport:
     """Load the network, or its encoder alone, and leave it as it was if the checkpoint does not cover that."""
     weights = read_weights(checkpoint)
@@ -261,6 +277,12 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
     own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}
     fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     kept = tuple(name for name in own if name.endswith("position_embeddings") and name in weights.keys() - fits.keys())
+    if part == "segmenter":
+        head = [name for name in own if name.startswith("out.") and name in weights.keys() - fits.keys()]
+        if head:
+            there, here = len(weights[head[0]]), len(own[head[0]])
+            print(f"{checkpoint}: has {there} classes, not {here}: its head is left out and starts anew", flush=True)
+            kept += tuple(head)
     report = LoadReport(
         source=str(checkpoint),
         landed=tuple(fits),
@@ -281,7 +303,7 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
             f"{checkpoint}: does not cover the {part}, {len(report.missing)} of {len(own)} tensors are missing "
             f"({detail}). Give a checkpoint of the same patch size, width and depth as network_def."
         )
-    if report.unexpected and part == "network":
+    if report.unexpected and part != "encoder":
         raise InputError(
             f"{checkpoint}: {len(report.unexpected)} tensors have no place in the network (such as "
             f"{report.unexpected[0]}). Give a checkpoint of the same depth as network_def."

@@ -26,6 +26,7 @@ from shared_networks.checkpoints import (
     load_encoder,
     load_hi_end_mae,
     load_hi_end_mae_10k,
+    load_segmenter,
     official_names,
     read_weights,
     summarise,
@@ -306,7 +307,7 @@ def test_another_token_grid_keeps_its_own_positions(tmp_path, capsys):
     own = segmenter.get_parameter(POSITIONS).clone()
     report = load_encoder(segmenter, save(mae.state_dict(), tmp_path))
     assert report.kept == (POSITIONS,) and POSITIONS not in report.landed and not report.missing
-    assert capsys.readouterr().out.endswith(f"\n  kept for its own token grid: {POSITIONS}\n")
+    assert capsys.readouterr().out.endswith(f"\n  kept as it was, of another size there: {POSITIONS}\n")
     assert torch.equal(segmenter.get_parameter(POSITIONS), own)
     assert torch.equal(segmenter.get_parameter("vit.norm.weight"), mae.get_parameter("vit.norm.weight"))
 
@@ -354,6 +355,28 @@ def test_half_an_encoder_is_refused_and_the_network_left_alone(change, missing, 
     printed = capsys.readouterr().out
     assert all(name in printed for name in change)  # the report comes first, with all of them
     assert_same_weights(segmenter.state_dict(), before)
+
+
+def test_another_number_of_classes_drops_the_head_alone_and_says_so(tmp_path, capsys):
+    source, target = tiny_segmenter(out_channels=3), tiny_segmenter(out_channels=5)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    file = save(source.state_dict(), tmp_path)
+    report = load_segmenter(target, file)
+    assert f"{file}: has 3 classes, not 5: its head is left out and starts anew" in capsys.readouterr().out
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, (before if name.startswith("out.") else source.state_dict())[name]), name
+    assert report is not None and set(report.kept) == {name for name in before if name.startswith("out.")}
+
+
+def test_a_segmenter_goes_on_from_its_like_and_refuses_others(tmp_path):
+    source, target = tiny_segmenter(), tiny_segmenter()
+    with torch.no_grad():
+        source.out.conv.conv.weight.fill_(7)
+    load_segmenter(target, save(source.state_dict(), tmp_path))
+    assert_same_weights(target.state_dict(), source.state_dict())
+    assert load_segmenter(target, "") is None
+    with pytest.raises(InputError, match="does not cover the segmenter"):
+        load_segmenter(target, save(tiny_mae().state_dict(), tmp_path))
 
 
 def test_long_lists_of_names_are_shortened():

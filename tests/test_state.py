@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
 from monai.optimizers import WarmupCosineSchedule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from torch import Tensor, nn
 
 from shared_networks.data.draws import DrawSampler
 from shared_networks.errors import InputError
+from shared_networks.training.averages import MovingAverage
 from shared_networks.training.state import SaveBestModel, TrainingState, save_atomically
 
 from .conftest import ROOT
@@ -154,7 +156,9 @@ def training(
         decollate=False,
         accumulation_steps=kwargs.pop("accumulation_steps", 1),
     )
-    return TrainingState(folder, network, optimizer, schedule, trainer, evaluator, seed=seed, **kwargs)
+    return TrainingState(
+        folder, folder / "model.pt", network, optimizer, schedule, trainer, evaluator, seed=seed, **kwargs
+    )
 
 
 class Indexed:
@@ -176,6 +180,7 @@ def run(state: TrainingState, resume: bool = False) -> TrainingState:
         state.trainer.run()
     if state.unvalidated:
         state.evaluator.run(state.trainer.state.max_epochs)
+    state.finish()
     return state
 
 
@@ -313,21 +318,99 @@ def test_the_best_model_is_kept_across_a_resume(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt").read_bytes() == b"the best so far"
 
 
-@pytest.fixture
+def test_a_model_that_is_there_is_replaced_by_a_better_one_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # answers 1, which is the target
+    save_atomically(good, tmp_path / "model.pt")
+    run(training(tmp_path))
+    assert "model.pt has error 0.0000; only a better model replaces it" in capsys.readouterr().out
+    assert torch.load(tmp_path / "model.pt", weights_only=True) == good
+
+    save_atomically({"weight": torch.zeros(1, 1), "bias": torch.tensor([99.0])}, tmp_path / "model.pt")
+    state = run(training(tmp_path))
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved["bias"] < 90
+    assert (state.evaluator.state.best_metric_epoch) in (1, 2)
+
+
+def test_a_model_of_another_network_is_moved_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_atomically({"other": torch.zeros(2)}, tmp_path / "model.pt")
+    run(training(tmp_path))
+    assert "model.pt is of another network; moved to model.pt.old" in caplog.text
+    assert list(torch.load(tmp_path / "model.pt.old", weights_only=True)) == ["other"]
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight", "bias"}
+
+
+def test_without_validation_cases_the_last_weights_are_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = training(tmp_path)
+    state.evaluator.data_loader = []
+    state.evaluator.state.epoch_length = 0
+    run(state)
+    assert "no validation cases" in caplog.text
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=True)["bias"], state.network.state_dict()["bias"])
+
+
+def averaged(folder: Path, **kwargs: Any) -> TrainingState:
+    state = training(folder, **kwargs)
+    average = MovingAverage(state.network, 0.5, state.trainer, state.evaluator)
+    state.also["average"] = average
+    return state
+
+
+def test_the_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
+    state = averaged(tmp_path, epochs=1)
+    seen: list[Tensor] = []
+    state.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append(state.network.state_dict()["bias"].clone())
+    )
+    first = state.network.state_dict()["bias"].clone()
+    run(state)
+    expected = first
+    for steps, bias in enumerate(seen, 1):
+        expected = expected + (1 - min(0.5, (1 + steps) / (10 + steps))) * (bias - expected)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)["bias"]
+    torch.testing.assert_close(saved, expected)
+    assert torch.equal(state.network.state_dict()["bias"], seen[-1])  # training goes on with its own weights
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_the_moving_average_survives_an_interruption(tmp_path: Path, at: int) -> None:
+    run(averaged(tmp_path / "whole"))
+    stopped = averaged(tmp_path / "parts")
+    stop_after(stopped, at)
+    run(stopped)
+    run(averaged(tmp_path / "parts"), resume=True)
+    whole, parts = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "parts"))
+    assert torch.equal(whole["weight"], parts["weight"]) and torch.equal(whole["bias"], parts["bias"])
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_out_of_range_is_refused(tmp_path: Path, decay: float) -> None:
+    state = training(tmp_path)
+    with pytest.raises(ValueError, match=f"ema_decay is {decay}; it must be at least 0"):
+        MovingAverage(state.network, decay, state.trainer, state.evaluator)
+
+
+@contextmanager
 def full_disk() -> Iterator[None]:
     """No file of this process may grow beyond 8 kB: writing fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path, full_disk: None) -> None:
+def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     save_atomically({"weight": torch.ones(3)}, file)
-    with pytest.raises(InputError) as caught:
+    with full_disk(), pytest.raises(InputError) as caught:
         save_atomically({"weight": torch.ones(100_000)}, file)
     assert str(caught.value).startswith(f"{file}: cannot be written (")
     assert "\n" not in str(caught.value) and "--resume True" in str(caught.value)

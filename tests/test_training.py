@@ -16,7 +16,7 @@ from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
 from shared_networks.training.batches import PrepareBatchSelfSupervised
 from shared_networks.training.losses import MaskedPatchLoss
-from shared_networks.training.optim import parameter_groups
+from shared_networks.training.optim import layerwise_groups, parameter_groups
 
 PRETRAIN = Path(__file__).parents[1] / "hi_end_mae_pretrain" / "configs" / "train.json"
 VIT = {"img_size": 12, "patch_size": 6, "hidden_size": 12, "num_heads": 2}
@@ -209,3 +209,35 @@ def test_background_weight_of_one_is_the_published_loss():
     plain = DiceCELoss(**settings)(logits, labels)
     torch.testing.assert_close(DiceCELoss(**settings, weight=torch.ones(5))(logits, labels), plain)
     assert DiceCELoss(**settings, weight=torch.tensor([0.05, 1, 1, 1, 1]))(logits, labels) != plain
+
+
+def segmenter() -> HiEndUNETR:
+    return HiEndUNETR(**VIT, out_channels=3, feature_size=2, num_layers=3, tap_layers=(0, 1, 2))
+
+
+def test_layers_nearer_the_input_learn_more_slowly() -> None:
+    network = segmenter()
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = {g["lr"]: {names[id(p)] for p in g["params"]} for g in layerwise_groups(network, 0.1, 0.5)}
+    assert [pytest.approx(rate) for rate in groups] == [0.1, 0.05, 0.025, 0.0125, 0.00625]
+    behind, *blocks, patches = groups.values()
+    assert all(name.startswith(f"vit.blocks.{2 - i}.") for i, block in enumerate(blocks) for name in block)
+    assert patches == {name for name in names.values() if name.startswith("vit.patch_embedding.")}
+    assert "vit.norm.weight" in behind and "out.conv.conv.weight" in behind
+    assert sum(map(len, groups.values())) == len(names)
+
+
+def test_without_decay_all_learn_alike_and_a_frozen_encoder_not_at_all() -> None:
+    network = segmenter()
+    (group,) = layerwise_groups(network, 0.1)
+    assert len(group["params"]) == len(list(network.parameters()))
+    (group,) = layerwise_groups(network, 0.1, freeze_encoder=True)
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in network.named_parameters() if name.startswith("vit.")}
+    assert len(group["params"]) == len(list(network.parameters())) - len(frozen)
+
+
+@pytest.mark.parametrize("decay", [0, 1.5])
+def test_a_layer_decay_out_of_range_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match=f"layer_decay is {decay}; it must be above 0"):
+        layerwise_groups(segmenter(), 0.1, decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-from shared_networks.figures import reconstruction_figure
+from shared_networks.figures import overlay_figure, reconstruction_figure
 from shared_networks.networks.hi_end_mae import HiEndMAE, restore_intensities
 
 
@@ -153,3 +154,55 @@ class ReconstructionPanel:
         figure = reconstruction_figure(scan, masked, rebuilt, self.affine, f"epoch {engine.state.epoch}")
         with SummaryWriter(str(self.log_dir)) as writer:
             writer.add_figure("reconstruction", figure, engine.state.epoch)
+
+
+class OrganDice:
+    """Adds each organ's mean Dice to an evaluator's metrics, as `dice_NAME`, for a curve of its own.
+
+    Args:
+        label_names: names in order of label value, background first.
+    """
+
+    def __init__(self, label_names: Sequence[str]) -> None:
+        self.organs = label_names[1:]
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator whose key metric is :class:`monai.handlers.MeanDice` without background."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Add the metrics, of organs that some case has."""
+        dice = engine.state.metric_details[engine.state.key_metric_name]
+        for organ, value in zip(self.organs, dice.nanmean(dim=0).tolist(), strict=True):
+            if not math.isnan(value):
+                engine.state.metrics[f"dice_{organ.replace(' ', '_')}"] = value
+
+
+class OverlayPanel:
+    """Writes a picture of the first validation case for TensorBoard: truth and prediction over the CT.
+
+    Args:
+        log_dir: folder of TensorBoard's files.
+        label_names: names in order of label value, background first.
+    """
+
+    def __init__(self, log_dir: str | Path, label_names: Sequence[str]) -> None:
+        self.log_dir = log_dir
+        self.label_names = label_names
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator whose post-processing makes `pred` and `label` one-hot."""
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Draw the first case of a validation."""
+        if engine.state.iteration != 1:
+            return
+        case = engine.state.output[0]
+        image = np.asarray(case["image"][0].cpu())
+        labels, truth = (np.asarray(case[key].argmax(0).cpu(), dtype=np.int16) for key in ("pred", "label"))
+        affine = np.asarray(getattr(case["image"], "affine", np.eye(4)), dtype=float)
+        title = f"epoch {engine.state.epoch}"
+        figure = overlay_figure(image, labels, affine, self.label_names, truth=truth, window=(0.0, 1.0), title=title)
+        with SummaryWriter(str(self.log_dir)) as writer:
+            writer.add_figure("overlay", figure, engine.state.epoch)

@@ -1,10 +1,12 @@
-"""What the optimiser may decay."""
+"""What the optimiser may decay, and how fast each part of the network learns."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from shared_networks.networks.unetr import HiEndUNETR
 
 UNDECAYED = ("cls_token", "mask_token", "position_embeddings")
 
@@ -28,3 +30,44 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
             spared = parameter.ndim < 2 or name.endswith(UNDECAYED)
             (undecayed if spared else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def layerwise_groups(
+    network: HiEndUNETR, learning_rate: float, layer_decay: float = 1.0, freeze_encoder: bool = False
+) -> list[dict[str, Any]]:
+    """Let the pre-trained encoder learn more slowly than the new layers, the more so the closer to the input.
+
+    Layer-wise learning-rate decay as masked autoencoders are fine-tuned with (Bao et al., "BEiT", ICLR 2022, appendix;
+    He et al., "Masked autoencoders are scalable vision learners", CVPR 2022, table 9): block i of n has the rate
+    `learning_rate * layer_decay ** (n - i)`, patch embedding and positions `learning_rate * layer_decay ** (n + 1)`,
+    and all behind the blocks `learning_rate`.
+
+    Args:
+        network: the segmenter, on its device.
+        learning_rate: of the layers behind the encoder.
+        layer_decay: above 0, at most 1; 1, as published, gives all the same rate.
+        freeze_encoder: leave the encoder as it was pre-trained, to see what its features are worth by themselves.
+
+    Returns:
+        Groups in the form that torch optimisers take, one for each rate.
+
+    Raises:
+        ValueError: `layer_decay` is out of range.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1 (1 decays nothing).")
+    network.vit.requires_grad_(not freeze_encoder)
+    depth = len(network.vit.blocks)
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            rate = learning_rate * layer_decay ** (depth - _layer(name, depth))
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in sorted(groups.items(), reverse=True)]
+
+
+def _layer(name: str, depth: int) -> int:
+    """Number of the block that a parameter belongs to: -1 before the first, `depth` behind the last."""
+    if name.startswith("vit.blocks."):
+        return int(name.split(".")[2])
+    return -1 if name.startswith("vit.patch_embedding.") else depth

@@ -87,10 +87,12 @@ class TrainingState:
 
     States are files `state_ITERATION.ckpt`, written atomically by rank 0, the newest `keep` kept. They hold network,
     optimiser, schedule, gradient scaler, epoch, iteration, best metric and seed, and are read by every rank, so the
-    folder must be one that all machines see. Call :meth:`start`, then run the trainer while :attr:`unfinished`.
+    folder must be one that all machines see. Call :meth:`start`, run the trainer while :attr:`unfinished`, validate
+    while :attr:`unvalidated`, and call :meth:`finish`.
 
     Args:
         folder: of the states. Not that of `model.pt`: MONAI Label would take a state for a model.
+        model: the `model.pt` that validation writes, see :class:`SaveBestModel`.
         network: bare network.
         optimizer: its optimiser.
         lr_scheduler: stepped every iteration.
@@ -100,11 +102,13 @@ class TrainingState:
         every_epochs: save after so many epochs.
         every_minutes: save between as well, after so many minutes without.
         keep: states kept.
+        also: by name, what else has a `state_dict` to be saved and restored; `None` is left out.
     """
 
     def __init__(
         self,
         folder: str | Path,
+        model: str | Path,
         network: nn.Module,
         optimizer: Optimizer,
         lr_scheduler: LRScheduler,
@@ -114,8 +118,10 @@ class TrainingState:
         every_epochs: int = 1,
         every_minutes: float = 15.0,
         keep: int = 2,
+        also: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.model = Path(model)
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -125,6 +131,7 @@ class TrainingState:
         self.every_epochs = every_epochs
         self.every_seconds = 60 * every_minutes
         self.keep = keep
+        self.also = {name: part for name, part in (also or {}).items() if part is not None}
         self.rank: int = self.trainer.state.rank
         self.validated_epoch = 0
         self.saved_at = time.monotonic()
@@ -146,6 +153,9 @@ class TrainingState:
     def start(self, resume: bool) -> None:
         """Attach to trainer and evaluator and, with `resume`, go back to the newest state there is.
 
+        Without a state, a `model.pt` that is already there becomes the one to beat: it is validated first and replaced
+        by a better one only. If it is of another network, it is moved aside.
+
         Raises:
             InputError: no state can be read though there are some, or they are of another network or seed.
         """
@@ -153,12 +163,14 @@ class TrainingState:
         if resume and found:
             self.load(found)
             self.own = found[::-1]
-        elif found and self.rank == 0:
-            logger.warning(
-                "%s holds the state of an earlier run, which the first state of this one will replace; "
-                "stop now and pass --resume True to go on with it",
-                self.folder,
-            )
+        else:
+            if found and self.rank == 0:
+                logger.warning(
+                    "%s holds the state of an earlier run, which the first state of this one will replace; "
+                    "stop now and pass --resume True to go on with it",
+                    self.folder,
+                )
+            self.challenge()
         if dist.is_available() and dist.is_initialized():
             self.votes = dist.new_group(backend="gloo")  # on the CPU: asking NCCL would halt the GPU in every iteration
         if threading.current_thread() is threading.main_thread():
@@ -166,6 +178,39 @@ class TrainingState:
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.after_iteration)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
         self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.after_validation)
+
+    def challenge(self) -> None:
+        """Make a model that is already there the one to beat."""
+        if not self.model.is_file():
+            return
+        older = torch.load(self.model, map_location="cpu", weights_only=True)
+        own = self.network.state_dict()
+        if {name: tensor.shape for name, tensor in older.items()} != {
+            name: tensor.shape for name, tensor in own.items()
+        }:
+            aside = self.model.with_name(f"{self.model.name}.old")
+            if dist.is_available() and dist.is_initialized():
+                dist.barrier()  # nobody moves it while another still looks
+            if self.rank == 0:
+                logger.warning("%s is of another network; moved to %s", self.model, aside.name)
+                self.model.replace(aside)
+            return
+        own = {name: tensor.clone() for name, tensor in own.items()}
+        self.network.load_state_dict(older)
+        self.evaluator.run()
+        self.network.load_state_dict(own)
+        if self.evaluator.state.best_metric_epoch != -1:
+            self.evaluator.state.best_metric_epoch = 0  # before the first
+            if self.rank == 0:
+                score = f"{self.evaluator.state.key_metric_name} {self.evaluator.state.best_metric:.4f}"
+                print(f"{self.model} has {score}; only a better model replaces it", flush=True)
+
+    def finish(self) -> None:
+        """Save the weights as `model.pt` where there was nothing to validate them on."""
+        if self.rank == 0 and not self.unfinished and self.evaluator.state.best_metric_epoch == -1:
+            average = self.also.get("average")
+            save_atomically(getattr(average, "average", None) or self.network.state_dict(), self.model)
+            logger.warning("no validation cases: %s holds the weights at the end of the training", self.model)
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """Note a signal; training stops after the iteration that is under way."""
@@ -235,6 +280,7 @@ class TrainingState:
             "best_metric": float(self.evaluator.state.best_metric),
             "best_metric_epoch": self.evaluator.state.best_metric_epoch,
             "validated_epoch": self.validated_epoch,
+            **{name: part.state_dict() for name, part in self.also.items()},
         }
         file = self.folder / f"state_{at.iteration:09d}.ckpt"
         save_atomically(content, file)
@@ -261,6 +307,9 @@ class TrainingState:
         self.evaluator.state.best_metric = state["best_metric"]
         self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
         self.validated_epoch = state["validated_epoch"]
+        for name, part in self.also.items():
+            if name in state:
+                part.load_state_dict(state[name])
 
         length, max_epochs = self.trainer.state.epoch_length, self.trainer.state.max_epochs
         iteration, schedule = state["iteration"], state["schedule"]

@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines import IterationEvents
 from monai.inferers import Inferer
+from monai.utils import convert_to_tensor
 from torch import nn
 
 from shared_networks.data.draws import derived_seed
@@ -44,8 +45,9 @@ class AutocastInferer(Inferer):
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the network's output in float32, so that losses and metrics are computed in it."""
+        plain = convert_to_tensor(inputs)  # torch.compile cannot follow MONAI's tensors
         with torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            output = self.inferer(inputs, network, *args, **kwargs)
+            output = self.inferer(plain, network, *args, **kwargs)
         return output if self.dtype is None else output.float()
 
 
