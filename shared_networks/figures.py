@@ -161,9 +161,8 @@ def overlay_figure(
     entries = {value: label_names[value] for value in present}
     if truth is not None:
         dice = {value: _dice(prediction == value, truth == value) for value in present}
-        entries = {value: f"{_format_dice(dice[value])}  {name}" for value, name in entries.items()}
-        found = [score for score in dice.values() if not np.isnan(score)]
-        title += f"   mean Dice {np.mean(found):.2f}" if found else ""
+        entries = {value: f"{dice[value]:.2f}  {name}" for value, name in entries.items()}
+        title += f"   mean Dice {np.mean(list(dice.values())):.2f}" if dice else ""
     _add_title(figure, title)
     _add_legend(figure, panels[0][-1], "organ" if truth is None else "Dice and organ", entries)
     return figure
@@ -346,11 +345,8 @@ def _add_legend(figure: Figure, beside: Axes, heading: str, entries: Mapping[int
 
 
 def _dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Return the Dice of two masks, NaN where the truth is empty, as the reports do."""
-    size = np.count_nonzero(truth)
-    if not size:
-        return float("nan")
-    return 2 * np.count_nonzero(prediction & truth) / (np.count_nonzero(prediction) + size)
+    """Return the Dice of two masks, not both empty, as the reports do."""
+    return 2 * np.count_nonzero(prediction & truth) / (np.count_nonzero(prediction) + np.count_nonzero(truth))
 
 
 def _require_same_grid(data: Mapping[Hashable, Any], keys: Sequence[Hashable]) -> None:
@@ -366,11 +362,6 @@ def _require_same_grid(data: Mapping[Hashable, Any], keys: Sequence[Hashable]) -
                 f"'{key}' has affine {data[key].affine.tolist()} but '{first}' has {data[first].affine.tolist()}: "
                 f"invert predictions to the grid of '{first}'."
             )
-
-
-def _format_dice(dice: float) -> str:
-    # Figure dashes are as wide as digits, so the names after them stay in line.
-    return "\u2012.\u2012\u2012" if np.isnan(dice) else f"{dice:.2f}"
 
 
 class SaveOverlayd(MapTransform):
@@ -459,3 +450,49 @@ class SaveReconstructiond(MapTransform):
         self.output_dir.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.output_dir / f"{case}_reconstruction.png", bbox_inches="tight")
         return data
+
+
+def dice_boxplot(organs: Sequence[str], dice: np.ndarray, overall: Mapping[str, Any]) -> Figure:
+    """Draw the cases' Dice by organ: a box in the organ's colour, a dot for every case, n in the label.
+
+    Args:
+        organs: names in order of label value, without the background.
+        dice: ``[cases, organs]``, NaN where there is no value.
+        overall: of all organs, with ``n``, ``mean`` and ``interval_95``, as
+            :func:`shared_networks.reports.summarise` returns it.
+    """
+    figure = Figure(figsize=(2 + 0.75 * max(len(organs), 4), 5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.add_subplot()
+    for place, scores in enumerate(dice.T, start=1):
+        found = scores[~np.isnan(scores)]
+        panel.boxplot(
+            [found],
+            positions=[place],
+            widths=0.6,
+            patch_artist=True,
+            showfliers=False,  # every case is drawn as a dot
+            medianprops={"color": "black", "linewidth": 1.5},
+            boxprops={"facecolor": to_rgba(label_colour(place), 0.7), "edgecolor": TEXT_COLOUR},
+            whiskerprops={"color": TEXT_COLOUR},
+            capprops={"color": TEXT_COLOUR},
+        )
+        beside = place + 0.4 * (np.arange(len(found)) - (len(found) - 1) / 2) / max(len(found), 2)
+        panel.scatter(beside, found, s=20, color=label_colour(place), edgecolors="black", linewidths=0.8, zorder=3)
+    counts = (~np.isnan(dice)).sum(axis=0)
+    names = [f"{name} (n={count})" for name, count in zip(organs, counts, strict=True)]
+    panel.set_xticks(range(1, len(organs) + 1), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    panel.set(ylim=(-0.03, 1.03), xlim=(0.4, len(organs) + 0.6), ylabel="Dice")
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    mean = "" if overall["mean"] is None else f", mean {overall['mean']:.3f}"
+    if overall["interval_95"] is not None:
+        mean += " (95 % interval {:.3f} to {:.3f})".format(*overall["interval_95"])
+    panel.set_title(f"Dice by organ, {len(dice)} case{'s' * (len(dice) != 1)}{mean}", fontsize=10, color=TEXT_COLOUR)
+    figure.supxlabel(
+        "box: median and quartiles; whiskers: to the farthest case within 1.5 times the box; dots: cases",
+        fontsize=7,
+        color=TEXT_COLOUR,
+    )
+    return figure

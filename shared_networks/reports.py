@@ -1,19 +1,33 @@
-"""The table of an evaluation: Dice for every case and every organ, written as CSV and printed."""
+"""Tables of an evaluation: what every case and organ scored, and what that says of the organ and of the whole."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from ignite import distributed as idist
-from ignite.engine import Engine
 from monai.data import MetaTensor
-from monai.handlers import MetricsSaver
-from monai.utils import ImageMetaKey, string_list_all_gather
+from monai.utils import ImageMetaKey
 
-from shared_networks.data.datalist import case_name
+from shared_networks.errors import InputError
+from shared_networks.metrics import MEASURES
+
+DECIMALS = {
+    "dice": 4,
+    "hd95_mm": 2,
+    "nsd": 4,
+    "truth_ml": 2,
+    "predicted_ml": 2,
+    "volume_error_ml": 2,
+    "volume_error_percent": 1,
+}
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
 
 
 def source_file(image: MetaTensor) -> str:
@@ -32,13 +46,13 @@ def source_file(image: MetaTensor) -> str:
 
 
 def dice_table(dice: torch.Tensor) -> torch.Tensor:
-    """Border a Dice matrix with its means, leaving out absent organs.
+    """Border a Dice matrix with its means, leaving out what is NaN.
 
     The last column is each case's mean over its organs, the last row the mean of every column over the cases that have
-    a value there; so the corner equals the mean Dice of ``monai.handlers.MeanDice``.
+    a value there; so the corner is the mean over organs first, then over cases, as MONAI's mean Dice is.
 
     Args:
-        dice: ``[cases, organs]``, NaN where a case's truth has no such organ.
+        dice: ``[cases, organs]``, NaN where neither truth nor prediction has the organ.
 
     Returns:
         ``[cases + 1, organs + 1]``, NaN where there is nothing to average.
@@ -47,93 +61,224 @@ def dice_table(dice: torch.Tensor) -> torch.Tensor:
     return torch.cat([with_mean_column, with_mean_column.nanmean(dim=0, keepdim=True)], dim=0)
 
 
-def format_organ_table(organs: Sequence[str], dice: torch.Tensor) -> str:
-    """Lay out one line per organ: its name, its mean Dice over cases and the number of cases that have it.
+def dice_rows(cases: Sequence[str], organs: Sequence[str], dice: torch.Tensor) -> list[list[Any]]:
+    """Rows of ``dice.csv``: a line a case, a column an organ, and means of both (see :func:`dice_table`)."""
+    table = dice_table(dice).tolist()
+    body = [[name, *(_cell(value, 4) for value in row)] for name, row in zip((*cases, "mean"), table, strict=True)]
+    return [["case", *organs, "mean"], *body]
+
+
+def presence(truth_ml: float, predicted_ml: float) -> str:
+    """Say where an organ is: ``found``, ``missed``, ``false positive`` or ``absent``."""
+    if truth_ml > 0:
+        return "found" if predicted_ml > 0 else "missed"
+    return "false positive" if predicted_ml > 0 else "absent"
+
+
+def measure_rows(cases: Sequence[str], organs: Sequence[str], measures: torch.Tensor) -> list[list[Any]]:
+    """Rows of ``metrics.csv``: a line for each case and organ, empty where there is no value.
 
     Args:
-        organs: one name for every column of ``dice``.
-        dice: ``[cases, organs]``, NaN where a case's truth has no such organ.
+        cases: names.
+        organs: names.
+        measures: ``[cases, organs, len(MEASURES)]``.
     """
-    width = max(map(len, ("organ", "mean", *organs)))
-    means = dice_table(dice)[-1].tolist()
-    counts = [*(~dice.isnan()).sum(dim=0).tolist(), len(dice)]
-    rule = "-" * (width + 16)
-    lines = [
-        f"{name:<{width}}  {'-' if mean != mean else format(mean, '.4f'):>6}  {count:>6}"
-        for name, mean, count in zip((*organs, "mean"), means, counts, strict=True)
-    ]
-    return "\n".join([f"{'organ':<{width}}  {'Dice':>6}  {'cases':>6}", rule, *lines[:-1], rule, lines[-1]])
+    rows: list[list[Any]] = [["case", "organ", *MEASURES, "presence"]]
+    for case, table in zip(cases, measures.tolist(), strict=True):
+        for organ, values in zip(organs, table, strict=True):
+            named = dict(zip(MEASURES, values, strict=True))
+            cells = [_cell(value, DECIMALS[name]) for name, value in named.items()]
+            rows.append([case, organ, *cells, presence(named["truth_ml"], named["predicted_ml"])])
+    return rows
 
 
-class DiceReport(MetricsSaver):
-    """Ignite handler that writes ``dice.csv`` and prints a table per organ when an evaluation ends.
+def summarise(values: torch.Tensor, seed: int = 0, decimals: int = 4) -> dict[str, Any]:
+    """Describe one number a case.
 
-    The rows of ``dice.csv`` are the cases by name, then ``mean``; its columns are ``case``, the organs and ``mean``. A
-    cell is empty where the organ is absent from the case's truth. A case that a distributed sampler repeats to give
-    all ranks as many is counted once. Rank 0 writes.
+    The interval is the bootstrap's percentile interval of the mean: cases are drawn with replacement, as cases, not
+    voxels or organs, are what another hospital would bring anew. Source: Efron and Tibshirani, "An introduction to the
+    bootstrap", 1993, chapter 13. From few cases it is too narrow.
 
     Args:
-        label_names: names in order of label value, background first: ``["background", "spleen", ...]``.
-        output_dir: folder of ``dice.csv``, created if need be.
-        metric: name under which ``monai.handlers.MeanDice(include_background=False)`` is attached to the evaluator.
-        image_key: item of the batch whose metadata name the case.
+        values: ``[cases]``, NaN left out.
+        seed: of the draws.
+        decimals: kept of every number.
+
+    Returns:
+        ``n``, ``mean``, ``median``, ``std`` (with n - 1) and ``interval_95``, None where ``n`` is too small.
+    """
+    found = values[~values.isnan()].double().numpy()
+    n = len(found)
+    out: dict[str, Any] = {"n": n, "mean": None, "median": None, "std": None, "interval_95": None}
+    if n:
+        out |= {"mean": round(float(found.mean()), decimals), "median": round(float(np.median(found)), decimals)}
+    if n > 1:
+        draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+        tail = (1 - CONFIDENCE) / 2
+        interval = np.quantile(found[draws].mean(axis=1), [tail, 1 - tail])
+        out["std"] = round(float(found.std(ddof=1)), decimals)
+        out["interval_95"] = [round(float(end), decimals) for end in interval]
+    return out
+
+
+def presence_counts(organs: Sequence[str], measures: torch.Tensor) -> dict[str, dict[str, int]]:
+    """Count by organ in how many cases it is in the truth, is missed, and is predicted without being there."""
+    true, predicted = (measures[..., MEASURES.index(name)] > 0 for name in ("truth_ml", "predicted_ml"))
+    counts = torch.stack([true, true & ~predicted, predicted & ~true]).sum(dim=1).T.tolist()
+    return {
+        organ: dict(zip(("cases", "missed", "false_positives"), row, strict=True))
+        for organ, row in zip(organs, counts, strict=True)
+    }
+
+
+def summary(
+    cases: Sequence[str],
+    organs: Sequence[str],
+    measures: torch.Tensor,
+    settings: Mapping[str, Any],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Content of ``metrics.json``.
+
+    Args:
+        cases: names.
+        organs: names.
+        measures: ``[cases, organs, len(MEASURES)]``.
+        settings: of the evaluation, kept as they are.
+        seed: of the bootstrap.
+
+    Returns:
+        ``settings``, ``cases``, ``organs`` (by name, counts and each measure's :func:`summarise` over cases) and
+        ``overall``: for Dice, distance and surface Dice :func:`summarise` of each case's mean over its organs, and
+        ``mean_of_organs``, the mean over cases first and then over organs, which differs where organs are absent.
+    """
+    counts = presence_counts(organs, measures)
+    by_organ = {
+        organ: counts[organ]
+        | {
+            name: summarise(measures[:, i, j], seed, DECIMALS[name])
+            for j, name in enumerate(MEASURES)
+            if name not in ("truth_ml", "predicted_ml")
+        }
+        for i, organ in enumerate(organs)
+    }
+    overall = {}
+    for name in ("dice", "hd95_mm", "nsd"):
+        values = measures[..., MEASURES.index(name)]
+        of_organs = summarise(values.nanmean(dim=0), seed, DECIMALS[name])["mean"]
+        overall[name] = summarise(values.nanmean(dim=1), seed, DECIMALS[name]) | {"mean_of_organs": of_organs}
+    return {
+        "settings": {
+            **settings,
+            "bootstrap": {"of": "cases", "resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": seed},
+            "order_of_means": "organs first, then cases; mean_of_organs: cases first, then organs",
+            "organ_not_in_truth_or_prediction": "Dice and NSD 0, HD95 left out and counted as missed or false positive",
+            "organ_in_neither": "left out",
+        },
+        "cases": list(cases),
+        "organs": by_organ,
+        "overall": overall,
+    }
+
+
+def format_organ_table(organs: Sequence[str], measures: torch.Tensor) -> str:
+    """Lay out one line per organ with its means over cases, then the means over all.
+
+    Args:
+        organs: one name for every row of a case.
+        measures: ``[cases, organs, len(MEASURES)]``.
+    """
+    scores = {name: measures[..., MEASURES.index(name)] for name in ("dice", "hd95_mm", "nsd")}
+    means = [dice_table(values)[-1].tolist() for values in scores.values()]
+    counts = presence_counts(organs, measures)
+    width = max(map(len, ("organ", "mean", *organs)))
+    head = f"{'organ':<{width}}  {'Dice':>6}  {'HD95 mm':>7}  {'NSD':>6}  {'cases':>5}  {'missed':>6}  {'false':>5}"
+    lines = []
+    for i, name in enumerate((*organs, "mean")):
+        dice, hd95, nsd = (column[i] for column in means)
+        row = counts[name].values() if name in counts else (len(measures), *_totals(counts))
+        present, missed, false = row
+        lines.append(
+            f"{name:<{width}}  {_shown(dice, 4):>6}  {_shown(hd95, 2):>7}  {_shown(nsd, 4):>6}  "
+            f"{present:>5}  {missed:>6}  {false:>5}"
+        )
+    rule = "-" * len(head)
+    return "\n".join([head, rule, *lines[:-1], rule, lines[-1]])
+
+
+def format_overall(content: Mapping[str, Any]) -> str:
+    """Say in a line or two what the mean Dice of :func:`summary` is worth."""
+    dice = content["overall"]["dice"]
+    lines = ["means are over each case's organs first, then over cases"]
+    if dice["interval_95"] is not None:
+        low, high = dice["interval_95"]
+        lines[0] += f"; 95 % bootstrap interval of the mean Dice over {dice['n']} cases: {low:.4f} to {high:.4f}"
+    if dice["mean"] != dice["mean_of_organs"]:
+        lines.append(f"over cases first, then over organs, the mean Dice is {dice['mean_of_organs']:.4f}")
+    return "\n".join(lines)
+
+
+def extremes(cases: Sequence[str], dice: torch.Tensor) -> dict[str, str]:
+    """Name the ``best``, ``median`` (the lower of two) and ``worst`` case by mean Dice.
+
+    Args:
+        cases: names.
+        dice: ``[cases, organs]``; cases without any value are left out.
+
+    Returns:
+        Case by rank, empty where no case has a value.
+    """
+    means = dict(zip(cases, dice.nanmean(dim=1).tolist(), strict=True))
+    ranked = sorted((case for case, mean in means.items() if mean == mean), key=lambda case: (means[case], case))
+    return {"best": ranked[-1], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]} if ranked else {}
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Have a file, and its folder if need be, there whole or not at all.
+
+    Args:
+        file: to write.
+
+    Yields:
+        The path to write to instead, with the same ending; when the block ends, it takes the file's place.
 
     Raises:
-        ValueError: on completion, if the evaluator has no such metric or the metric's columns are not one per organ.
-
-    Example:
-        >>> DiceReport(["background", "liver"], "eval").attach(evaluator)  # doctest: +SKIP
+        InputError: it cannot be written (disk full, no permission); an older file is left as it was.
     """
+    unfinished = file.with_name(f".unfinished_{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(file)
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be written ({error.strerror}); make room there or give another --output_dir"
+        ) from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
-    def __init__(
-        self,
-        label_names: Sequence[str],
-        output_dir: str | Path,
-        metric: str = "val_mean_dice",
-        image_key: str = "image",
-    ) -> None:
-        super().__init__(
-            save_dir=str(output_dir),
-            metrics=None,
-            metric_details=metric,
-            batch_transform=lambda batch: [
-                {ImageMetaKey.FILENAME_OR_OBJ: source_file(item[image_key])} for item in batch
-            ],
-        )
-        self.organs = list(label_names)[1:]
-        self.metric = metric
 
-    def __call__(self, engine: Engine) -> None:
-        """Write and print the report.
+def write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, see :func:`written_whole`."""
+    with written_whole(file) as path, path.open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
 
-        Args:
-            engine: the evaluator, at the end of its epoch.
-        """
-        files = self._filenames
-        if idist.get_world_size() > 1:
-            files = string_list_all_gather(files)
-        if idist.get_rank() != self.save_rank:
-            return
-        details: dict[str, torch.Tensor] = getattr(engine.state, "metric_details", {})
-        if self.metric not in details:
-            raise ValueError(f"the evaluator has no metric '{self.metric}', it has {sorted(details)}.")
-        dice = details[self.metric].cpu()
-        if dice.shape[1] != len(self.organs):
-            raise ValueError(
-                f"metric '{self.metric}' has {dice.shape[1]} columns but label_names has {len(self.organs)} organs "
-                "after the background: list one name per label value and attach MeanDice with include_background=False."
-            )
-        rows = dict(zip(files, dice, strict=True))
-        files = sorted(rows, key=case_name)
-        dice = torch.stack([rows[file] for file in files])
-        self._write([*map(case_name, files), "mean"], dice_table(dice))
-        print(format_organ_table(self.organs, dice), flush=True)
 
-    def _write(self, names: Sequence[str], table: torch.Tensor) -> None:
-        folder = Path(self.save_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "dice.csv").open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["case", *self.organs, "mean"])
-            for name, row in zip(names, table.tolist(), strict=True):
-                writer.writerow([name, *("" if value != value else f"{value:.4f}" for value in row)])
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write strict JSON (no NaN), see :func:`written_whole`."""
+    with written_whole(file) as path:
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _totals(counts: Mapping[str, Mapping[str, int]]) -> tuple[int, int]:
+    return sum(c["missed"] for c in counts.values()), sum(c["false_positives"] for c in counts.values())
+
+
+def _cell(value: float, decimals: int) -> str:
+    return "" if value != value else f"{value:.{decimals}f}"
+
+
+def _shown(value: float, decimals: int) -> str:
+    return "-" if value != value else f"{value:.{decimals}f}"

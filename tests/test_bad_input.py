@@ -11,7 +11,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.bundle import ConfigWorkflow
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from shared_networks.errors import input_error_in
 
@@ -148,4 +149,80 @@ def test_inference_without_weights_says_so(data: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception) as caught:
         flow.initialize()
     assert str(input_error_in(caught.value)).startswith("nowhere/model.pt: no trained weights there.")
+    assert not (tmp_path / "out").exists()
+
+
+QUICK = {"overlap": 0.0, "overlay": False}
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Untrained weights of the tiny network."""
+    parser = ConfigParser(ConfigParser.load_config_files([str(BTCV / "inference.json"), str(BTCV / "tiny.json")]))
+    parser.update({"bundle_root": str(BTCV.parent), "num_classes": 14})
+    network = parser.get_parsed_content("network_def")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def segmentation(data: Path, out: Path, weights: Path, **override: object) -> ConfigWorkflow:
+    return ConfigWorkflow(
+        config_file=[str(BTCV / "inference.json"), str(BTCV / "tiny.json")],
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(BTCV.parent),
+        **{"dataset_dir": str(data), "checkpoint": str(weights), "output_dir": str(out), **QUICK, **override},
+    )
+
+
+def test_inference_does_the_good_scans_and_lists_the_bad(data: Path, weights: Path, tmp_path: Path) -> None:
+    """All in one folder; the exit code comes of the error that ends the run."""
+    folder = data / "imagesTr"
+    broken, good, _ = images(data)
+    truncate(broken)
+    for name, change in {"nan": with_nan, "tiny": lambda v: v[:, 20:23, 10:12]}.items():
+        shutil.copy(good, folder / f"{name}_0000.nii.gz")
+        rewrite(folder / f"{name}_0000.nii.gz", change)
+    flow = segmentation(folder, tmp_path / "out", weights, tta_flip_axes=[2], largest_component=True)
+    flow.initialize()
+    with pytest.raises(Exception) as caught:
+        flow.run()
+    error = input_error_in(caught.value)
+    assert error is not None, caught.value
+    first, *lines = str(error).splitlines()
+    assert first == "2 of 5 scan(s) not segmented:"
+    assert lines[0].startswith(f"{folder}/nan_0000.nii.gz: 2 of ")
+    assert lines[1].startswith(f"{folder}/train_000_0000.nii.gz: cannot be read")
+    done = ["tiny", "train_001", "train_002"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(
+        f"{name}_seg.{end}" for name in done for end in ("nii.gz", "json")
+    )
+    for name in done:
+        scan, labels = (nib.load(f) for f in (folder / f"{name}_0000.nii.gz", tmp_path / "out" / f"{name}_seg.nii.gz"))
+        assert labels.shape == scan.shape
+        np.testing.assert_array_equal(labels.affine, scan.affine)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ({"overlap": 1}, "overlap is 1; give --overlap a share from 0 to below 1"),
+        ({"blending": "mean"}, "blending is 'mean'; give --blending constant"),
+        ({"organ_probability": "heart"}, "organ_probability is 'heart'; give one of background, spleen"),
+        ({"img_size": [24, 24, 24]}, "model.pt: "),
+        ({"checkpoints": ["nowhere/fold_0.pt"]}, "nowhere/fold_0.pt: no trained weights there"),
+        ({"output_dir": "/dev/null/out"}, "/dev/null/out: cannot be written, as /dev/null is not a folder"),
+        ({"dataset_dir": "nowhere"}, "nowhere: no such file or folder"),
+    ],
+)
+def test_inference_refuses_what_it_cannot_do_at_once(
+    override: dict[str, object], line: str, data: Path, weights: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Exception) as caught:
+        flow = segmentation(data, tmp_path / "out", weights, **override)
+        flow.initialize()
+        flow.run()
+    error = input_error_in(caught.value)
+    assert error is not None, caught.value
+    assert line in str(error)
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
-from shared_networks.data.checks import check_cases
+from shared_networks.data.checks import check_cases, sided_pairs
 from shared_networks.errors import InputError
 
 SHAPE = (9, 7, 5)
@@ -18,8 +18,8 @@ OBLIQUE = nib.affines.from_matvec(TILT @ np.diag([1.5, 0.8, 3.0]), [1, 2, 3])
 NIFTI_OFFSETS = {"sform_code": 254, "qform_code": 252, "pixdim3": 88, "srow_z": 312}
 
 
-def hounsfield(shape=SHAPE) -> np.ndarray:
-    return np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
+def hounsfield(shape=SHAPE, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
 
 
 def organs(shape=SHAPE) -> np.ndarray:
@@ -55,7 +55,7 @@ def problems(cases: list[dict], **settings) -> list[str]:
 @pytest.mark.parametrize("voxels", [True, False])
 def test_good_cases_come_back_as_they_are(save, affine, voxels, caplog):
     case = {"image": save("a_0000.nii.gz", hounsfield(), affine), "label": save("a.nii.gz", organs(), affine)}
-    second = {"image": [save(f"b_000{c}.nii", hounsfield(), affine) for c in range(2)], "label": case["label"]}
+    second = {"image": [save(f"b_000{c}.nii", hounsfield(seed=1), affine) for c in range(2)], "label": case["label"]}
     cases = [case, second, case]
     copy = [dict(c) for c in cases]
     assert check_cases(cases, num_classes=4, voxels=voxels) is cases
@@ -200,7 +200,7 @@ def test_label_values_that_are_no_classes(save):
     low[0, 0, 0] = -1
     cases = [
         {"image": save("a_0000.nii.gz", hounsfield()), "label": save("a.nii.gz", high)},
-        {"image": save("b_0000.nii.gz", hounsfield()), "label": save("b.nii.gz", low)},
+        {"image": save("b_0000.nii.gz", hounsfield(seed=1)), "label": save("b.nii.gz", low)},
     ]
     fix = "are not among the 4 classes, 0 to 3; map them to those or change the number of classes"
     expected = [f"{cases[0]['label']}: label values 4, 200 {fix}", f"{cases[1]['label']}: label values -1 {fix}"]
@@ -262,3 +262,66 @@ def test_everything_is_listed_at_once_and_each_file_once(save, tmp_path):
     assert all(word in line for word, line in zip(words, lines, strict=True))
     with pytest.raises(InputError, match=r"^5 problem\(s\) in 5 file\(s\):\n"):
         check_cases(cases, num_classes=4)
+
+
+NAMES = ["background", "liver", "spleen", "right kidney", "left kidney"]
+
+
+def body(swapped: bool = False, shape: tuple[int, int, int] = (140, 90, 70)) -> np.ndarray:
+    """A label on an LPS grid, whose first axis runs from right to left: liver and right kidney come first."""
+    label = np.zeros(shape, np.uint8)
+    third, half = shape[0] // 3, shape[1] // 2
+    label[:third, :half], label[-third:, :half] = 1, 2
+    label[:third, half:], label[-third:, half:] = 3, 4
+    return label[::-1].copy() if swapped else label
+
+
+@pytest.mark.parametrize("affine", [LPS, OBLIQUE @ np.diag([-1, 1, 1, 1])], ids=["LPS", "oblique"])
+def test_sides_are_the_patients(save, affine, caplog):
+    image = save("a_0000.nii.gz", hounsfield((140, 90, 70)), affine)
+    good = {"image": image, "label": save("a.nii.gz", body(), affine)}
+    swapped = {"image": image, "label": save("b.nii.gz", body(swapped=True), affine)}
+    assert check_cases([good], num_classes=5, label_names=NAMES) == [good]
+    [line] = problems([good, swapped], num_classes=5, label_names=NAMES)
+    assert line == (
+        f"{swapped['label']}: left and right are swapped (liver is to the left of spleen, "
+        "right kidney is to the left of left kidney); put the affine or the labels right, "
+        "or pass --check_sides False if the patient has situs inversus"
+    )
+    check_cases([swapped], num_classes=5, label_names=NAMES, sides=False)
+    check_cases([swapped], num_classes=5, label_names=NAMES, voxels=False)
+    check_cases([swapped], num_classes=5)
+    one_side = save("c.nii.gz", np.where(body(swapped=True) == 1, 1, 0).astype(np.uint8), affine)
+    check_cases([{"image": image, "label": one_side}], num_classes=5, label_names=NAMES)
+    assert "no label has a voxel of: 2 spleen, 3 right kidney, 4 left kidney" in caplog.text
+
+
+def test_sided_pairs_of_names_however_written():
+    names = ["background", "Spleen", "right_kidney", "Liver", "Left-Kidney", "upright", "adrenal right", "adrenal left"]
+    assert sided_pairs(names) == [(3, 1), (2, 4), (6, 7)]
+    assert sided_pairs([]) == []
+
+
+def test_an_organ_of_one_voxel_is_not_taken_for_absent(save, caplog):
+    label = body()
+    label[1, 1, 1] = 5
+    case = {"image": save("a_0000.nii.gz", hounsfield(label.shape)), "label": save("a.nii.gz", label)}
+    check_cases([case], num_classes=7, label_names=[*NAMES, "adrenal gland", "pancreas"])
+    assert "no label has a voxel of: 6 pancreas" in caplog.text
+
+
+def test_a_label_that_is_mirrored_to_its_image_is_called_so(save):
+    mirror = LPS @ np.diag([-1.0, 1, 1, 1])
+    mirror[0, 3] = LPS[0, 3] + LPS[0, 0] * (SHAPE[0] - 1)
+    case = {"image": save("a_0000.nii.gz", hounsfield()), "label": save("a.nii.gz", organs(), mirror)}
+    [line] = problems([case], num_classes=4)
+    assert "and mirrored to it, so that left and right may be swapped; resample" in line
+
+
+def test_copies_of_a_labelled_image_are_refused(save):
+    files = [save(f"{name}_0000.nii.gz", hounsfield(seed=name == "b")) for name in "abc"]
+    cases = [{"image": file, "label": save(f"{n}.nii.gz", organs())} for n, file in zip("abc", files, strict=True)]
+    expected = [f"{files[2]}: the same voxels as {files[0]}; remove one, or a scan may both train and test"]
+    assert problems(cases, num_classes=4) == expected
+    check_cases(cases, num_classes=4, voxels=False)
+    check_cases([{"image": file} for file in files])  # without labels a copy does no harm

@@ -66,10 +66,12 @@ def test_labels_are_the_published_ones_everywhere(bundle: str, label_set: str) -
     assert [outputs["channel_def"][str(value)] for value in range(outputs["num_channels"])] == names
 
 
-@pytest.mark.parametrize("file", ["train.json", "evaluate.json", "inference.json", "multi_gpu_train.json", "tiny.json"])
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / SEGMENTERS[0] / "configs").glob("*.json")))
 def test_segmenters_differ_in_labels_only(file: str) -> None:
     btcv, flare = (read(bundle, file) for bundle in SEGMENTERS)
     assert list(btcv) == list(flare)
+    if file == "metadata.json":
+        return
     assert {key for key in btcv if btcv[key] != flare[key]} <= {"label_names", "val_cases"}
 
 
@@ -77,7 +79,7 @@ def test_segmenters_differ_in_labels_only(file: str) -> None:
 def test_inference_prepares_images_as_training_does(bundle: str) -> None:
     train, inference = read(bundle, "train.json"), read(bundle, "inference.json")
     trained = train["train"]["deterministic_transforms"]
-    assert trained[3]["_target_"] == "Spacingd"  # where MONAI Label looks for it
+    assert trained[3]["_target_"].endswith("Spacingd")  # where MONAI Label looks for it
     assert train["train"]["random_transforms"][0]["_target_"] == "RandCropByPosNegLabeld"
     prepared = inference["preprocessing"]["transforms"]
     if bundle == "hi_end_mae_pretrain":  # whole volumes there

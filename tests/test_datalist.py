@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 
-from shared_networks.data.datalist import case_name, find_images, find_labels, pair_cases, report_cases, split_cases
+from shared_networks.data.datalist import (
+    UnpairedError,
+    case_name,
+    find_cases,
+    find_images,
+    find_labels,
+    pair_cases,
+    pair_patterns,
+    read_list,
+    report_cases,
+    split_cases,
+)
 from shared_networks.errors import InputError
 
 
@@ -215,13 +227,162 @@ def test_splits_that_cannot_be():
             split_cases(cases("a", "b"), val_fraction=fraction)
 
 
-def test_report_cases_are_the_test_cases_where_there_are_labels(tmp_path, caplog):
+def test_report_cases_are_those_held_out_and_else_the_test_set(tmp_path, caplog):
     touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
     touch(tmp_path, "imagesTs/t_0000.nii.gz")
+    assert report_cases(tmp_path, cases("a"), cases("h")) == cases("h")
+    assert caplog.text == ""
     assert report_cases(tmp_path, cases("a")) == cases("a")
-    assert "has no labelsTs: reporting on the validation cases, which chose the model" in caplog.text
+    assert (
+        "has no labelsTs: reporting on the validation cases, which chose the model, so that the figures" in caplog.text
+    )
+    assert report_cases(tmp_path / "list.json", cases("a")) == cases("a")
     caplog.clear()
     touch(tmp_path, "labelsTs/t.nii.gz")
     expected = {"image": str(tmp_path / "imagesTs/t_0000.nii.gz"), "label": str(tmp_path / "labelsTs/t.nii.gz")}
     assert report_cases(tmp_path, cases("a")) == [expected]
+    assert report_cases(tmp_path, cases("a"), cases("h")) == cases("h")
     assert caplog.text == ""
+    with pytest.raises(InputError, match="dataset_dir is not set"):
+        report_cases("", cases("a"))
+
+
+def pairs(root: Path, found: list[dict]) -> list[tuple[str, str]]:
+    return [tuple(relative(root, [case["image"], case["label"]])) for case in found]
+
+
+def test_patterns_pair_by_what_varies_and_not_by_position(tmp_path):
+    touch(tmp_path, *(f"{kind}-{n}.nii.gz" for kind in ("volume", "labels") for n in (0, 2, 10)), "readme.txt")
+    expected = [(f"volume-{n}.nii.gz", f"labels-{n}.nii.gz") for n in (0, 10, 2)]
+    assert pairs(tmp_path, pair_patterns(tmp_path, "volume-*.nii.gz", "labels-*.nii.gz")) == expected
+    absolute = find_cases(tmp_path, f"{tmp_path}/volume-*.nii.gz", f"{tmp_path}/labels-*.nii.gz")
+    assert pairs(tmp_path, absolute) == expected
+    chosen = find_cases(str(tmp_path), "volume-[!2]*.nii.gz", "labels-[!2]*.nii.gz")
+    assert pairs(tmp_path, chosen) == [expected[0], expected[1]]
+    one = find_cases(tmp_path, "volume-?.nii.gz", "labels-?.nii.gz")
+    assert pairs(tmp_path, one) == [expected[0], expected[2]]
+
+
+def test_patterns_over_folders(tmp_path):
+    root = touch(tmp_path / "odd [1]", "x/ct_a.nii", "x/seg_a.nii", "x/y/ct_b.nii", "x/y/seg_b.nii", "ct_c.nii")
+    touch(root, "seg_c.nii")
+    found = find_cases(root, "**/ct_*.nii", "**/seg_*.nii")
+    assert pairs(root, found) == [
+        ("ct_c.nii", "seg_c.nii"),
+        ("x/ct_a.nii", "x/seg_a.nii"),
+        ("x/y/ct_b.nii", "x/y/seg_b.nii"),
+    ]
+
+
+def test_patterns_list_all_that_is_without_partner(tmp_path):
+    touch(tmp_path, "volume-1.nii.gz", "volume-2.nii.gz", "labels-2.nii.gz", "labels-3.nii.gz")
+    with pytest.raises(UnpairedError) as caught:
+        pair_patterns(tmp_path, "volume-*.nii.gz", "labels-*.nii.gz")
+    assert caught.value.problems == [
+        f"{tmp_path}/volume-1.nii.gz: no label; add the label labels-1.nii.gz or remove the image",
+        f"{tmp_path}/labels-3.nii.gz: no image; add the image volume-3.nii.gz or remove the label",
+    ]
+    assert pairs(tmp_path, caught.value.pairs) == [("volume-2.nii.gz", "labels-2.nii.gz")]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ("a*.nii", "", "labels_glob is not set; give both"),
+        ("", "a*.nii", "images_glob is not set; give both"),
+        ("a*.nii", "*/a*.nii", r"1 wildcard\(s\) and labels_glob '\*/a\*.nii' 2"),
+        ("a.nii", "b.nii", "at least one"),
+        ("[]]x*.nii", "a?.nii", r"images_glob: '\[\]\]x\*.nii' is too intricate"),
+        ("a*.nii", "z*.nii", r"labels_glob: 'z\*.nii' finds no file in"),
+        ("liver-*.mhd", "a*.nii", r"finds 1 file\(s\) that are no NIfTI, such as .*liver-1.mhd; .*convert"),
+    ],
+)
+def test_patterns_that_cannot_be(tmp_path, images, labels, message):
+    touch(tmp_path, "a1.nii", "]x1.nii", "liver-1.mhd")
+    with pytest.raises(InputError, match=message):
+        find_cases(tmp_path, images, labels)
+
+
+def test_scans_that_must_be_converted_first_are_named(tmp_path):
+    touch(tmp_path, "imagesTr/liver-orig001.mhd", "imagesTr/liver-orig001.raw", "labelsTr/x.nii.gz")
+    with pytest.raises(
+        InputError, match=r"and, for images, a flat folder of scans; convert its \.mhd files to \.nii\.gz"
+    ):
+        find_cases(tmp_path)
+
+
+def test_two_cases_of_one_name_are_refused_as_results_are_named_after_them(tmp_path):
+    touch(tmp_path, *(f"{case}/{kind}.nii.gz" for case in "ab" for kind in ("ct", "seg")))
+    with pytest.raises(InputError) as caught:
+        find_cases(tmp_path, "*/ct.nii.gz", "*/seg.nii.gz")
+    line = str(caught.value).splitlines()[1]
+    assert line == f"{tmp_path}/a/ct.nii.gz, {tmp_path}/b/ct.nii.gz: all are the case ct; name each apart"
+
+
+def test_no_folder_is_no_case():
+    assert find_cases("") == find_cases(None) == []
+
+
+def test_what_is_unpaired_and_what_is_bad_is_listed_at_once(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz")
+
+    def check(found: list[dict]) -> None:
+        raise InputError("\n".join(["heading", *(f"{case['label']}: is bad" for case in found)]))
+
+    with pytest.raises(InputError) as caught:
+        find_cases(tmp_path, check=check)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}: 2 problem(s):",
+        f"{tmp_path}/imagesTr/a_0000.nii.gz: no label; add the label a.nii.gz or remove the image",
+        f"{tmp_path}/labelsTr/b.nii.gz: is bad",
+    ]
+    touch(tmp_path, "labelsTr/a.nii.gz")
+    assert len(find_cases(tmp_path, check=check)) == 2  # whoever trains checks what is used
+
+
+def test_decathlon_list(tmp_path):
+    content = {
+        "labels": {"0": "background", "1": "liver"},
+        "training": [
+            {"image": "./imagesTr/img2.nii.gz", "label": "./labelsTr/label2.nii.gz", "fold": 0},
+            {"image": ["i/a_0000.nii", "i/a_0001.nii"], "label": ["l/a.nii"]},
+        ],
+        "validation": [{"image": "/abs/v.nii.gz", "label": "../l/v.nii.gz"}],
+        "test": [{"image": "t.nii.gz", "label": "l/t.nii.gz"}, {"image": "u.nii.gz"}, "imagesTs/w.nii.gz"],
+    }
+    file = tmp_path / "sub" / "list.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(content))
+    root = tmp_path / "sub"
+    assert find_cases(str(file)) == [
+        {"image": f"{root}/imagesTr/img2.nii.gz", "label": f"{root}/labelsTr/label2.nii.gz"},
+        {"image": [f"{root}/i/a_0000.nii", f"{root}/i/a_0001.nii"], "label": f"{root}/l/a.nii"},
+        {"image": "/abs/v.nii.gz", "label": f"{tmp_path}/l/v.nii.gz", "part": "validation"},
+        {"image": f"{root}/t.nii.gz", "label": f"{root}/l/t.nii.gz", "part": "test"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[]", "no attribute 'get'"),
+        ('{"training": []}', "no 'training' cases"),
+        (
+            '{"training": [{"image": "a.nii"}, "b.nii"]}',
+            r"2 case\(s\) without an image and one label, first {'image': 'a.nii'}",
+        ),
+        ('{"training": [{"image": "a.nii", "label": "b.nii"}], "validation": ["c.nii"]}', "first 'c.nii'"),
+        (
+            '{"training": [{"image": "a.nii", "label": ["b.nii", "c.nii"]}]}',
+            r"1 case\(s\) without an image and one label",
+        ),
+    ],
+)
+def test_files_that_are_no_list(tmp_path, text, reason):
+    file = tmp_path / "list.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=f"{file}: no list of labelled cases .*{reason}.*it needs"):
+        read_list(file)

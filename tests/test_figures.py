@@ -165,8 +165,8 @@ def test_overlay_shows_truth_above_prediction_with_dice() -> None:
     names = [*NAMES, "aorta", "pancreas"]
     figure = overlay_figure(np.zeros(truth.shape), prediction, affine, names, truth=truth, title="ct_001")
 
-    assert legend(figure) == ["0.80  liver", "0.00  spleen", "\u2012.\u2012\u2012  aorta"]
-    assert [text.get_text() for text in figure.texts] == ["ct_001   mean Dice 0.40"]
+    assert legend(figure) == ["0.80  liver", "0.00  spleen", "0.00  aorta"]
+    assert [text.get_text() for text in figure.texts] == ["ct_001   mean Dice 0.27"]
     assert [panel.get_ylabel() for panel in figure.axes[::3]] == ["truth", "prediction"]
     shown = panel_pixels(figure)
     grey = 175 / 425

@@ -26,7 +26,7 @@ def assert_labels_on_grid(scans: Path, pattern: str) -> None:
     found = sorted(scans.glob(pattern))
     assert found
     for scan in found:
-        source, result = nib.load(scan), nib.load(OUT / scan.name.replace(".nii.gz", "_seg.nii.gz"))
+        source, result = nib.load(scan), nib.load(OUT / scan.name.replace("_0000.nii.gz", "_seg.nii.gz"))
         assert result.shape == source.shape
         np.testing.assert_allclose(result.affine, source.affine, atol=1e-3)
         assert result.get_data_dtype() == np.uint8

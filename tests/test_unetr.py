@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared_networks.networks.unetr import HiEndUNETR, ResizeUpBlock, tokens_to_volume
+from shared_networks.networks.unetr import HiEndUNETR, InstanceNorm, ResizeUpBlock, tokens_to_volume
 from shared_networks.networks.vit import attention_maps, interpolate_positions
+from tests.benchmarks.window import PublishedUNETR
 
 TINY: dict[str, Any] = {
     "in_channels": 2,
@@ -86,6 +87,37 @@ def test_other_image_sizes_use_interpolated_positions(size):
     torch.testing.assert_close(same(image), logits)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_inference_order_changes_neither_logits_nor_the_published_network(batch):
+    network, image = tiny(in_channels=1), draw(batch, 1, 12, 18, 8)
+    published = PublishedUNETR(network)
+    assert list(network.state_dict()) == list(published.state_dict())
+    trained = network(image)
+    torch.testing.assert_close(trained, published(image))
+    with torch.no_grad():
+        logits = network(image)
+    assert logits.is_contiguous()
+    torch.testing.assert_close(logits, trained, atol=1e-4, rtol=0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (network(image) - logits).abs().mean() < 0.05 * logits.std()
+
+
+def test_gradients_are_those_of_the_published_network():
+    network, image = tiny(), draw(1, 2, 12, 18, 8)
+    published = PublishedUNETR(network)
+    gradients = [torch.autograd.grad(n(image).square().mean(), list(n.parameters())) for n in (network, published)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_norm_for_inference_is_exact_over_many_voxels():
+    x = 2 * torch.randn(1, 8, 64, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
+    with torch.no_grad():
+        found = InstanceNorm(8)(x)
+    expected = nn.functional.instance_norm(x.double())
+    assert (found - expected).abs().max() < 1e-5
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_encoder_is_the_fine_tuning_one():
     network = tiny()
     assert network.vit.cls_token is None
@@ -111,7 +143,8 @@ def test_attention_maps_of_the_encoder():
     network, image = tiny().eval(), draw(1, 2, 12, 18, 8)
     with torch.no_grad(), attention_maps(network) as maps:
         watched = network(image)
-    assert torch.equal(watched, network(image))
+    with torch.no_grad():
+        assert torch.equal(watched, network(image))
     assert {name: tuple(m.shape) for name, m in maps.items()} == {
         f"vit.blocks.{i}.attn": (1, 3, 12, 12) for i in range(4)
     }

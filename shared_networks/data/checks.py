@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, Header
 _AFFINE_TOLERANCE = 1e-3  # of the smallest voxel size
 _WORKERS = 4  # inflating gzip releases the GIL: two threads on two cores take 0.6 of the time of one
 _FEW_FILES = 20  # checked before a progress bar is any use
+_COARSE = 64  # voxels an axis from which an organ's centre is estimated
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +46,28 @@ class Nifti(NamedTuple):
     values: np.ndarray | None = None
 
 
+class Finding(NamedTuple):
+    """What a file holds, as far as cases are compared with each other.
+
+    Attributes:
+        scan: without its voxels.
+        digest: of the voxels of an image; empty where they were not read.
+        values: that occur in a label.
+        centres: of organs in a label, mm (RAS), by value.
+    """
+
+    scan: Nifti
+    digest: bytes = b""
+    values: frozenset[int] = frozenset()
+    centres: Mapping[int, np.ndarray] = {}
+
+
 def check_cases(
-    cases: Sequence[dict[str, Any]], num_classes: int | None = None, voxels: bool = True
+    cases: Sequence[dict[str, Any]],
+    num_classes: int | None = None,
+    voxels: bool = True,
+    label_names: Sequence[str] = (),
+    sides: bool = True,
 ) -> Sequence[dict[str, Any]]:
     """Checks that scans can be read and make sense, each file once.
 
@@ -52,12 +75,18 @@ def check_cases(
     1 is accepted, because MONAI's `EnsureChannelFirstd` makes it the channel; a longer one would silently become
     channels and a fifth axis a spatial one); spacings that are not positive and affines that are singular; headers
     whose two affines differ; channels or labels on another grid than the image; NaN and infinite voxels; images of one
-    value; label values that are not integers or not classes. A label that is all background only gives a warning.
+    value; label values that are not integers or not classes; labelled images that are one another's copy; and labels
+    whose left and right are swapped. A label that is all background, and an organ that is in no label, only give a
+    warning.
 
     Args:
         cases: dicts with `image` (a file or a list of files, one a channel) and optionally `label`.
         num_classes: background included, so that labels are 0 to `num_classes - 1`; `None` accepts any integers.
-        voxels: with `False` only headers are read, which is fast but finds neither truncated files nor bad values.
+        voxels: with `False` only headers are read, which is fast but finds neither truncated files nor bad values,
+            copies or swapped sides.
+        label_names: in order of value, background first; without them sides and absent organs are not checked.
+        sides: whether the liver must lie to the right of the spleen, and a right organ to the right of the left one.
+            Not so in situs inversus.
 
     Returns:
         `cases` themselves, so that a config can use the result in their place.
@@ -66,24 +95,62 @@ def check_cases(
         InputError: all problems, a line each, or there is no case.
     """
     if not cases:
-        raise InputError("no case to check; look at dataset_dir: it must hold at least one image")
+        raise InputError(
+            "no case to check; look at dataset_dir: it must hold at least one image (pass --dataset_dir FOLDER)"
+        )
     unique = dict.fromkeys((ensure_tuple(case["image"]), case.get("label")) for case in cases)
     images = dict.fromkeys(file for files, _ in unique for file in files)
     labels = dict.fromkeys(label for _, label in unique if label is not None)
+    pairs = sided_pairs(label_names) if sides else []
     jobs = [(file, False) for file in images] + [(file, True) for file in labels]
     with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
-        scans = pool.map(lambda job: _check_file(job[0], job[1], num_classes, voxels), jobs)
+        scans = pool.map(lambda job: _check_file(job[0], job[1], num_classes, voxels, label_names, pairs), jobs)
         hidden = True if len(jobs) < _FEW_FILES else None  # None: hidden unless stderr is a terminal
         found = dict(zip(jobs, tqdm(scans, "checking", len(jobs), unit="file", disable=hidden), strict=True))
 
-    problems = [f"{file}: {problem}" for (file, _), scan in found.items() for problem in scan.problems]
+    problems = [f"{file}: {problem}" for (file, _), finding in found.items() for problem in finding.scan.problems]
     for files, label in unique:
         others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
         for other in others:
-            problems += grid_problems(files[0], found[files[0], False], other[0], found[other])
+            problems += grid_problems(files[0], found[files[0], False].scan, other[0], found[other].scan)
+    problems += _copies([files[0] for files, label in unique if label is not None], found)
+    for label in labels:
+        problems += [f"{label}: {line}" for line in side_problems(found[label, True].centres, pairs, label_names)]
     if problems:
         raise InputError("\n".join([f"{len(problems)} problem(s) in {len(jobs)} file(s):", *problems]))
+    if voxels and labels and label_names:
+        _warn_of_absent(label_names, frozenset().union(*(found[label, True].values for label in labels)))
     return cases
+
+
+def sided_pairs(label_names: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns pairs of label values of which the first organ lies to the patient's right of the second.
+
+    These are liver and spleen, and whatever is named `right X` and `left X`.
+    """
+    value_of = {" ".join(re.split(r"[\s_-]+", name.casefold())): value for value, name in enumerate(label_names)}
+    wanted = [("liver", "spleen"), *((name, name.replace("right", "left", 1)) for name in value_of if "right" in name)]
+    return [(value_of[right], value_of[left]) for right, left in wanted if right in value_of and left in value_of]
+
+
+def side_problems(
+    centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]], label_names: Sequence[str]
+) -> list[str]:
+    """Returns a line if organs of a patient are on each other's side.
+
+    Args:
+        centres: `[3]` in mm (RAS), by label value; organs that are absent have none.
+        pairs: as :func:`sided_pairs` returns them.
+        label_names: in order of value.
+    """
+    wrong = [pair for pair in pairs if set(pair) <= centres.keys() and centres[pair[0]][0] < centres[pair[1]][0]]
+    if not wrong:
+        return []
+    listed = ", ".join(f"{label_names[right]} is to the left of {label_names[left]}" for right, left in wrong)
+    return [
+        f"left and right are swapped ({listed}); put the affine or the labels right, or pass --check_sides False if "
+        "the patient has situs inversus"
+    ]
 
 
 def read_nifti(file: str, voxels: bool = True) -> Nifti:
@@ -112,11 +179,63 @@ def read_nifti(file: str, voxels: bool = True) -> Nifti:
     return Nifti(problems, None if problems else (shape, affine), values)
 
 
-def _check_file(file: str, is_label: bool, num_classes: int | None, voxels: bool) -> Nifti:
+def _check_file(
+    file: str,
+    is_label: bool,
+    num_classes: int | None,
+    voxels: bool,
+    label_names: Sequence[str],
+    pairs: Sequence[tuple[int, int]],
+) -> Finding:
     problems, grid, values = read_nifti(file, voxels)
-    if values is not None:
-        problems = problems + (_label_problems(file, values, num_classes) if is_label else image_problems(values))
-    return Nifti(problems, grid)
+    if values is None:
+        return Finding(Nifti(problems, grid))
+    if not is_label:
+        digest = hashlib.sha1(values.ravel(order="K").data, usedforsecurity=False).digest()
+        return Finding(Nifti(problems + image_problems(values), grid), digest)
+    more = _label_problems(file, values, num_classes)
+    if problems or more or grid is None:
+        return Finding(Nifti(problems + more, grid))
+    values = values.reshape(values.shape[:3])
+    coarse, steps = _coarse(values)
+    there = set(np.unique(coarse).tolist())  # the whole volume is searched for the few that this missed
+    present = frozenset(v for v in range(len(label_names)) if v in there or (values == v).any())
+    return Finding(Nifti([], grid), b"", present, _centres(coarse, steps, grid[1], {v for pair in pairs for v in pair}))
+
+
+def _coarse(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Every so many voxels of a volume, and how many an axis."""
+    steps = [max(1, size // _COARSE) for size in values.shape]
+    return values[tuple(slice(None, None, step) for step in steps)], steps
+
+
+def _centres(
+    coarse: np.ndarray, steps: Sequence[int], affine: np.ndarray, wanted: Collection[int]
+) -> dict[int, np.ndarray]:
+    """Centres of organs in mm, by value, estimated from some of the voxels; organs too small to be hit have none."""
+    voxels = {value: np.argwhere(coarse == value) for value in wanted}
+    return {
+        value: nib.affines.apply_affine(affine, found.mean(axis=0) * steps)
+        for value, found in voxels.items()
+        if len(found)
+    }
+
+
+def _copies(images: Sequence[str], found: Mapping[tuple[str, bool], Finding]) -> list[str]:
+    """Lines for images whose voxels are those of an earlier one."""
+    first: dict[bytes, str] = {}
+    problems = []
+    for image in images:
+        digest = found[image, False].digest
+        other = first.setdefault(digest, image) if digest else image
+        if other != image:
+            problems.append(f"{image}: the same voxels as {other}; remove one, or a scan may both train and test")
+    return problems
+
+
+def _warn_of_absent(label_names: Sequence[str], present: Collection[int]) -> None:
+    if absent := [f"{value} {name}" for value, name in enumerate(label_names) if value not in present]:
+        logger.warning("no label has a voxel of: %s", ", ".join(absent))
 
 
 def _read_voxels(scan: nib.Nifti1Image, stream: ImageOpener) -> np.ndarray:
@@ -195,8 +314,10 @@ def grid_problems(image: str, image_scan: Nifti, other: str, other_scan: Nifti) 
     if shape[:3] != other_shape[:3]:
         problems.append(f"{other}: shape {other_shape} is not {shape} as in {image}; resample it to the image's grid")
     if not _same(affine, other_affine):
+        mirrored = np.linalg.det(affine[:3, :3]) * np.linalg.det(other_affine[:3, :3]) < 0
         problems.append(
-            f"{other}: affine {_rows(other_affine)} is not {_rows(affine)} as in {image}; "
+            f"{other}: affine {_rows(other_affine)} is not {_rows(affine)} as in {image}"
+            f"{' and mirrored to it, so that left and right may be swapped' if mirrored else ''}; "
             "resample it to the image's grid, or copy the affine if only the header is wrong"
         )
     return problems

@@ -1,14 +1,18 @@
-"""Finding scans in a folder, pairing them with their labels and splitting them.
+"""Finding scans in a folder, pairing them with their labels and drawing validation cases.
 
 Layouts that are read (`.nii.gz` or `.nii`): nnU-Net's, `imagesTr/NAME_0000.nii.gz` (further channels `_0001`, ...)
-with `labelsTr/NAME.nii.gz` and optional `imagesTs` and `labelsTs`; and a flat folder of scans without labels.
+with `labelsTr/NAME.nii.gz` and optional `imagesTs` and `labelsTs`; a flat folder of scans without labels; the
+Decathlon's `.json` lists; and any layout in which two patterns with wildcards tell images from labels.
 """
 
 from __future__ import annotations
 
+import glob
+import json
 import logging
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,29 @@ from shared_networks.errors import InputError
 Image = str | list[str]
 """A file, or for a case of several channels its files in channel order."""
 
+Name = tuple[str, ...]
+"""What a case is matched by: its name, or what stands for the wildcards of a pattern."""
+
 _SUFFIXES = (".nii.gz", ".nii")
+_OTHER_SUFFIXES = (".mhd", ".mha", ".nrrd", ".hdr", ".dcm", ".mgz")
+_LISTS = {"training": "", "validation": "validation", "test": "test"}
+# A wildcard, and what it matches: `**/` folders, `*` within a name, `?` a character, `[ab]` one of some.
+_WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]]+\]": ""}
 
 logger = logging.getLogger(__name__)
+
+
+class UnpairedError(InputError):
+    """Images and labels do not pair.
+
+    Attributes:
+        problems: a line for each file without partner.
+        pairs: the cases of which image and label were found.
+    """
+
+    def __init__(self, problems: list[str], pairs: list[dict[str, Any]]) -> None:
+        super().__init__("\n".join([f"images and labels do not pair, {len(problems)} problem(s):", *problems]))
+        self.problems, self.pairs = problems, pairs
 
 
 def case_name(image: str | Sequence[str]) -> str:
@@ -100,31 +124,129 @@ def pair_cases(images: Sequence[Image], labels: Sequence[str]) -> list[dict[str,
         For each image, in order, `{"image": image, "label": label}`.
 
     Raises:
-        InputError: a line for each image without label, label without image and name that is not unique.
+        UnpairedError: a line for each image without label, label without image and name that is not unique.
     """
-    labels_of: dict[str, list[str]] = {}
-    for label in labels:
-        labels_of.setdefault(_stem(label), []).append(label)
-    images_of: dict[str, list[Image]] = {}
-    problems = []
-    for image in images:
-        first = ensure_tuple(image)[0]
+    return _pairs(
         # Both: an image may be named exactly as its label, and then a last "_0000" belongs to the name.
-        name = next((name for name in (case_name(image), _stem(first)) if name in labels_of), None)
-        if name is None:
-            problems.append(f"{first}: no label; add the label {case_name(image)}.nii.gz or remove the image")
+        [(image, [(case_name(image),), (_stem(ensure_tuple(image)[0]),)]) for image in images],
+        [(label, (_stem(label),)) for label in labels],
+        lambda name: f"{name[0]}_0000.nii.gz",
+        lambda name: f"{name[0]}.nii.gz",
+    )
+
+
+def pair_patterns(dataset_dir: str | Path | None, images_glob: str, labels_glob: str) -> list[dict[str, Any]]:
+    """Finds images and labels by two patterns and pairs those in which the wildcards stand for the same.
+
+    Args:
+        dataset_dir: where the patterns begin, unless they are absolute.
+        images_glob: such as `volume-*.nii.gz`; `*`, `?`, `[...]` and `**/` for folders at any depth.
+        labels_glob: such as `labels-*.nii.gz`, with as many wildcards in the same order.
+
+    Returns:
+        Sorted by what the wildcards stand for: `{"image": image, "label": label}`.
+
+    Raises:
+        UnpairedError: as :func:`pair_cases`.
+        InputError: a pattern is missing, has other wildcards, or finds nothing or no NIfTI file.
+    """
+    patterns = {"images_glob": images_glob, "labels_glob": labels_glob}
+    if missing := [setting for setting, pattern in patterns.items() if not pattern]:
+        raise InputError(f"{missing[0]} is not set; give both, as in --images_glob 'volume-*.nii.gz' "
+                         "--labels_glob 'labels-*.nii.gz'")  # fmt: skip
+    counts = {setting: len(_wildcards(pattern)) for setting, pattern in patterns.items()}
+    if len(set(counts.values())) > 1 or not all(counts.values()):
+        raise InputError(
+            f"images_glob {images_glob!r} has {counts['images_glob']} wildcard(s) and labels_glob {labels_glob!r} "
+            f"{counts['labels_glob']}; give both the same, at least one, as the parts that vary make the pairs"
+        )
+    root = _dataset_folder(dataset_dir)
+    images = _matches(root, "images_glob", images_glob)
+    labels = _matches(root, "labels_glob", labels_glob)
+    return _pairs(
+        [(image, [name]) for image, name in images],
+        labels,
+        lambda name: _filled(images_glob, name),
+        lambda name: _filled(labels_glob, name),
+    )
+
+
+def read_list(file: str | Path) -> list[dict[str, Any]]:
+    """Reads a Decathlon list of cases: `{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}], ...}`.
+
+    Args:
+        file: JSON; paths in it are relative to it. `validation` and `test` may be listed as well, of which only cases
+            with a label are of use here.
+
+    Returns:
+        In the file's order: `{"image": image, "label": label}`, for validation and test cases with their `part`.
+
+    Raises:
+        InputError: it is no such list, or training or validation cases have no label.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        lists = {key: content.get(key, []) for key in _LISTS}
+        if not lists["training"]:
+            raise ValueError("no 'training' cases")
+        if wrong := [case for case in (*lists["training"], *lists["validation"]) if not _is_labelled(case)]:
+            raise ValueError(f"{len(wrong)} case(s) without an image and one label, first {wrong[0]!r}")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{file}: no list of labelled cases ({error}); it needs "
+            '{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
+        ) from None
+    cases = []
+    for key, part in _LISTS.items():
+        for case in filter(_is_labelled, lists[key]):
+            image, label = ([_relative_to(file, path) for path in ensure_tuple(case[k])] for k in ("image", "label"))
+            cases.append({"image": image if len(image) > 1 else image[0], "label": label[0]})
+            if part:
+                cases[-1]["part"] = part
+    return cases
+
+
+def find_cases(
+    dataset_dir: str | Path | None,
+    images_glob: str | None = None,
+    labels_glob: str | None = None,
+    check: Callable[[list[dict[str, Any]]], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Finds the labelled cases of a data set of any layout.
+
+    Args:
+        dataset_dir: an nnU-Net folder (`imagesTr`, `labelsTr`); a `.json` list, see :func:`read_list`; or the folder
+            in which the patterns find files. Where it is not set there is no case.
+        images_glob: see :func:`pair_patterns`.
+        labels_glob: see :func:`pair_patterns`.
+        check: raises an `InputError` of several lines, the first a heading, on bad cases. It is called here only
+            where files are without partner, so that all that is wrong is listed at once.
+
+    Returns:
+        `{"image": image, "label": label}`, and `part` where a list says that it is for validation or test.
+
+    Raises:
+        InputError: as the function of the layout, or several cases have one name, after which results are named.
+    """
+    if not dataset_dir:
+        return []
+    try:
+        if images_glob or labels_glob:
+            cases = pair_patterns(dataset_dir, images_glob or "", labels_glob or "")
+        elif Path(dataset_dir).suffix == ".json":
+            cases = read_list(dataset_dir)
         else:
-            images_of.setdefault(name, []).append(image)
-    for name, files in labels_of.items():
-        if name not in images_of:
-            problems += [f"{file}: no image; add the image {name}_0000.nii.gz or remove the label" for file in files]
-        elif len(files) > 1 or len(images_of[name]) > 1:
-            paths = [ensure_tuple(image)[0] for image in images_of[name]] + files
-            problems.append(f"{', '.join(paths)}: several files for the case {name}; give each case its own name")
-    if problems:
-        raise InputError("\n".join([f"images and labels do not pair, {len(problems)} problem(s):", *problems]))
-    label_of = {str(image): labels_of[name][0] for name, group in images_of.items() for image in group}
-    return [{"image": image, "label": label_of[str(image)]} for image in images]
+            cases = pair_cases(find_images(dataset_dir), find_labels(dataset_dir))
+    except UnpairedError as error:
+        problems = [*error.problems, *_problems_of(error.pairs, check)]
+        raise InputError("\n".join([f"{dataset_dir}: {len(problems)} problem(s):", *problems])) from None
+    files_of: dict[str, list[str]] = {}
+    for case in cases:
+        files_of.setdefault(case_name(case["image"]), []).append(ensure_tuple(case["image"])[0])
+    if double := {name: files for name, files in files_of.items() if len(files) > 1}:
+        lines = [f"{', '.join(files)}: all are the case {name}; name each apart" for name, files in double.items()]
+        raise InputError("\n".join([f"{dataset_dir}: {len(lines)} problem(s):", *lines]))
+    return cases
 
 
 def split_cases(
@@ -181,13 +303,122 @@ def split_cases(
 
 
 def report_cases(
-    dataset_dir: str | Path | None, validation: Sequence[Mapping[str, Any]]
+    dataset_dir: str | Path | None,
+    validation: Sequence[Mapping[str, Any]],
+    test: Sequence[Mapping[str, Any]] = (),
 ) -> Sequence[Mapping[str, Any]]:
-    """Returns the cases to report results on: `imagesTs` with `labelsTs`, or without them the validation cases."""
-    if (_dataset_folder(dataset_dir) / "labelsTs").is_dir():
+    """Returns the cases to report results on, if possible none that had a part in choosing the model.
+
+    Args:
+        dataset_dir: as for :func:`find_cases`.
+        validation: the cases that chose the model.
+        test: cases that were held out, of a fold or a share.
+
+    Returns:
+        The test cases; without any, `imagesTs` with `labelsTs`; without these, with a warning, the validation cases.
+
+    Raises:
+        InputError: there is neither a data set nor a test case, or `imagesTs` and `labelsTs` do not pair.
+    """
+    if test:
+        return test
+    if Path(dataset_dir or "").suffix != ".json" and (_dataset_folder(dataset_dir) / "labelsTs").is_dir():
         return pair_cases(find_images(dataset_dir, "imagesTs"), find_labels(dataset_dir, "labelsTs"))
-    logger.warning("%s has no labelsTs: reporting on the validation cases, which chose the model", dataset_dir)
+    logger.warning(
+        "%s has no labelsTs: reporting on the validation cases, which chose the model, so that the figures are too "
+        "good; hold cases out, in training and here, with --fold 0 --num_folds 5 or --test_fraction 0.2",
+        dataset_dir,
+    )
     return validation
+
+
+def _pairs(
+    images: Sequence[tuple[Image, Sequence[Name]]],
+    labels: Sequence[tuple[str, Name]],
+    image_named: Callable[[Name], str],
+    label_named: Callable[[Name], str],
+) -> list[dict[str, Any]]:
+    """Pairs images, each with the names it may go by, with labels; see :func:`pair_cases`."""
+    labels_of: dict[Name, list[str]] = {}
+    for label, name in labels:
+        labels_of.setdefault(name, []).append(label)
+    images_of: dict[Name, list[Image]] = {}
+    problems = []
+    for image, names in images:
+        found = next((name for name in names if name in labels_of), None)
+        if found is None:
+            first = ensure_tuple(image)[0]
+            problems.append(f"{first}: no label; add the label {label_named(names[0])} or remove the image")
+        else:
+            images_of.setdefault(found, []).append(image)
+    for name, files in labels_of.items():
+        if name not in images_of:
+            problems += [f"{file}: no image; add the image {image_named(name)} or remove the label" for file in files]
+        elif len(files) > 1 or len(images_of[name]) > 1:
+            paths = [ensure_tuple(image)[0] for image in images_of[name]] + files
+            case = "/".join(name)
+            problems.append(f"{', '.join(paths)}: several files for the case {case}; give each case its own name")
+    label_of = {str(image): labels_of[name][0] for name, group in images_of.items() for image in group}
+    pairs = [{"image": image, "label": label_of[str(image)]} for image, _ in images if str(image) in label_of]
+    if problems:
+        raise UnpairedError(problems, pairs)
+    return pairs
+
+
+def _problems_of(cases: list[dict[str, Any]], check: Callable[[list[dict[str, Any]]], Any] | None) -> list[str]:
+    try:
+        if check is not None and cases:
+            check(cases)
+    except InputError as error:
+        return str(error).splitlines()[1:]
+    return []
+
+
+def _wildcards(pattern: str) -> list[str]:
+    return re.findall("|".join(_WILDCARDS), pattern)
+
+
+def _filled(pattern: str, name: Name) -> str:
+    """A pattern with values in place of its wildcards."""
+    values = iter(name)
+    return re.sub("|".join(_WILDCARDS), lambda _: next(values), pattern)
+
+
+def _matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name]]:
+    """Files that a pattern finds, and what its wildcards stand for in each, sorted by that."""
+    whole = pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(root)), pattern)
+    files = [file for file in glob.glob(whole, recursive=True) if os.path.isfile(file)]
+    if not files:
+        raise InputError(f"{setting}: {pattern!r} finds no file in {root}; give a pattern such as 'volume-*.nii.gz'")
+    if others := [file for file in files if not file.endswith(_SUFFIXES)]:
+        raise InputError(
+            f"{setting}: {pattern!r} finds {len(others)} file(s) that are no NIfTI, such as {min(others)}; "
+            "end the pattern with .nii.gz, and convert the files to .nii.gz first if they are scans"
+        )
+    parts = re.split("(" + "|".join(_WILDCARDS) + ")", pattern)
+    start = "" if os.path.isabs(pattern) else re.escape(os.path.join(str(root), ""))
+    matching = re.compile(start + "".join(_expression(p) if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+    found = [(file, match.groups()) for file in files if (match := matching.fullmatch(file))]
+    if len(found) < len(files):
+        raise InputError(f"{setting}: {pattern!r} is too intricate to tell what varies; use *, ?, [ab] and **/ only")
+    return sorted(found, key=lambda item: (item[1], item[0]))
+
+
+def _expression(wildcard: str) -> str:
+    """The regular expression of a wildcard, as a group."""
+    if wildcard.startswith("["):
+        return f"({wildcard.replace('[!', '[^')})"
+    return next(group for token, group in _WILDCARDS.items() if re.fullmatch(token, wildcard))
+
+
+def _is_labelled(case: Any) -> bool:
+    if not isinstance(case, dict) or not case.get("image"):
+        return False
+    return bool(case.get("label")) and len(ensure_tuple(case["label"])) == 1
+
+
+def _relative_to(file: str | Path, path: str) -> str:
+    return os.path.normpath(Path(file).parent / path)
 
 
 def _stem(file: str) -> str:
@@ -208,8 +439,10 @@ def _nifti_files(directory: Path, layout: str) -> list[str]:
     # Names with a leading dot are what macOS leaves in archives beside each file.
     names = sorted(p.name for p in directory.iterdir() if p.name.endswith(_SUFFIXES) and not p.name.startswith("."))
     if not names:
+        suffixes = {p.suffix for p in directory.iterdir()}.intersection(_OTHER_SUFFIXES)
+        others = f"; convert its {', '.join(sorted(suffixes))} files to .nii.gz" if suffixes else ""
         raise InputError(
             f"{directory}: no NIfTI file (.nii.gz or .nii); the layouts read are {layout} in the data set "
-            "and, for images, a flat folder of scans"
+            f"and, for images, a flat folder of scans{others}"
         )
     return [str(directory / name) for name in sorted(names, key=lambda name: (_stem(name), name))]

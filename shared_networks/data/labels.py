@@ -1,0 +1,255 @@
+"""What label values mean: names from a data set's `dataset.json`, compared with the bundle's and with the model's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from shared_networks.errors import InputError, report_in_one_line
+
+LABELS_FILE = "labels.json"
+"""Beside `model.pt`: the names that it was trained on, as nnU-Net v2 writes them into `dataset.json`."""
+
+_OWN = "--label_names @dataset_labels"
+_LISTED = 3
+
+logger = logging.getLogger(__name__)
+
+
+def read_labels(file: str | Path) -> list[str]:
+    """Reads label names from the `labels` of a JSON file.
+
+    Both of nnU-Net's forms are read: `{"0": "background", "1": "liver"}` (v1, and the Decathlon's) and
+    `{"background": 0, "liver": 1}` (v2).
+
+    Args:
+        file: `dataset.json` of a data set, or :data:`LABELS_FILE` of a model.
+
+    Returns:
+        The names in order of value, background first.
+
+    Raises:
+        InputError: the file cannot be read; has regions, an ignored label, a name twice or no organ; or its values are
+            not 0, 1, ... without a gap.
+    """
+    try:
+        labels = json.loads(Path(file).read_text(encoding="utf-8-sig"))["labels"]
+        pairs = [(str(name), value) for name, value in labels.items()]
+    except FileNotFoundError:
+        raise InputError(
+            f'{file}: no such file; write one, {{"labels": {{"background": 0, "liver": 1}}}}, or name the labels: '
+            "--label_names \"['background','liver']\""
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f'{file}: no label names in it ({reason}); it needs {{"labels": {{"background": 0, "liver": 1}}}}'
+        ) from None
+    if all(name.isdigit() for name, _ in pairs):
+        pairs = [(str(name), int(value)) for value, name in pairs]
+    for name, value in pairs:
+        if isinstance(value, (list, tuple)):
+            raise InputError(f"{file}: label {name!r} is a region, {list(value)}; give one integer a label")
+        if name.casefold() == "ignore":
+            raise InputError(f"{file}: the label 'ignore' is not supported; map it to background and remove it")
+        if type(value) is not int:
+            raise InputError(f"{file}: the value of label {name!r} is {value!r}; give an integer")
+    values = sorted(value for _, value in pairs)
+    if values != list(range(len(values))):
+        raise InputError(
+            f"{file}: label values are {', '.join(map(str, values))}; map labels and names to 0 to {len(values) - 1}, "
+            "none left out and none twice"
+        )
+    return checked_names([name for name, _ in sorted(pairs, key=lambda pair: pair[1])], file)
+
+
+def dataset_labels(dataset_dir: str | Path | None) -> list[str]:
+    """Reads the names of a data set's labels.
+
+    Args:
+        dataset_dir: a folder with `dataset.json`, or a `.json` list of cases with `labels`.
+
+    Returns:
+        As :func:`read_labels`.
+
+    Raises:
+        InputError: as :func:`read_labels`, or `dataset_dir` is not set.
+    """
+    if not dataset_dir:
+        raise InputError("dataset_dir is not set; pass --dataset_dir FOLDER, the folder that holds dataset.json")
+    return read_labels(_labels_file(dataset_dir))
+
+
+def checked_names(label_names: Sequence[str], source: str | Path = "label_names") -> list[str]:
+    """Returns label names as they are given.
+
+    Raises:
+        InputError: it is no list of at least two different names.
+    """
+    if isinstance(label_names, str) or not all(isinstance(name, str) for name in label_names):
+        raise InputError(
+            f"{source} is {label_names!r}; give a list of names, \"['background','liver']\", or {_OWN.split()[1]} for "
+            "those of the data set"
+        )
+    if len(label_names) < 2:
+        raise InputError(f"{source}: {list(label_names)} names no organ; give the background and at least one organ")
+    if twice := sorted({name for name in label_names if list(label_names).count(name) > 1}):
+        raise InputError(f"{source}: {', '.join(twice)} stand(s) for several values; give each value its own name")
+    return list(label_names)
+
+
+def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) -> None:
+    """Compares the names that a network is trained on with those of the data set, where it has a `dataset.json`.
+
+    Capital letters, hyphens and underscores do not matter. Names that the bundle does not know (abbreviations) are
+    only warned of, as long as another organ agrees and none is known at another value.
+
+    Args:
+        label_names: in order of value, background first.
+        dataset_dir: as for :func:`dataset_labels`.
+
+    Raises:
+        InputError: `label_names` are none, or the data set has another number of labels or another order.
+    """
+    checked_names(label_names)
+    file = _labels_file(dataset_dir)
+    if not file.is_file() or "labels" not in _content(file):
+        logger.info("%s names no labels, so that their order cannot be checked", file)
+        return
+    theirs = read_labels(file)
+    ours, compared = [_plain(name) for name in label_names], [_plain(name) for name in theirs]
+    differing = [value for value, name in enumerate(compared) if value >= len(ours) or name != ours[value]]
+    misplaced = [value for value in differing if compared[value] in ours]
+    agreeing = set(range(1, len(compared))).difference(differing)
+    listed = "; ".join(
+        f"{value} is {theirs[value]!r} there and {label_names[value]!r} here"
+        if value < len(label_names)
+        else f"{value} is {theirs[value]!r} there and nothing here"
+        for value in (misplaced or differing)[:_LISTED]
+    )
+    listed += f"; ... ({len(differing)} differ)" if len(differing) > _LISTED else ""
+    if len(theirs) != len(ours):
+        counts = f"{len(theirs)} labels there, {len(ours)} here"
+        listed = f"{counts}; {listed}" if listed else counts
+    if len(theirs) != len(ours) or misplaced or not agreeing:
+        raise InputError(
+            f"{file}: its labels are not label_names: {listed}. "
+            f"Pass {_OWN} for the data set's, or put {file.name} right"
+        )
+    if differing:
+        logger.warning("%s: some labels have other names, taken for the same organs: %s", file, listed)
+
+
+def count_classes(
+    label_names: Sequence[str], dataset_dir: str | Path | None = None, checkpoint: str | Path | None = None
+) -> int:
+    """Counts classes, background included, and checks that the data set or the trained model means the same by them.
+
+    Args:
+        label_names: in order of value, background first.
+        dataset_dir: see :func:`check_dataset_labels`; without one nothing is compared.
+        checkpoint: `model.pt`; see :func:`check_model_labels`; without one nothing is compared.
+
+    Raises:
+        InputError: `label_names` are none, or those of the data set or the model differ.
+    """
+    if dataset_dir:
+        check_dataset_labels(label_names, dataset_dir)
+    if checkpoint:
+        check_model_labels(label_names, checkpoint)
+    return len(checked_names(label_names))
+
+
+def check_model_labels(label_names: Sequence[str], checkpoint: str | Path) -> None:
+    """Compares label names with those that a model was trained on.
+
+    Args:
+        label_names: in order of value, background first.
+        checkpoint: `model.pt`; its :data:`LABELS_FILE` is beside it, or there is nothing to compare.
+
+    Raises:
+        InputError: they differ, or `label_names` are none.
+    """
+    names, file = checked_names(label_names), model_labels_file(checkpoint)
+    if not file.is_file() or (trained := read_labels(file)) == names:
+        return
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(trained, names, strict=False)))
+    there, here = (repr(these[same]) if same < len(these) else "nothing" for these in (trained, names))
+    raise InputError(
+        f"{file}: the model was trained on other labels than label_names ({len(trained)} there, {len(names)} here; "
+        f"{same} is {there} there and {here} here). Pass --label_names @model_labels"
+    )
+
+
+def model_labels_file(checkpoint: str | Path) -> Path:
+    """Returns where the label names of a model are."""
+    return Path(checkpoint).with_name(LABELS_FILE)
+
+
+def model_labels(checkpoint: str | Path) -> list[str]:
+    """Reads the label names that a model was trained on; see :func:`read_labels`."""
+    return read_labels(model_labels_file(checkpoint))
+
+
+def relabel(bundle: str | Path, labels: str | Path) -> None:
+    """Writes other labels into a copy of a bundle, so that no command needs `--label_names` and MONAI Label has them.
+
+    Changed are `label_names` in `configs/train.json` and `configs/inference.json`, `val_cases`, which are another data
+    set's, and channels and classes in `configs/metadata.json`.
+
+    Args:
+        bundle: a copy of a segmentation bundle.
+        labels: `dataset.json` with the labels, or a folder that has it.
+
+    Raises:
+        InputError: as :func:`read_labels`, or `bundle` is no segmentation bundle.
+    """
+    names = dataset_labels(labels)
+    files = [Path(bundle) / "configs" / f"{name}.json" for name in ("train", "inference", "metadata")]
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]}: no such file; give --bundle a copy of a segmentation bundle")
+    train, inference, metadata = (_content(file) for file in files)
+    if "label_names" not in train:
+        raise InputError(f"{files[0]}: has no label_names; give --bundle a copy of a segmentation bundle")
+    train.update(label_names=names, val_cases=[])
+    inference.update(label_names=names)
+    listed = ", ".join(f"{value} {name}" for value, name in enumerate(names))
+    metadata.update(
+        task=f"Segmentation of {len(names) - 1} organ(s) in CT",
+        label_classes=f"one channel of integers: {listed}",
+        pred_classes=f"{len(names)} channels of logits, one a label value, in order",
+        data_source="the maker's own; see the data set",
+    )
+    channels = {str(value): name for value, name in enumerate(names)}
+    metadata["network_data_format"]["outputs"]["pred"].update(num_channels=len(names), channel_def=channels)
+    for file, content in zip(files, (train, inference, metadata), strict=True):
+        file.write_text(json.dumps(content, indent=4) + "\n")
+    print(f"{bundle}: {listed}")
+
+
+def _labels_file(dataset_dir: str | Path) -> Path:
+    path = Path(dataset_dir)
+    return path if path.suffix == ".json" else path / "dataset.json"
+
+
+def _content(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}); write it again") from None
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", name.casefold().strip()))
+
+
+if __name__ == "__main__":
+    import fire
+
+    report_in_one_line()
+    fire.Fire(relabel)

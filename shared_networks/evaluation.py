@@ -1,0 +1,134 @@
+"""What an evaluation leaves behind: tables, a summary, a figure, and which cases to look at."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from ignite import distributed as idist
+from ignite.engine import Engine
+from monai.handlers import MetricsSaver
+from monai.utils import ImageMetaKey, string_list_all_gather
+
+from shared_networks.data.datalist import case_name
+from shared_networks.errors import InputError
+from shared_networks.figures import dice_boxplot
+from shared_networks.metrics import MEASURES, tolerances_of
+from shared_networks.reports import (
+    dice_rows,
+    extremes,
+    format_organ_table,
+    format_overall,
+    measure_rows,
+    source_file,
+    summary,
+    write_csv,
+    write_json,
+    written_whole,
+)
+
+
+class EvaluationReport(MetricsSaver):
+    """Ignite handler that writes the report of an evaluation when it ends, and prints its table.
+
+    In ``output_dir``:
+
+    - ``dice.csv``: a row a case, a column an organ, and means;
+    - ``metrics.csv``: a row for every case and organ, with all of :data:`shared_networks.metrics.MEASURES` and
+      ``presence`` (``found``, ``missed``, ``false positive``, ``absent``);
+    - ``metrics.json``: settings, and by organ and overall mean, median, standard deviation and bootstrap interval;
+    - ``dice_boxplot.png``;
+    - ``best_overlay.png``, ``median_overlay.png``, ``worst_overlay.png``: copies of the ``{case}_overlay.png`` that
+      :class:`shared_networks.figures.SaveOverlayd` has left there.
+
+    A cell is empty where there is no value, see :func:`shared_networks.metrics.organ_measures`. A case that a
+    distributed sampler repeats to give all ranks as many is counted once. Rank 0 writes.
+
+    Args:
+        label_names: names in order of label value, background first: ``["background", "spleen", ...]``.
+        output_dir: folder of the report, created if need be.
+        nsd_tolerance: that of the metric, for the record.
+        seed: of the bootstrap.
+        metric: name under which a :class:`shared_networks.metrics.OrganMetric` is attached to the evaluator.
+        image_key: item of the batch whose metadata name the case.
+
+    Raises:
+        InputError: for a wrong tolerance; on start, if the folder cannot be made; on completion, if a file cannot be
+            written.
+        ValueError: on completion, if the evaluator has no such metric or it is not of these organs.
+
+    Example:
+        >>> EvaluationReport(["background", "liver"], "eval").attach(evaluator)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        label_names: Sequence[str],
+        output_dir: str | Path,
+        nsd_tolerance: float | Mapping[str, float] = 2.0,
+        seed: int = 0,
+        metric: str = "val_mean_dice",
+        image_key: str = "image",
+    ) -> None:
+        super().__init__(
+            save_dir=str(output_dir),
+            metrics=None,
+            metric_details=metric,
+            batch_transform=lambda batch: [
+                {ImageMetaKey.FILENAME_OR_OBJ: source_file(item[image_key])} for item in batch
+            ],
+        )
+        self.organs = list(label_names)[1:]
+        self.folder = Path(output_dir)
+        self.tolerances = tolerances_of(self.organs, nsd_tolerance)
+        self.seed = seed
+        self.metric = metric
+
+    def _started(self, engine: Engine) -> None:
+        super()._started(engine)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # now, not after hours of inference
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: no folder can be made there ({error.strerror}); give another --output_dir"
+            ) from error
+
+    def __call__(self, engine: Engine) -> None:
+        """Write and print the report.
+
+        Args:
+            engine: the evaluator, at the end of its epoch.
+        """
+        files = self._filenames
+        if idist.get_world_size() > 1:
+            files = string_list_all_gather(files)
+        if idist.get_rank() != self.save_rank:
+            return
+        details: dict[str, torch.Tensor] = getattr(engine.state, "metric_details", {})
+        if self.metric not in details:
+            raise ValueError(f"the evaluator has no metric '{self.metric}', it has {sorted(details)}.")
+        measures = details[self.metric].cpu()
+        if measures.shape[1:] != (len(self.organs), len(MEASURES)):
+            raise ValueError(
+                f"metric '{self.metric}' holds {list(measures.shape[1:])} numbers a case, not {len(self.organs)} "
+                f"organs by {len(MEASURES)} measures: attach an OrganMetric with the same label_names."
+            )
+        by_file = dict(zip(files, measures, strict=True))
+        files = sorted(by_file, key=case_name)
+        self._write([case_name(file) for file in files], torch.stack([by_file[file] for file in files]))
+
+    def _write(self, cases: list[str], measures: torch.Tensor) -> None:
+        dice = measures[..., MEASURES.index("dice")]
+        content = summary(cases, self.organs, measures, {"nsd_tolerance_mm": self.tolerances}, self.seed)
+        write_csv(self.folder / "dice.csv", dice_rows(cases, self.organs, dice))
+        write_csv(self.folder / "metrics.csv", measure_rows(cases, self.organs, measures))
+        write_json(self.folder / "metrics.json", content)
+        with written_whole(self.folder / "dice_boxplot.png") as path:
+            dice_boxplot(self.organs, dice.numpy(), content["overall"]["dice"]).savefig(path)
+        for rank, case in extremes(cases, dice).items():
+            if (overlay := self.folder / f"{case}_overlay.png").is_file():
+                with written_whole(self.folder / f"{rank}_overlay.png") as path:
+                    shutil.copyfile(overlay, path)
+        print(format_organ_table(self.organs, measures), format_overall(content), sep="\n", flush=True)

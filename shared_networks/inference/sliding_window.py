@@ -1,0 +1,283 @@
+"""Labels of a whole scan from windows, without ever holding the probabilities of a whole scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import Inferer, SimpleInferer
+from monai.utils import convert_to_numpy, ensure_tuple_rep
+from torch import Tensor
+from tqdm import tqdm
+
+from shared_networks.checkpoints import read_weights
+from shared_networks.errors import InputError
+from shared_networks.inference.resample import LabelPlanes, Plane, ScanGrid
+from shared_networks.training.steps import AutocastInferer
+
+Window = tuple[slice, ...]
+Network = Callable[..., Any]
+
+
+class SlidingWindowLabels(Inferer):
+    """Labels a scan on its own grid while a window slides over the prepared scan.
+
+    Windows lie where `monai.inferers.SlidingWindowInferer` has them, and are weighted alike. They go along the longest
+    axis first: logits are summed in a slab as thick as a window, and planes that no later window reaches become labels
+    at once (:class:`LabelPlanes`). Memory so grows with the scan's cross-section, not with its length times the number
+    of classes. Windows of nothing but the floor of the intensity range (air) are background and skipped.
+
+    With test-time flips or several checkpoints the mean of probabilities is taken, in each window and of the windows.
+
+    Args:
+        roi_size: window in voxels.
+        sw_batch_size: windows at a time.
+        overlap: share of a window that the next one covers too, 0 to below 1.
+        blending: `constant` weights all of a window alike, `gaussian` its middle most.
+        flip_axes: prepared axes (0 left-right, 1 back-front, 2 foot-head) along which windows are mirrored too, in all
+            combinations. Labels are not exchanged: along axis 0 the network sees a left kidney where the right one is.
+        checkpoints: files of weights to average the probabilities of; one network is in memory at a time. None takes
+            the network as it is.
+        dtype: of mixed precision, see :func:`shared_networks.training.steps.autocast_type`.
+        organ: name or value of the label whose probabilities are kept in `organ_probability`, [X, Y, Z] float16 of the
+            last scan.
+        label_names: names in order of label value, background first.
+
+    Raises:
+        InputError: a setting makes no sense.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int] | int,
+        sw_batch_size: int = 1,
+        overlap: float = 0.5,
+        blending: str = "constant",
+        flip_axes: Sequence[int] = (),
+        checkpoints: Sequence[str | Path] = (),
+        dtype: torch.dtype | None = None,
+        organ: str | int | None = None,
+        label_names: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if not 0 <= overlap < 1:
+            raise InputError(f"overlap is {overlap}; give --overlap a share from 0 to below 1")
+        if blending not in ("constant", "gaussian"):
+            raise InputError(f"blending is {blending!r}; give --blending constant or --blending gaussian")
+        if set(flip_axes) - {0, 1, 2}:
+            raise InputError(f"tta_flip_axes is {list(flip_axes)}; give axes among 0, 1 and 2")
+        if sw_batch_size < 1:
+            raise InputError(f"sw_batch_size is {sw_batch_size}; give --sw_batch_size 1 or more")
+        self.roi_size = ensure_tuple_rep(roi_size, 3)
+        self.sw_batch_size = sw_batch_size
+        self.overlap = overlap
+        self.blending = blending
+        self.flips = [flip for count in range(len(flip_axes) + 1) for flip in combinations(sorted(flip_axes), count)]
+        self.members: list[str | Path | None] = [*checkpoints] or [None]
+        self.predict = AutocastInferer(SimpleInferer(), dtype)
+        self.organ = None if organ is None else organ_value(organ, label_names)
+        self.organ_probability: Tensor | None = None
+
+    @property
+    def averages_probabilities(self) -> bool:
+        """Whether probabilities are summed, and not logits."""
+        return len(self.flips) * len(self.members) > 1
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> MetaTensor:
+        """Label a scan.
+
+        Args:
+            inputs: [1, C, h, w, d] MetaTensor, prepared (0 is the floor of the intensity range), with the affines and
+                the shape of the scan as `LoadImaged` notes them.
+            network: from [B, C, *roi_size] to logits [B, classes, *roi_size].
+            args: further ones of the network.
+            kwargs: further ones of the network.
+
+        Returns:
+            [1, 1, X, Y, Z] uint8 with the scan's affine.
+
+        Raises:
+            InputError: the scan's axes are not at right angles.
+            ValueError: the input is no batch of one scan that knows its grid.
+        """
+        grid = scan_grid(inputs)
+        volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        short = [max(roi - size, 0) for roi, size in zip(self.roi_size, volume.shape[2:], strict=True)]
+        before = [gap // 2 for gap in short]
+        volume = F.pad(volume, [pad for b, s in zip(before[::-1], short[::-1], strict=True) for pad in (b, s - b)])
+        grid = ScanGrid(grid.axes, tuple(p + b for p, b in zip(grid.positions, before, strict=True)))
+        foreground = (volume[0] > 0).any(dim=0)
+        self.organ_probability = None
+        if not foreground.any():
+            shape = [grid.shape[axis] for axis in grid.axes]
+            labels = torch.zeros(shape, dtype=torch.uint8)
+            if self.organ is not None:
+                self.organ_probability = torch.zeros(shape, dtype=torch.float16)
+        else:
+            axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
+            planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
+            for plane in self._planes(volume, foreground, network, axis, box, args, kwargs):
+                planes.add(plane)
+            labels = planes.finish()
+            if planes.organ_probability is not None:
+                self.organ_probability = planes.on_scan(planes.organ_probability)
+        return with_scan_meta(labels[None, None], inputs)
+
+    def _planes(
+        self,
+        volume: Tensor,
+        foreground: Tensor,
+        network: Network,
+        axis: int,
+        box: Sequence[tuple[int, int]],
+        args: Any,
+        kwargs: Any,
+    ) -> Iterator[Plane | None]:
+        """Yields the planes of the box along the axis, each finished; `None` is one that no window was at."""
+        size, roi = volume.shape[2:], self.roi_size
+        cut = [slice(first, end) for other, (first, end) in enumerate(box) if other != axis]
+        weight = compute_importance_map(roi, mode=self.blending, device=volume.device)
+        windows = sorted(window_slices(size, roi, self.overlap), key=lambda window: window[axis].start)
+        windows = [window for window in windows if foreground[window].any()]
+        groups = [(start, list(group)) for start, group in groupby(windows, lambda window: window[axis].start)]
+        thick = list(size)
+        thick[axis] = roi[axis]
+        sums, weights = torch.empty(0), torch.zeros(thick, device=volume.device)
+        at = box[axis][0]  # the next plane to yield
+        with tqdm(
+            total=len(windows) * len(self.members), desc="windows", unit="window", leave=False, disable=None
+        ) as bar:
+            for index, (start, group) in enumerate(groups):
+                for window, output in self._outputs(volume, group, index, network, args, kwargs, bar):
+                    if not len(sums):
+                        sums = torch.zeros((output.shape[0], *thick), device=volume.device)
+                    place = list(window)
+                    place[axis] = slice(0, roi[axis])
+                    target = sums[(slice(None), *place)]
+                    if self.blending == "constant":
+                        target += output
+                    else:
+                        target.addcmul_(output, weight)
+                for window in group:
+                    place = list(window)
+                    place[axis] = slice(0, roi[axis])
+                    weights[tuple(place)] += weight * len(self.members)
+                following = groups[index + 1][0] if index + 1 < len(groups) else size[axis]
+                end = min(following, box[axis][1])
+                for first in range(max(at, start), min(end, start + roi[axis]), _PLANES):
+                    last = min(first + _PLANES, end, start + roi[axis])
+                    yield from _cut_planes(sums, weights, axis, slice(first - start, last - start), cut)
+                yield from (None for _ in range(start + roi[axis], end))
+                at = max(at, end)
+                _advance(sums, axis + 1, following - start)
+                _advance(weights, axis, following - start)
+
+    def _outputs(
+        self, volume: Tensor, group: Sequence[Window], turn: int, network: Network, args: Any, kwargs: Any, bar: Any
+    ) -> Iterator[tuple[Window, Tensor]]:
+        """Yields what each network makes of each window, [C, *roi_size]: logits, or the flips' mean probabilities."""
+        # There and back, so that the weights that are loaded serve first.
+        for checkpoint in self.members[:: 1 if turn % 2 == 0 else -1]:
+            if checkpoint is not None:
+                load(network, checkpoint)
+            for first in range(0, len(group), self.sw_batch_size):
+                some = group[first : first + self.sw_batch_size]
+                batch = torch.stack([volume[0][(slice(None), *window)] for window in some])
+                total: Any = 0
+                for flip in self.flips:
+                    dims = [axis + 2 for axis in flip]
+                    # torch copies even where there is nothing to flip
+                    output = self.predict(batch.flip(dims) if flip else batch, network, *args, **kwargs).float()
+                    output = output.flip(dims) if flip else output
+                    total = total + output.softmax(1) / len(self.flips) if self.averages_probabilities else output
+                yield from zip(some, total, strict=True)
+                bar.update(len(some))
+
+
+_PLANES = 16  # turned at a time, so that they fit a processor's cache
+
+
+def _cut_planes(sums: Tensor, weights: Tensor, axis: int, span: slice, cut: Sequence[slice]) -> Iterator[Plane]:
+    """Copies of planes of the slab, cut to rows and columns, each in one piece of memory."""
+    some = sums.movedim(axis + 1, 0)[(span, slice(None), *cut)]
+    turned = torch.empty(some.shape, device=sums.device)
+    for row in range(some.shape[2]):
+        turned[:, :, row] = some[:, :, row]
+    yield from map(Plane, turned, weights.movedim(axis, 0)[(span, *cut)].clone())
+
+
+def _advance(slab: Tensor, dim: int, step: int) -> None:
+    """Move a slab's content by `step` planes towards its start, and clear what comes free."""
+    kept = max(slab.shape[dim] - step, 0)
+    for first in range(0, kept, max(step, 1)):  # pieces that do not overlap with where they go
+        count = min(step, kept - first)
+        slab.narrow(dim, first, count).copy_(slab.narrow(dim, first + step, count))
+    slab.narrow(dim, kept, slab.shape[dim] - kept).zero_()
+
+
+def window_slices(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[Window]:
+    """Where MONAI's sliding window inference has its windows.
+
+    Args:
+        size: of the volume, at least that of the window.
+        roi_size: of the window.
+        overlap: 0 to below 1.
+    """
+    steps = [roi if roi == n else max(int(roi * (1 - overlap)), 1) for n, roi in zip(size, roi_size, strict=True)]
+    return dense_patch_slices(size, roi_size, steps)
+
+
+def bounding_box(mask: Tensor) -> list[tuple[int, int]]:
+    """First true voxel and the one after the last on each axis of [h, w, d], of which some are true."""
+    found = [mask.movedim(axis, 0).flatten(1).any(dim=1).nonzero() for axis in range(3)]
+    return [(int(places[0]), int(places[-1]) + 1) for places in found]
+
+
+def scan_grid(inputs: Tensor) -> ScanGrid:
+    """The scan's grid from the metadata of [1, C, h, w, d], collated or not; see :class:`SlidingWindowLabels`."""
+    meta = getattr(inputs, "meta", {})
+    if inputs.ndim != 5 or inputs.shape[0] != 1 or not {"original_affine", "spatial_shape"} <= set(meta):
+        raise ValueError(
+            f"input of shape {tuple(inputs.shape)} with metadata {sorted(meta)}: one scan at a time is labelled, "
+            "[1, C, h, w, d], loaded with LoadImaged and kept a MetaTensor."
+        )
+    affine, scan_affine = (
+        convert_to_numpy(matrix).astype(float).reshape(-1, 4, 4)[0]
+        for matrix in (meta["affine"], meta["original_affine"])
+    )
+    return ScanGrid.of(affine, scan_affine, convert_to_numpy(meta["spatial_shape"]).reshape(-1)[:3].tolist())
+
+
+def with_scan_meta(labels: Tensor, inputs: Any) -> MetaTensor:
+    """Labels with the metadata of the prepared scan, and the affine that the scan has on file."""
+    out = MetaTensor(labels)
+    out.copy_meta_from(inputs)
+    out.affine = torch.as_tensor(convert_to_numpy(inputs.meta["original_affine"]), dtype=torch.float64)
+    out.applied_operations = [[]] if inputs.is_batch else []
+    return out
+
+
+def organ_value(organ: str | int, label_names: Sequence[str]) -> int:
+    """The value of a label given by name or value.
+
+    Raises:
+        InputError: there is no such label.
+    """
+    if organ in label_names:
+        return list(label_names).index(str(organ))
+    if str(organ).isdigit() and int(organ) < len(label_names):
+        return int(organ)
+    raise InputError(f"organ_probability is {organ!r}; give one of {', '.join(label_names)}")
+
+
+def load(network: Any, checkpoint: str | Path) -> None:
+    """Load weights strictly; :func:`shared_networks.checkpoints.check_weights` has said whether they fit."""
+    network.load_state_dict(read_weights(checkpoint))

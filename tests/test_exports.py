@@ -1,0 +1,103 @@
+"""The segmentation network as TorchScript and ONNX, and the overlay that runs a compiled one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor
+
+from shared_networks.networks.unetr import HiEndUNETR
+
+from .conftest import BUNDLES, ROOT
+
+BUNDLE = "hi_end_mae_btcv_seg"
+IMAGE = torch.rand(1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """Weights of the network of tiny.json, and its logits of IMAGE."""
+    configs = ROOT / BUNDLE / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / "tiny.json")])
+    torch.manual_seed(0)
+    network: HiEndUNETR = parser.get_parsed_content("network_def").eval()
+    file = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(network.state_dict(), file)
+    with torch.no_grad():
+        return file, network(IMAGE)
+
+
+def export(command: str, weights: Path, output: Path, *more: str) -> None:
+    """Run an export command of monai as a user does, in the bundle's folder."""
+    words = [sys.executable, "-m", "monai.bundle", command, "network_def", "--filepath", str(output)]
+    words += ["--ckpt_file", str(weights), "--meta_file", "configs/metadata.json"]
+    words += ["--config_file", "['configs/inference.json', 'configs/tiny.json']", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(words, cwd=ROOT / BUNDLE, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_torchscript_of_the_command_gives_the_same_logits(tiny: tuple[Path, Tensor], tmp_path: Path) -> None:
+    weights, logits = tiny
+    export("ckpt_export", weights, tmp_path / "model.ts", "--checkpoint", str(weights))
+    with torch.no_grad():
+        scripted = torch.jit.load(tmp_path / "model.ts")(IMAGE)
+    torch.testing.assert_close(scripted, logits, atol=1e-4, rtol=0)
+
+
+def test_onnx_of_the_command_gives_the_same_logits(tiny: tuple[Path, Tensor], tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    weights, logits = tiny
+    more = ["--checkpoint", str(weights), "--input_shape", "[1, 1, 48, 48, 48]"]
+    export("onnx_export", weights, tmp_path / "model.onnx", *more)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGE.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), logits, atol=1e-4, rtol=0)
+
+
+def references(config: Any) -> set[str]:
+    """Top-level names that a config refers to."""
+    return set(re.findall(r"@([a-z_]+)", json.dumps(config)))
+
+
+@pytest.mark.parametrize("bundle", BUNDLES[1:])
+def test_tensorrt_overlay_fits_inference(bundle: str) -> None:
+    """It names nothing that inference.json lacks, but for its own file, and is the same in both bundles."""
+    configs = ROOT / bundle / "configs"
+    overlay, inference = (json.loads((configs / f).read_text()) for f in ("inference_trt.json", "inference.json"))
+    own = {"_desc_trt", "trt_checkpoint"}
+    assert {key.lstrip("+") for key in overlay} - own <= inference.keys()
+    assert references(overlay) <= inference.keys() | own
+    assert overlay == json.loads((ROOT / BUNDLE / "configs" / "inference_trt.json").read_text())
+    kept = [item for item in inference["initialize"] if "checkpoint" not in json.dumps(item)]
+    assert overlay["initialize"] == kept  # all checks but that of the weights, which the engine holds
+    parser = ConfigParser()
+    parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
+    assert parser["imports"] == [*inference["imports"], "$import torch_tensorrt"]
+
+
+def test_tensorrt_overlay_runs_the_network_of_the_file(tiny: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """With TorchScript in the engine's place, as TensorRT needs a GPU."""
+    weights, logits = tiny
+    network = HiEndUNETR(img_size=48, feature_size=8, hidden_size=192, num_heads=6).eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    torch.jit.script(network).save(str(tmp_path / "model_trt.ts"))
+    configs = ROOT / BUNDLE / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
+    parser["imports"] = [item for item in parser["imports"] if "torch_tensorrt" not in item]
+    parser["trt_checkpoint"], parser["device"] = str(tmp_path / "model_trt.ts"), "cpu"
+    with torch.no_grad():
+        torch.testing.assert_close(parser.get_parsed_content("network")(IMAGE), logits, atol=1e-4, rtol=0)
