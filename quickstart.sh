@@ -56,7 +56,7 @@ run "$bundle" "['configs/train.json','configs/evaluate.json','configs/tiny.json'
 
 step "segmentation"
 run "$bundle" "['configs/inference.json','configs/tiny.json']" \
-    --dataset_dir "$scans" --checkpoint "$out/$bundle/model.pt" --output_dir "$out"
+    --dataset_dir "$scans" --checkpoint "$out/$bundle/model.pt" --output_dir "$out" --overlay False
 
 step "done"
 echo "models:          $out/hi_end_mae_pretrain/model.pt, $out/$bundle/model.pt"

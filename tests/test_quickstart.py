@@ -42,6 +42,8 @@ def test_quickstart_on_synthetic_scans() -> None:
     for case in ("test_000", "test_003"):
         assert (OUT / f"{case}_overlay.png").is_file()
         assert (OUT / f"{case}_reconstruction.png").is_file()
+        evaluated = (OUT / f"{case}_overlay.png").stat().st_mtime_ns  # truth beside prediction, from the evaluation
+        assert evaluated < (OUT / f"{case}_seg.nii.gz").stat().st_mtime_ns
     dice = dice_by_case()
     assert set(dice) == {"test_000", "test_001", "test_002", "test_003", "mean"}
     assert dice["mean"]["liver"] > 0.8, dice["mean"]  # cases never seen; a chain that breaks anywhere stays near 0
