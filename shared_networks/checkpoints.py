@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_networks.errors import InputError
+from shared_networks.files import replaced_when_whole
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
 
@@ -384,8 +385,6 @@ def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Pat
         content = {"state_dict": to_official(weights, network.vit.patch_size)}
     elif form == "monai_vit":
         content = to_monai_vit(weights)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")  # so that a full disk leaves no half file under the name asked for
-    torch.save(content, part)
-    part.replace(target)
+    with replaced_when_whole(target, target.with_name(f"{target.name}.part")) as part:
+        torch.save(content, part)
     print(f"{target}: {len(content.get('state_dict', content))} tensors written as {form}", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.utils import ImageMetaKey
 
 from shared_networks.errors import InputError
+from shared_networks.files import replaced_when_whole
 from shared_networks.metrics import MEASURES
 
 DECIMALS = {
@@ -246,18 +247,13 @@ def written_whole(file: Path) -> Iterator[Path]:
     Raises:
         InputError: it cannot be written (disk full, no permission); an older file is left as it was.
     """
-    unfinished = file.with_name(f".unfinished_{file.name}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        unfinished.replace(file)
+        with replaced_when_whole(file, file.with_name(f".unfinished_{file.name}")) as unfinished:
+            yield unfinished
     except OSError as error:
         raise InputError(
             f"{file}: cannot be written ({error.strerror}); make room there or give another --output_dir"
         ) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 from shared_networks.data.datalist import case_name, split_cases
 from shared_networks.data.labels import LABELS_FILE, checked_names
 from shared_networks.errors import InputError
+from shared_networks.files import replaced_when_whole
 
 SPLIT_FILE = "split.json"
 """Beside `model.pt`: the cases that it was trained, chosen and is to be tested on."""
@@ -203,15 +202,8 @@ def _dataset_name(dataset_dir: str | Path | None) -> str:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    part = file.with_name(f"{file.name}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w") as stream:
-            stream.write(json.dumps(content, indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
+        with replaced_when_whole(file, file.with_name(f"{file.name}.tmp")) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise InputError(f"{file}: cannot be written ({error.strerror}); give another --ckpt_dir") from error

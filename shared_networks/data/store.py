@@ -41,6 +41,7 @@ from monai.transforms import MapTransform, Randomizable
 from numpy.typing import NDArray
 
 from shared_networks.errors import InputError
+from shared_networks.files import replaced_when_whole
 
 LEVELS = 65535
 _BLOCK = (8, 8, 32)
@@ -85,13 +86,9 @@ def write_array(file: Path, array: NDArray[Any]) -> None:
     """Writes an array as `.npy` whose values begin at its second page; it is there as a whole or not at all."""
     header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
     room = _PAGE - 10
-    part = file.with_name(f"{file.name}.part")
-    with part.open("wb") as stream:
+    with replaced_when_whole(file, file.with_name(f"{file.name}.part")) as part, part.open("wb") as stream:
         stream.write(np.lib.format.magic(1, 0) + struct.pack("<H", room) + f"{header!r:<{room - 1}}\n".encode())
         stream.write(np.ascontiguousarray(array).data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
 
 
 def read_volume(file: str | Path, shape: Sequence[int]) -> NDArray[np.float32]:
@@ -165,12 +162,8 @@ def append_entry(prepared_dir: str | Path, entry: Mapping[str, Any]) -> None:
 def write_manifest(prepared_dir: str | Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes a manifest anew, sorted by id; it is there as a whole or the old one stays."""
     file = Path(prepared_dir) / _MANIFEST
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w") as stream:
+    with replaced_when_whole(file, file.with_name(f"{file.name}.part")) as part, part.open("w") as stream:
         stream.writelines(json.dumps(entries[case]) + "\n" for case in sorted(entries))
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
 
 
 def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:

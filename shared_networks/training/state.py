@@ -7,12 +7,10 @@ iteration), see `shared_networks.data.draws` and :class:`shared_networks.trainin
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shared_networks.data.draws import DrawSampler
 from shared_networks.errors import InputError
+from shared_networks.files import replaced_when_whole
 from shared_networks.training.steps import completes_step
 
 logger = logging.getLogger(__name__)
@@ -42,17 +41,13 @@ def save_atomically(content: Mapping[str, Any], file: str | Path) -> None:
         InputError: the file cannot be written (disk full, no permission); an older one is left as it was.
     """
     path = Path(file)
-    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as stream:
+        with (
+            replaced_when_whole(path, path.with_name(f"{path.name}.tmp")) as unfinished,
+            unfinished.open("wb") as stream,
+        ):
             torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with suppress(OSError):
-            unfinished.unlink()
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise InputError(
             f"{path}: cannot be written ({reason}); nothing saved before is lost. Make room or give another folder, "
