@@ -15,11 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from monai.engines import SupervisedTrainer
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.training.losses import MaskedPatchLoss
-from shared_networks.training.steps import SeedIterations
+from shared_networks.training.steps import ReduceOnStep, SeedIterations
 
 from .conftest import ROOT
 from .test_state import SMALL, loss_curve, wait_for
@@ -72,6 +74,54 @@ def test_two_processes_get_the_gradients_of_one_and_masks_of_their_own(tmp_path:
         for name, grad in joined.items():
             torch.testing.assert_close(part["grads"][name], grad, rtol=1e-4, atol=1e-7)
     assert not torch.equal(parts[0]["mask"], parts[1]["mask"])
+
+
+def accumulate(batches: list[torch.Tensor], net: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters after an epoch of three batches, two of which make a step, and then one."""
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[{"image": images, "label": images} for images in batches],
+        network=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        loss_function=torch.nn.MSELoss(),
+        accumulation_steps=2,
+        decollate=False,
+        train_handlers=[ReduceOnStep()],
+    )
+    trainer.run()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def three_batches() -> list[torch.Tensor]:
+    return list(torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(1)))
+
+
+def half_of_each(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    torch.manual_seed(0)
+    net = DistributedDataParallel(torch.nn.Linear(5, 5))
+    reductions = []
+
+    def count(group, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations, and not as text
+        reductions.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    net.register_comm_hook(None, count)
+    parameters = accumulate([images.chunk(WORLD)[rank] for images in three_batches()], net)
+    torch.save({"parameters": parameters, "reductions": reductions}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_gradients_are_exchanged_once_a_step_however_many_accumulate(tmp_path: Path) -> None:
+    mp.spawn(half_of_each, (str(tmp_path),), nprocs=WORLD)
+    torch.manual_seed(0)
+    alone = accumulate(three_batches(), torch.nn.Linear(5, 5))
+    for rank in range(WORLD):
+        part = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert part["reductions"] == [0, 0]  # one bucket, two steps; the first of three iterations exchanged nothing
+        torch.testing.assert_close(part["parameters"], alone)
 
 
 def start(

@@ -13,7 +13,9 @@ from monai.engines import IterationEvents
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from shared_networks.allocator import keep_freed_memory
 from shared_networks.data.draws import derived_seed
 from shared_networks.errors import InputError
 
@@ -33,6 +35,8 @@ def autocast_type(device: torch.device | str, amp: bool) -> torch.dtype | None:
 class AutocastInferer(Inferer):
     """Runs another inferer in mixed precision, on any device; MONAI's engines autocast on CUDA alone.
 
+    On the CPU it also lets the process keep the memory of one call for the next.
+
     Args:
         inferer: what runs the network.
         dtype: of :func:`autocast_type`; `None` leaves all as it is.
@@ -45,6 +49,8 @@ class AutocastInferer(Inferer):
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the network's output in float32, so that losses and metrics are computed in it."""
+        if inputs.device.type == "cpu":
+            keep_freed_memory()
         plain = convert_to_tensor(inputs)  # torch.compile cannot follow MONAI's tensors
         with torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             output = self.inferer(plain, network, *args, **kwargs)
@@ -98,6 +104,23 @@ class ClipGradients:
         if engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
         engine.state.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+
+
+class ReduceOnStep:
+    """Lets processes exchange gradients only in the iterations that end with a step of the optimiser.
+
+    While gradients accumulate, each process keeps its own, as in `DistributedDataParallel.no_sync`, which MONAI's
+    trainer does not enter. Nothing changes for a network that is not distributed.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI trainer."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Choose for this iteration, before its forward pass."""
+        if isinstance(engine.network, DistributedDataParallel):
+            engine.network.require_backward_grad_sync = completes_step(engine)
 
 
 def completes_step(engine: Any) -> bool:
