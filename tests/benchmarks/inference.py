@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,8 @@ from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset, decollate_batch
 from torch import Tensor, nn
 
-from .loader import processor
+from .loader import machine
+from .pretrain_step import resident
 
 SPACING = (0.8, 0.8, 2.5)
 CLASSES = 14
@@ -171,7 +170,7 @@ def ours(file: Path, folder: Path, network: nn.Module, marks: dict[str, float], 
 def run_one(which: str, file: Path, folder: Path) -> None:
     """Run one chain in this process and print its figures."""
     network = StandIn()
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = resident("VmHWM")
     marks, cpu = {"start": time.perf_counter()}, time.process_time()
     if which == "stock":
         stock(file, folder, network, marks)
@@ -185,13 +184,13 @@ def run_one(which: str, file: Path, folder: Path) -> None:
         "windows": marks["windows"] - marks["prepared"] - network.seconds,
         "after": marks["end"] - marks["windows"],
         "stand-in": network.seconds,
-        "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "GB at start": base * 1024 / 1e9,
+        "peak GB": resident("VmHWM") / 1e9,
+        "GB at start": base / 1e9,
     }
     print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
 
 
-def measure(which: str, file: Path, folder: Path) -> dict[str, Any]:
+def in_a_process(which: str, file: Path, folder: Path) -> dict[str, Any]:
     """Run one chain in a process of its own."""
     folder.mkdir()
     words = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.inference", "--one", which, str(file), str(folder)]
@@ -206,8 +205,39 @@ def labels_in(folder: Path) -> np.ndarray:
     return np.asanyarray(nib.load(next(folder.glob("*_seg.nii.gz"))).dataobj)
 
 
+def measure(both: list[int], alone: list[int], folder: str | None = None) -> dict[str, Any]:
+    """Run both chains at some numbers of slices and ours alone at others; `folder` takes scans and labels meanwhile."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        for slices in [*both, *alone]:
+            file = Path(name) / f"ct_{slices}.nii.gz"
+            write_scan(file, slices)
+            results = {}
+            for which in (["ours", "stock"] if slices in both else ["ours"]) + ["ours with overlay"] * (slices == 300):
+                results[which] = Path(name) / f"{which} {slices}".replace(" ", "_")
+                rows.append({"slices": slices, "chain": which, **in_a_process(which, file, results[which])})
+                print(rows[-1], file=sys.stderr, flush=True)
+            if "stock" in results and not any("failed" in row for row in rows):
+                labels, expected = labels_in(results["ours"]), labels_in(results["stock"])
+                rows[-1 if rows[-1]["chain"] == "stock" else -2]["equal voxels"] = round(
+                    float((labels == expected).mean()), 6
+                )
+                rows[-1]["organ share"] = round(float((expected > 0).mean()), 4)
+            file.unlink()
+    return {"machine": machine(), "rows": rows}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    rows = report["rows"]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [f"512 x 512 voxels of {SPACING} mm, windows of {ROI}, overlap 0.5.", "", f"| {' | '.join(columns)} |"]
+    lines += [f"|{'---|' * len(columns)}"]
+    return "\n".join(lines + [f"| {' | '.join(str(row.get(column, '')) for column in columns)} |" for row in rows])
+
+
 def main() -> None:
-    """Measures and prints."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slices", default="100,300", help="sizes to run both chains at")
     parser.add_argument("--only-ours", default="600,1000", help="sizes beyond stock's memory")
@@ -220,37 +250,9 @@ def main() -> None:
         run_one(which, Path(file), Path(folder))
         return
     both, alone = ([int(n) for n in text.split(",") if n] for text in (arguments.slices, arguments.only_ours))
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=arguments.out) as name:
-        for slices in [*both, *alone]:
-            file = Path(name) / f"ct_{slices}.nii.gz"
-            write_scan(file, slices)
-            results = {}
-            for which in (["ours", "stock"] if slices in both else ["ours"]) + ["ours with overlay"] * (slices == 300):
-                results[which] = Path(name) / f"{which} {slices}".replace(" ", "_")
-                rows.append({"slices": slices, "chain": which, **measure(which, file, results[which])})
-                print(rows[-1], file=sys.stderr, flush=True)
-            if "stock" in results and not any("failed" in row for row in rows):
-                labels, expected = labels_in(results["ours"]), labels_in(results["stock"])
-                rows[-1 if rows[-1]["chain"] == "stock" else -2]["equal voxels"] = round(
-                    float((labels == expected).mean()), 6
-                )
-                rows[-1]["organ share"] = round(float((expected > 0).mean()), 4)
-            file.unlink()
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-    }
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    print(f"Machine: {machine}; 512 x 512 voxels of {SPACING} mm, windows of {ROI}, overlap 0.5.\n")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(str(row.get(column, '')) for column in columns)} |")
-    content = json.dumps({"machine": machine, "rows": rows}, indent=1)
-    print(f"\n{content}")
+    report = measure(both, alone, arguments.out)
+    content = json.dumps(report, indent=1)
+    print(f"Machine: {report['machine']}. {markdown(report)}", content, sep="\n\n")
     if arguments.json:
         Path(arguments.json).write_text(content)
 

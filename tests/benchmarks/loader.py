@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import monai
 import numpy as np
 import torch
 from monai.transforms import (
@@ -177,14 +178,11 @@ def many_cases(root: Path, crops: int = 8) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="folder for some 0.6 GB of volumes; a temporary one by default")
-    parser.add_argument("--json", help="file to write the figures to as well")
-    arguments = parser.parse_args()
+def measure(folder: str | None = None) -> dict[str, Any]:
+    """Measure everything on one thread; `folder` takes some 0.6 GB of volumes meanwhile, a temporary one by default."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.out) as name:
+    with tempfile.TemporaryDirectory(dir=folder) as name:
         root = Path(name)
         cases = make_store(root)
         files = [Path(case["image"]) for case in cases]
@@ -207,30 +205,48 @@ def main() -> None:
             **cold_read(read_published, tensors, 8),
         }
         many = many_cases(root)
-    machine = {
-        "processor": processor(),
+    torch.set_num_threads(threads)
+    return {"machine": machine(), "shape": SHAPE, "rows": rows, "many": many}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as two tables."""
+    rows = report["rows"]
+    columns = list(next(iter(rows.values())))
+    lines = [f"Volumes {SHAPE[1:]}, crops {SIZE}, one thread, medians of {REPEATS}.", ""]
+    lines += [f"| | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
+    lines += [f"| {label} | {' | '.join(str(row[column]) for column in columns)} |" for label, row in rows.items()]
+    lines += ["", "| simulated | |", "|---|---|"]
+    return "\n".join(lines + [f"| {label} | {value} |" for label, value in report["many"].items()])
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "processor": model,
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "memory GB": round(os.sysconf("SC_PHYS_PAGES") * PAGE / 1e9),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
-        "numpy": np.__version__,
+        "monai": monai.__version__,
     }
-    columns = list(next(iter(rows.values())))
-    print(f"Machine: {machine}; volumes {SHAPE[1:]}, crops {SIZE}, one thread, medians of {REPEATS}.\n")
-    print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for label, row in rows.items():
-        print(f"| {label} | {' | '.join(str(row[column]) for column in columns)} |")
-    print("\n| simulated | |\n|---|---|")
-    print("\n".join(f"| {label} | {value} |" for label, value in many.items()))
-    content = json.dumps({"machine": machine, "shape": SHAPE, "rows": rows, "many": many}, indent=1)
-    print(f"\n{content}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", help="folder for some 0.6 GB of volumes; a temporary one by default")
+    parser.add_argument("--json", help="file to write the figures to as well")
+    arguments = parser.parse_args()
+    report = measure(arguments.out)
+    content = json.dumps(report, indent=1)
+    print(f"Machine: {report['machine']}. {markdown(report)}", content, sep="\n\n")
     if arguments.json:
         Path(arguments.json).write_text(content)
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

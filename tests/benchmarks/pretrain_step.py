@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from monai.networks.nets import MaskedAutoEncoderViT
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,6 +63,8 @@ class Variant:
         matmul: `torch.set_float32_matmul_precision`. "medium" lets float32 products run in oneDNN on CPU (still in
             float32 where the CPU has no AMX) and in TF32 on GPUs.
         compiled: with torch.compile.
+        plain_attention: attention written out, as published.
+        monai: MONAI's masked autoencoder of equal sizes instead, whose decoder is a plain transformer.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Variant:
     dtype: torch.dtype = torch.float32
     matmul: str = "highest"
     compiled: bool = False
+    plain_attention: bool = False
+    monai: bool = False
 
 
 VARIANTS = [
@@ -75,8 +81,10 @@ VARIANTS = [
     Variant("float32"),
     Variant("float32, matmul precision medium", matmul="medium"),
     Variant("bfloat16", dtype=torch.bfloat16),
+    Variant("bfloat16, attention not fused", dtype=torch.bfloat16, plain_attention=True),
 ]
-COMPILED = Variant("bfloat16, compiled", dtype=torch.bfloat16, compiled=True)
+COMPILED = [Variant("bfloat16, compiled", dtype=torch.bfloat16, compiled=True)]
+MONAI = [Variant("MONAI's masked autoencoder, float32", published=True, monai=True)]  # it fails under autocast
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -97,6 +105,34 @@ def published_loss(network: HiEndMAE, image: Tensor) -> Tensor:
     return (predicted - target).square().mean()
 
 
+def monai_network(ours: HiEndMAE) -> MaskedAutoEncoderViT:
+    """MONAI's masked autoencoder with the sizes of ours, all of its decoder's blocks plain."""
+    encoder, decoder = ours.vit, ours.decoder
+    return MaskedAutoEncoderViT(
+        in_channels=encoder.in_channels,
+        img_size=[g * p for g, p in zip(encoder.grid, encoder.patch_size, strict=True)],
+        patch_size=encoder.patch_size,
+        hidden_size=encoder.hidden_size,
+        mlp_dim=4 * encoder.hidden_size,
+        num_layers=len(encoder.blocks),
+        num_heads=encoder.blocks[0].attn.num_heads,
+        masking_ratio=ours.mask_ratio,
+        decoder_hidden_size=decoder.norm.normalized_shape[0],
+        decoder_mlp_dim=4 * decoder.norm.normalized_shape[0],
+        decoder_num_layers=len(decoder.blocks) + len(decoder.cross_blocks),
+        decoder_num_heads=decoder.blocks[0].attn.num_heads,
+        qkv_bias=True,
+    )
+
+
+def monai_loss(network: nn.Module, image: Tensor, patch_size: Sequence[int], autocast: torch.autocast) -> Tensor:
+    """Mean squared error on the patches that MONAI's network masked."""
+    with autocast:
+        predicted, mask = network(image)
+    error = (predicted.float() - standardise_patches(vit.patchify(image, patch_size))).square().mean(-1)
+    return (error * mask).sum() / mask.sum()
+
+
 def resident(key: str) -> int:
     """Bytes of a line such as VmRSS or VmHWM of this process (Linux)."""
     text = Path("/proc/self/status").read_text()
@@ -108,7 +144,8 @@ def running(variant: Variant, device: torch.device) -> Any:
     """The settings of a variant, put back afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(variant.matmul)
-    attention = mock.patch.object(vit, "attend", plain_attention) if variant.published else nullcontext()
+    plain = variant.published or variant.plain_attention
+    attention = mock.patch.object(vit, "attend", plain_attention) if plain else nullcontext()
     try:
         with attention:
             yield torch.autocast(device.type, variant.dtype, enabled=variant.dtype != torch.float32)
@@ -131,9 +168,19 @@ class Bench:
         torch.manual_seed(0)
         self.device = device
         self.network = HiEndMAE(**PRESETS[preset]).to(device)
+        self.monai: nn.Module | None = None
         self.compiled: nn.Module | None = None
         self.loss = MaskedPatchLoss(self.network.vit.patch_size)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.network, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.optimizer = self.adamw(self.network)
+
+    @staticmethod
+    def adamw(network: nn.Module) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameter_groups(network, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+    def add_monai(self) -> None:
+        """Hold MONAI's network, too, with an optimiser of its own."""
+        self.monai = monai_network(self.network).to(self.device)
+        self.monai_optimizer = self.adamw(self.monai)
 
     def images(self, batch: int) -> Tensor:
         size = [g * p for g, p in zip(self.network.vit.grid, self.network.vit.patch_size, strict=True)]
@@ -145,6 +192,9 @@ class Bench:
         return time.perf_counter()
 
     def forward(self, variant: Variant, image: Tensor, autocast: torch.autocast) -> Tensor:
+        if variant.monai:
+            assert self.monai is not None
+            return monai_loss(self.monai, image, self.network.vit.patch_size, autocast)
         if variant.published:
             return published_loss(self.network, image)
         if variant.compiled and self.compiled is None:
@@ -156,15 +206,16 @@ class Bench:
 
     def step(self, variant: Variant, image: Tensor) -> dict[str, float]:
         """Seconds of each phase of one step."""
-        set_fused(self.optimizer, not variant.published, self.device)
+        optimizer = self.monai_optimizer if variant.monai else self.optimizer
+        set_fused(optimizer, not variant.published, self.device)
         with running(variant, self.device) as autocast:
             times = [self.now()]
             loss = self.forward(variant, image, autocast)
             times.append(self.now())
             loss.backward()
             times.append(self.now())
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             times.append(self.now())
         assert math.isfinite(loss.item())
         seconds = {name: end - start for name, start, end in zip(PHASES, times, times[1:], strict=False)}
@@ -220,11 +271,15 @@ def best_batch(bench: Bench, variant: Variant) -> dict[int, float]:
         batch *= 2
 
 
-def measure(preset: str, batch: int, repeats: int, device: torch.device, compiled: bool) -> dict[str, Any]:
+def measure(
+    preset: str, batch: int, repeats: int, device: torch.device, compiled: bool = False, monai: bool = False
+) -> dict[str, Any]:
     """Run every variant `repeats` times in turn, each time after a step of warming up."""
     bench = Bench(preset, device)
     image = bench.images(batch)
-    variants = VARIANTS + ([COMPILED] if compiled else [])
+    variants = VARIANTS + COMPILED * compiled + MONAI * monai
+    if monai:
+        bench.add_monai()
     steps: dict[str, list[dict[str, float]]] = {v.name: [] for v in variants}
     rates = {v.name: 0.0 for v in variants}
     for _ in range(repeats):
@@ -255,7 +310,7 @@ def measure(preset: str, batch: int, repeats: int, device: torch.device, compile
         "variants": rows,
     }
     if device.type == "cuda":
-        report["crops_a_second_by_batch"] = best_batch(bench, variants[-1])
+        report["crops_a_second_by_batch"] = best_batch(bench, COMPILED[0] if compiled else VARIANTS[3])
     return report
 
 
@@ -299,14 +354,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
     parser.add_argument("--compile", action="store_true", help="one more variant, with torch.compile")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--monai", action="store_true", help="MONAI's masked autoencoder beside it")
+    parser.add_argument("--json", type=Path, help="file to write the figures to as well")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    report = measure(args.preset, args.batch, args.repeats, torch.device(args.device), args.compile)
+    report = measure(args.preset, args.batch, args.repeats, torch.device(args.device), args.compile, args.monai)
     print(markdown(report), json.dumps(report, indent=1), sep="\n\n")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

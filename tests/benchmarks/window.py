@@ -163,16 +163,23 @@ def train(network: nn.Module, image: Tensor, label: Tensor, steps: int) -> None:
     network.requires_grad_(True)
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextmanager
-def stage_seconds(network: nn.Module) -> Iterator[dict[str, float]]:
+def stage_seconds(network: nn.Module, device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds of each stage of the forward passes made inside the block, by name."""
     seconds: dict[str, float] = {}
 
     def start(name: str) -> Callable[..., None]:
-        return lambda *_: seconds.__setitem__(name, -time.perf_counter())
+        return lambda *_: seconds.__setitem__(name, -now(device))
 
     def stop(name: str) -> Callable[..., None]:
-        return lambda *_: seconds.__setitem__(name, seconds[name] + time.perf_counter())
+        return lambda *_: seconds.__setitem__(name, seconds[name] + now(device))
 
     stages = [(name, module) for name, module in network.named_children() if name in STAGES]
     handles = [module.register_forward_pre_hook(start(name)) for name, module in stages]
@@ -195,16 +202,20 @@ def run(variant: Variant, network: nn.Module, image: Tensor) -> tuple[dict[str, 
     with torch.no_grad(), autocast:
         if mixed:
             network(image)
-        with stage_seconds(network) as stages:
-            begin = time.perf_counter()
+        with stage_seconds(network, image.device) as stages:
+            begin = now(image.device)
             logits = network(image)
-            seconds = {"all": time.perf_counter() - begin}
+            seconds = {"all": now(image.device) - begin}
     own = stages if variant.network in ("ours", "published") else {}
     return {**seconds, **own}, logits
 
 
 def peak(variant: Variant, network: nn.Module, image: Tensor) -> int:
-    """Bytes by which the resident size grows at most (Linux)."""
+    """Bytes: all that torch allocated at most on CUDA, growth of the resident size on CPU (Linux)."""
+    if image.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run(variant, network, image)
+        return torch.cuda.max_memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     before = resident("VmRSS")
@@ -219,7 +230,7 @@ def mean_dice(first: Tensor, second: Tensor) -> float:
     return sum(float(2 * (p & q).sum() / (p.sum() + q.sum())) for p, q in zip(a, b, strict=True)) / max(len(labels), 1)
 
 
-def measure(size: str, repeats: int, dataset: Path | None, steps: int) -> dict[str, Any]:
+def measure(size: str, repeats: int, dataset: Path | None, steps: int, device: torch.device) -> dict[str, Any]:
     """Run every variant `repeats` times in turn, each time after a window of warming up."""
     networks = make_networks(size)
     side = SIZES[size].get("img_size", 96)
@@ -227,9 +238,10 @@ def measure(size: str, repeats: int, dataset: Path | None, steps: int) -> dict[s
     if dataset is not None:
         image, label = crop(dataset, side)
         train(networks["published"], image, label, steps)
-    images = {name: image for name in networks}
+    networks = {name: network.to(device) for name, network in networks.items()}
+    images = {name: image.to(device) for name in networks}
     if size == "tiny":  # SwinUNETR needs a multiple of 32
-        images["SwinUNETR"] = torch.rand(1, 1, 64, 64, 64)
+        images["SwinUNETR"] = torch.rand(1, 1, 64, 64, 64, device=device)
     runs: dict[str, list[dict[str, float]]] = {v.name: [] for v in VARIANTS}
     logits: dict[str, Tensor] = {}
     for _ in range(repeats):
@@ -253,7 +265,7 @@ def measure(size: str, repeats: int, dataset: Path | None, steps: int) -> dict[s
     return {
         "size": size,
         "repeats": repeats,
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "trained_steps": steps if dataset is not None else 0,
         "largest_logit": float(truth.abs().max()),
@@ -265,7 +277,7 @@ def measure(size: str, repeats: int, dataset: Path | None, steps: int) -> dict[s
 def markdown(report: dict[str, Any]) -> str:
     """The report as two tables."""
     lines = [
-        f"{report['size']}, {report['threads']} threads, torch {report['torch']}, {report['trained_steps']} steps of "
+        f"{report['size']}, {report['device']}, torch {report['torch']}, {report['trained_steps']} steps of "
         f"training; logits up to {report['largest_logit']:.1f}, {report['labels']} labels. Seconds: fastest (median) "
         f"of {report['repeats']}; ratio of the fastest; error and Dice against the first row.",
         "",
@@ -293,15 +305,16 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--dataset", type=Path, help="nnU-Net folder to train the convolutions on")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--json", type=Path, help="file to write the figures to as well")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    report = measure(args.size, args.repeats, args.dataset, args.steps)
+    report = measure(args.size, args.repeats, args.dataset, args.steps, torch.device(args.device))
     print(markdown(report), json.dumps(report, indent=1), sep="\n\n")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
