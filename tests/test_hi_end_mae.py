@@ -134,7 +134,7 @@ def test_hidden_voxels_do_not_influence_the_prediction():
     assert not torch.equal(network(image + 100 * (1 - hidden)), output)
 
 
-@pytest.mark.parametrize("taps", [(3,), (0, 2), (0, 1, 2, 3)])
+@pytest.mark.parametrize("taps", [(), (3,), (0, 2), (0, 1, 2, 3)])
 def test_decoder_reads_its_taps_deep_to_shallow(taps):
     network, image = tiny(tap_layers=taps).eval(), draw(2, 2, *SIZE)
     decoder, permutation = network.decoder, network.shuffle(2, LENGTH)
@@ -238,8 +238,9 @@ def test_checkpointing_changes_neither_output_nor_gradients():
         assert p.grad is None if q.grad is None else torch.equal(p.grad, q.grad), name
 
 
-def test_torchscript_gives_the_same_output():
-    network, image = tiny(), draw(2, 2, *SIZE)
+@pytest.mark.parametrize("taps", [(0, 2), ()])
+def test_torchscript_gives_the_same_output(taps):
+    network, image = tiny(tap_layers=taps), draw(2, 2, *SIZE)
     permutation = network.shuffle(2, LENGTH)
     scripted = torch.jit.script(network)
     torch.testing.assert_close(scripted(image, permutation), network(image, permutation))

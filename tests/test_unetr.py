@@ -76,8 +76,7 @@ def test_logits_have_the_size_of_the_image(img_size, patch_size, channels):
 @pytest.mark.parametrize("size", [(6, 24, 12), (18, 12, 4)])
 def test_other_image_sizes_use_interpolated_positions(size):
     network, same, image = tiny(), tiny(img_size=size), draw(1, 2, *size)
-    weights = {name: tensor for name, tensor in network.state_dict().items() if name != POSITIONS}
-    same.load_state_dict(weights, strict=False)
+    same.load_state_dict({**network.state_dict(), POSITIONS: same.get_parameter(POSITIONS)})
     logits = network(image)
     assert logits.shape == (1, 5, *size)
     assert (same(image) - logits).abs().max() > 1e-3  # its own table is another one
@@ -180,6 +179,13 @@ def test_torchscript_gives_the_same_logits():
     for size in ((12, 18, 8), (6, 24, 12)):
         image = draw(1, 2, *size)
         torch.testing.assert_close(scripted(image), network(image))
+
+
+def test_weights_are_loaded_whole_or_not_at_all():
+    network = tiny()
+    half = dict(list(network.state_dict().items())[::2])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        network.load_state_dict(half, strict=False)
 
 
 @pytest.mark.parametrize("taps", [(0, 1), (0, 1, 2, 3), ()])

@@ -148,7 +148,7 @@ class HiEndMAE(nn.Module):
         decoder_hidden_size: width of the decoder's tokens, a multiple of 6 and of ``decoder_num_heads``.
         decoder_num_heads: decoder attention heads.
         decoder_self_layers: plain decoder blocks before the cross blocks.
-        tap_layers: zero-based encoder blocks that the decoder reads, ascending.
+        tap_layers: zero-based encoder blocks that the decoder reads, ascending; none makes a plain masked autoencoder.
         mask_ratio: share of the patches hidden, above 0 and below 1.
         checkpointing: recompute blocks in the backward pass to save memory.
 

@@ -7,7 +7,7 @@ fine-tunes it: the token grid is doubled three times, and a trilinear resize clo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,10 @@ class HiEndUNETR(nn.Module):
         change_class(self, nn.Conv3d, Convolution)
         if norm_name == "instance":
             change_class(self, nn.InstanceNorm3d, InstanceNorm)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load all weights or none: MONAI Label does not ask to be strict, and would segment with half a network."""
+        return super().load_state_dict(state_dict, strict=True, assign=assign)
 
     def forward(self, image: Tensor) -> Tensor:
         """Segment an image.

@@ -106,9 +106,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     Returns:
         [B, N, E], heads concatenated.
     """
-    # On CPU the fused kernel takes 2.5 to 4 times as long as two products in bfloat16, while their scores are small.
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] * key.shape[1] <= 1024 * 1024:
-        out = attention_weights(query, key, num_heads) @ split_heads(value, num_heads)
+    # On CPU the fused kernel takes 2.5 to 4 times as long as two products, while the matrix between them is small.
+    small = (
+        query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] * key.shape[1] <= 1024 * 1024
+    )
+    if small and not torch.jit.is_scripting():
+        out = attention_weights(query, key, num_heads).to(value.dtype) @ split_heads(value, num_heads)
         return out.transpose(1, 2).flatten(2)
     return fused_attention(query, key, value, num_heads)
 
@@ -131,9 +134,10 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attention_weights(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
-    """The softmax matrix [B, heads, N, M] of :func:`attend`."""
-    q, k = split_heads(query, num_heads), split_heads(key, num_heads)
-    return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
+    """The softmax matrix [B, heads, N, M] of :func:`attend`, float32."""
+    with torch.autocast(query.device.type, enabled=False):  # bfloat16 scores would be the largest error of a network
+        q, k = split_heads(query.float(), num_heads), split_heads(key.float(), num_heads)
+        return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
 
 
 def on_cpu_for_inference(x: Tensor) -> bool:
@@ -313,7 +317,7 @@ class ViTEncoder(nn.Module):
         num_layers: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
-        tap_layers: zero-based indices of the blocks whose outputs are handed out, ascending.
+        tap_layers: zero-based indices of the blocks whose outputs are handed out, ascending; none is allowed.
         norm_eps: LayerNorm epsilon (published: 1e-6 in pre-training, 1e-5 in fine-tuning).
         cls_token: put a learned token before the others (pre-training).
         trainable_positions: train the position table (fine-tuning) or keep it fixed (pre-training).
@@ -342,13 +346,14 @@ class ViTEncoder(nn.Module):
     ) -> None:
         super().__init__()
         taps = list(tap_layers)
-        if not taps or taps != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < num_layers:
+        if taps != sorted(set(taps)) or not set(taps) <= set(range(num_layers)):
             raise ValueError(f"tap layers {taps} must be ascending block indices from 0 to {num_layers - 1}.")
         self.in_channels = in_channels
         self.patch_size: list[int] = list(ensure_tuple_rep(patch_size, 3))
         self.grid: list[int] = list(grid_size(ensure_tuple_rep(img_size, 3), self.patch_size))
         self.hidden_size = hidden_size
         self.tap_layers: list[int] = taps
+        self.is_tap = [index in taps for index in range(num_layers)]  # TorchScript cannot type a list without entries
         self.checkpointing = checkpointing
         self.patch_embedding = PatchEmbedding(in_channels, self.grid, self.patch_size, hidden_size, trainable_positions)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if cls_token else None
@@ -397,7 +402,7 @@ class ViTEncoder(nn.Module):
         taps: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             tokens = recompute(block, tokens) if not torch.jit.is_scripting() and self.checkpointing else block(tokens)
-            if index in self.tap_layers:
+            if self.is_tap[index]:
                 taps.append(tokens)
         return self.norm(tokens), taps
 
