@@ -167,11 +167,12 @@ def check_weights(checkpoint: str | Path, network: nn.Module) -> None:
         raise InputError(f"{checkpoint}: no trained weights there. Train first, or give --checkpoint a model.pt.")
     found = {name: list(tensor.shape) for name, tensor in read_weights(checkpoint).items()}
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    names = found.keys() | wanted.keys()
+    wrong = sorted(name for name in names if found.get(name) != wanted.get(name))
     if wrong:
         name = wrong[0]
         raise InputError(
-            f"{checkpoint}: {len(wrong)} of {len(wanted)} tensors do not fit the network ({name} is "
+            f"{checkpoint}: {len(wrong)} of {len(names)} tensors do not fit the network ({name} is "
             f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was trained "
             "with (such as tiny.json), or the weights of this network."
         )

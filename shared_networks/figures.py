@@ -21,7 +21,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from shared_networks.data.datalist import case_name
-from shared_networks.reports import source_file
+from shared_networks.reports import source_file, written_whole
 
 # Okabe and Ito's seven colours (https://jfly.uni-koeln.de/color/), then one by one, of colours that show on grey,
 # the farthest in CIELAB from all before it in the worst of normal, protanopic and deuteranopic sight.
@@ -376,6 +376,7 @@ class SaveOverlayd(MapTransform):
         window: Hounsfield units shown as black and as white.
 
     Raises:
+        InputError: on call, if the figure cannot be written.
         ValueError: on call, if the grids differ, a label value has no name or the image does not know its file.
     """
 
@@ -412,8 +413,8 @@ class SaveOverlayd(MapTransform):
             window=self.window,
             title=case,
         )
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.output_dir / f"{case}_overlay.png", bbox_inches="tight")
+        with written_whole(self.output_dir / f"{case}_overlay.png") as part:
+            figure.savefig(part, bbox_inches="tight")
         return data
 
 
@@ -427,6 +428,7 @@ class SaveReconstructiond(MapTransform):
         output_dir: folder of the figures, created if need be.
 
     Raises:
+        InputError: on call, if the figure cannot be written.
         ValueError: on call, if the grids differ or the image does not know its file.
     """
 
@@ -447,8 +449,8 @@ class SaveReconstructiond(MapTransform):
         original, mask, reconstruction = (convert_to_numpy(data[key][0]) for key in keys)
         masked = np.where(mask, np.nan, original)
         figure = reconstruction_figure(original, masked, reconstruction, convert_to_numpy(image.affine), case)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.output_dir / f"{case}_reconstruction.png", bbox_inches="tight")
+        with written_whole(self.output_dir / f"{case}_reconstruction.png") as part:
+            figure.savefig(part, bbox_inches="tight")
         return data
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shared_networks.errors import InputError
+
 
 @contextmanager
 def replaced_when_whole(file: Path, unfinished: Path) -> Iterator[Path]:
@@ -31,3 +33,20 @@ def replaced_when_whole(file: Path, unfinished: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:
+    """Refuses a folder that cannot be written to, before any work is done. Makes nothing.
+
+    Args:
+        folder: of results.
+        setting: that names it.
+
+    Raises:
+        InputError: it, or what it would be made in, is read-only or no folder.
+    """
+    path = Path(folder).absolute()
+    there = next(path for path in (path, *path.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "read-only" if there.is_dir() else "not a folder"
+        raise InputError(f"{folder}: cannot be written, as {there} is {reason}; give another --{setting}")

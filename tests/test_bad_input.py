@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,29 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def enlarge(file: Path) -> None:
+    """Have a file say that it holds 20000 voxels an axis."""
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[42:48] = np.array([20000] * 3, np.int16).tobytes()
+    file.write_bytes(gzip.compress(content))
+
+
+def tilt(*files: Path) -> None:
+    """Shift each slice in its plane, as a scanner with a tilted gantry does."""
+    for file in files:
+        scan = nib.load(file)
+        affine = scan.affine.copy()
+        affine[1, 2] += 1.0
+        nib.save(nib.Nifti1Image(np.asanyarray(scan.dataobj), affine), file)
+
+
+def flatten(file: Path) -> None:
+    """Have a file say that its slices lie upon each other."""
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[88:92] = np.float32(0).tobytes()
+    file.write_bytes(gzip.compress(content))
+
+
 def empty(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -71,6 +95,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN and infinite": (lambda d: rewrite(images(d)[0], with_nan), "train_000_0000.nii.gz: 2 of "),
     "truncated": (lambda d: truncate(images(d)[1]), "train_001_0000.nii.gz: cannot be read"),
     "all zeros": (lambda d: rewrite(images(d)[2], np.zeros_like), "train_002_0000.nii.gz: all voxels are 0"),
+    "no CT": (lambda d: rewrite(images(d)[0], lambda v: v % 500), "train_000_0000.nii.gz: wrong modality: values from"),
+    "air": (lambda d: rewrite(images(d)[0], lambda v: v.clip(-1000, -300)), "000_0000.nii.gz: no voxel is above -175"),
+    "no spacing": (lambda d: flatten(images(d)[1]), "train_001_0000.nii.gz: spacing ("),
+    "gantry tilt": (lambda d: tilt(images(d)[1], labels(d)[1]), "train_001_0000.nii.gz: affine [["),
+    "enormous": (
+        lambda d: enlarge(images(d)[0]),
+        "train_000_0000.nii.gz: 20000 x 20000 x 20000 voxels take 16000.0 GB",
+    ),
+    "label without image": (lambda d: images(d)[0].unlink(), "train_000.nii.gz: no image; add the image"),
 }
 
 
@@ -98,6 +131,15 @@ def test_bad_data_stops_before_anything_is_written(problem: str, data: Path, tmp
     error = input_error_in(caught.value)
     assert error is not None, caught.value
     assert line.format(data=data) in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "ckpt_dir"])
+def test_a_folder_that_cannot_be_written_stops_training(setting: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception) as caught:
+        workflow(data, tmp_path / "out", **{setting: "/dev/null/out"}).initialize()
+    line = f"/dev/null/out: cannot be written, as /dev/null is not a folder; give another --{setting}"
+    assert str(input_error_in(caught.value)) == line
     assert not (tmp_path / "out").exists()
 
 
@@ -175,14 +217,38 @@ def segmentation(data: Path, out: Path, weights: Path, **override: object) -> Co
     )
 
 
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "air": lambda file: rewrite(file, lambda v: v.clip(-1000, -300)),
+    "enormous": enlarge,
+    "flat": flatten,
+    "four": lambda file: rewrite(file, lambda v: np.stack([v, v], -1)),
+    "nan": lambda file: rewrite(file, with_nan),
+    "no_ct": lambda file: rewrite(file, lambda v: v % 500),
+    "text": lambda file: file.write_text("no scan"),
+    "tilted": tilt,
+    "tiny": lambda file: rewrite(file, lambda v: v[:, 20:23, 10:12]),
+}
+REASONS = {
+    "air": "no voxel is above the floor of the intensity window",
+    "enormous": "20000 x 20000 x 20000 voxels need about ",
+    "flat": "spacing (",
+    "four": "shape (",
+    "nan": "2 of ",
+    "no_ct": "wrong modality: values from ",
+    "text": "cannot be read",
+    "tilted": "affine [[",
+    "train_000": "cannot be read",
+}
+
+
 def test_inference_does_the_good_scans_and_lists_the_bad(data: Path, weights: Path, tmp_path: Path) -> None:
     """All in one folder; the exit code comes of the error that ends the run."""
     folder = data / "imagesTr"
     broken, good, _ = images(data)
     truncate(broken)
-    for name, change in {"nan": with_nan, "tiny": lambda v: v[:, 20:23, 10:12]}.items():
+    for name, spoil in SPOILT.items():
         shutil.copy(good, folder / f"{name}_0000.nii.gz")
-        rewrite(folder / f"{name}_0000.nii.gz", change)
+        spoil(folder / f"{name}_0000.nii.gz")
     flow = segmentation(folder, tmp_path / "out", weights, tta_flip_axes=[2], largest_component=True)
     flow.initialize()
     with pytest.raises(Exception) as caught:
@@ -190,9 +256,10 @@ def test_inference_does_the_good_scans_and_lists_the_bad(data: Path, weights: Pa
     error = input_error_in(caught.value)
     assert error is not None, caught.value
     first, *lines = str(error).splitlines()
-    assert first == "2 of 5 scan(s) not segmented:"
-    assert lines[0].startswith(f"{folder}/nan_0000.nii.gz: 2 of ")
-    assert lines[1].startswith(f"{folder}/train_000_0000.nii.gz: cannot be read")
+    assert first == "9 of 12 scan(s) not segmented:"
+    found = dict(line.split("_0000.nii.gz: ") for line in lines)
+    assert found.keys() == {f"{folder}/{name}" for name in REASONS}
+    assert [name for name, reason in REASONS.items() if not found[f"{folder}/{name}"].startswith(reason)] == []
     done = ["tiny", "train_001", "train_002"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(
         f"{name}_seg.{end}" for name in done for end in ("nii.gz", "json")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
-from shared_networks.data.checks import check_cases, sided_pairs
+from shared_networks.data.checks import check_cases, side_problems, sided_pairs
 from shared_networks.errors import InputError
 
 SHAPE = (9, 7, 5)
@@ -243,6 +243,60 @@ def test_images_of_one_value(save, value):
     assert problems([{"image": file}]) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("values", "modality", "reason"),
+    [
+        (
+            hounsfield().clip(0, 500),
+            "CT",
+            "wrong modality: values from 0 to 500 are not HU, as hardly any is below -50",
+        ),
+        (hounsfield(), "MR", "wrong modality: 23% of voxels are below -500, as in HU; pass --modality CT"),
+        (hounsfield().clip(-1000, -175), "CT", "no voxel is above -175, where intensity_range begins"),
+    ],
+)
+def test_values_of_another_modality_or_range(save, values, modality, reason):
+    file = save("a_0000.nii.gz", values)
+    [line] = problems([{"image": file}], modality=modality, intensity_range=(-175, 250))
+    assert line.startswith(f"{file}: {reason}")
+    check_cases([{"image": file}])
+    other = {"CT": "MR", "MR": "CT"}[modality]
+    if "modality" in reason:
+        check_cases([{"image": file}], modality=other, intensity_range=(-175, 250))
+
+
+def test_a_modality_that_is_not_known(save):
+    with pytest.raises(InputError, match="modality is 'ct'; pass --modality CT"):
+        check_cases([{"image": save("a_0000.nii.gz", hounsfield())}], modality="ct")
+
+
+def test_axes_that_are_not_at_right_angles(save):
+    """Of a labelled image, as results must come back to its grid; by more than the rounding of headers."""
+    tilted, rounded = OBLIQUE.copy(), OBLIQUE.copy()
+    tilted[:3, 2] += 0.02 * OBLIQUE[:3, 1]
+    rounded[:3, 2] += 0.01 * OBLIQUE[:3, 1]
+    for affine, lines in ((tilted, 1), (rounded, 0)):
+        image, label = save("a_0000.nii", hounsfield((9, 7, 6)), affine), save("a.nii", organs((9, 7, 6)), affine)
+        check_cases([{"image": image}])
+        if lines:
+            [line] = problems([{"image": image, "label": label}])
+            assert line.startswith(f"{image}: affine [[")
+            assert line.endswith("as of a CT with gantry tilt; resample the scan and its label with a tool that "
+                                 "corrects tilt")  # fmt: skip
+        else:
+            check_cases([{"image": image, "label": label}])
+
+
+def test_a_scan_larger_than_the_memory_is_refused_unread(save):
+    file = save("a_0000.nii", hounsfield())
+    content = bytearray(Path(file).read_bytes())
+    content[42:48] = np.array([20000] * 3, np.int16).tobytes()  # its dimensions; there is nothing behind the header
+    Path(file).write_bytes(content)
+    [line] = problems([{"image": file}])
+    assert line.startswith(f"{file}: 20000 x 20000 x 20000 voxels take 16000.0 GB, ")
+    assert line.endswith(" GB are free; crop the scan or remove the case")
+
+
 def test_voxels_that_are_no_numbers(save):
     colour = np.zeros(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     [line] = problems([{"image": save("a_0000.nii.gz", colour)}])
@@ -294,6 +348,14 @@ def test_sides_are_the_patients(save, affine, caplog):
     one_side = save("c.nii.gz", np.where(body(swapped=True) == 1, 1, 0).astype(np.uint8), affine)
     check_cases([{"image": image, "label": one_side}], num_classes=5, label_names=NAMES)
     assert "no label has a voxel of: 2 spleen, 3 right kidney, 4 left kidney" in caplog.text
+
+
+def test_sides_that_differ_by_little_tell_nothing():
+    def wrong_by(distance: float) -> list[str]:
+        return side_problems({1: np.zeros(3), 2: np.array([distance, 50.0, 0.0])}, [(1, 2)], NAMES)
+
+    assert wrong_by(10.0) == wrong_by(-100.0) == []
+    assert len(wrong_by(10.5)) == 1
 
 
 def test_sided_pairs_of_names_however_written():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,22 @@ def test_configs_use_no_position_to_override() -> None:
     for bundle in BUNDLES:
         for overlay in ("evaluate.json", "multi_gpu_train.json", "tiny.json"):
             assert not [key for key in read(bundle, overlay) if any(part.isdigit() for part in key.split("#"))]
+
+
+def components(config: Any) -> Iterator[dict[str, Any]]:
+    """All parts of a config, however deep, that are made by this package."""
+    if isinstance(config, dict) and str(config.get("_target_", "")).startswith("shared_networks."):
+        yield config
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from components(value)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_our_package_is_found_before_it_is_used(bundle: str) -> None:
+    """In a release, which has a copy of its own, `paths` must come first, and be the same in all configs."""
+    paths = read(BUNDLES[0], "train.json")["paths"]
+    for file in (ROOT / bundle / "configs").glob("*.json"):
+        config = read(bundle, file.name)
+        if "bundle_root" in config:
+            assert config.pop("paths") == paths, file
+        assert [c["_target_"] for c in components(config) if "_requires_" not in c] == [], file

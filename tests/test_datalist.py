@@ -323,6 +323,17 @@ def test_no_folder_is_no_case():
     assert find_cases("") == find_cases(None) == []
 
 
+def test_lists_take_the_place_of_the_folder_and_pair_in_order():
+    cases = [{"image": "b_0000.nii", "label": "x.nii"}, {"image": ["a_0000.nii", "a_0001.nii"], "label": "y.nii"}]
+    lists = {key: [case[f"{key[:-1]}"] for case in cases] for key in ("images", "labels")}
+    assert find_cases("", **lists) == find_cases("no/such/folder", **lists) == cases
+    for images, labels in ((2, 1), (0, 2), (0, 0)):
+        with pytest.raises(InputError, match=rf"images: {images} file\(s\), labels: {labels}; give both lists"):
+            find_cases("", images=lists["images"][:images] or None, labels=lists["labels"][:labels])
+    with pytest.raises(InputError, match="all are the case x"):
+        find_cases("", images=["a/x.nii", "b/x.nii"], labels=["a.nii", "b.nii"])
+
+
 def test_what_is_unpaired_and_what_is_bad_is_listed_at_once(tmp_path):
     touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz")
 

@@ -20,7 +20,6 @@ from shared_networks.inference import export
 from shared_networks.inference.export import (
     SaveSegmentationd,
     Scans,
-    check_output_folder,
     find_scans,
     keep_largest_components,
     label_image,
@@ -61,6 +60,34 @@ def test_scans_are_found_in_every_layout(tmp_path: Path) -> None:
     assert find_scans(one) == [Source("a", (str(one),))]
     with pytest.raises(InputError, match="dataset_dir is not set"):
         find_scans("")
+
+
+def test_scans_of_a_pattern_are_found_as_training_finds_them(tmp_path: Path) -> None:
+    for name in ("s/1_ct.nii.gz", "s/1_seg.nii.gz", "s/2_ct_0000.nii", "deep/s/3_ct.nii.gz", "imagesTs/y_0000.nii.gz"):
+        write(tmp_path / name)
+    root = tmp_path.name
+
+    def cases(pattern: str) -> list[str]:
+        return [source.case for source in find_scans(str(tmp_path), pattern)]
+
+    assert cases("s/*_ct.nii.gz") == cases(f"{tmp_path}/s/*_ct.nii.gz") == [f"{root}/s/1_ct"]
+    assert cases("**/*_ct*.nii*") == [f"{root}/deep/s/3_ct", f"{root}/s/1_ct", f"{root}/s/2_ct"]
+    assert find_scans(tmp_path, "s/1_ct.nii.gz") == [Source(f"{root}/s/1_ct", (str(tmp_path / "s/1_ct.nii.gz"),))]
+    with pytest.raises(InputError, match=r"images_glob: 'x/\*.nii' finds no file in "):
+        cases("x/*.nii")
+    write(tmp_path / "s" / "1_ct.nii")
+    with pytest.raises(InputError, match="/s/1_ct; rename one"):
+        cases("s/1_ct.*")
+    with pytest.raises(InputError, match="dataset_dir is not set"):
+        find_scans("", "*.nii")
+
+
+def test_files_are_scans_of_their_own_whatever_their_folders(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("a/b/ct.nii", "c/b/ct.nii", "c/other_0000.nii")]
+    data = Scans(files, PREPARE, (2.0, 2.0, 2.0), 3)
+    assert [source.files for source in data.data] == [(file,) for file in files]
+    inside = str(tmp_path).replace("/", "_").removeprefix("_")
+    assert list(output_names(data.data).values()) == [f"{inside}_a_b_ct", f"{inside}_c_b_ct", "other"]
 
 
 def test_names_are_short_where_they_can_be() -> None:
@@ -252,17 +279,6 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_an_output_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file is not a folder; give another --output_dir"):
-        check_output_folder(tmp_path / "file" / "out")
-    check_output_folder(tmp_path / "new" / "out")
-    assert not (tmp_path / "new").exists()
-    monkeypatch.setattr(export.os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(InputError, match="is read-only"):
-        check_output_folder(tmp_path / "out")
 
 
 def test_preprocessing_without_a_loader_runs_whole(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
+from shared_networks.errors import input_error_in
 from shared_networks.networks.unetr import HiEndUNETR
 
 from .conftest import BUNDLES, ROOT
@@ -78,26 +79,53 @@ def test_tensorrt_overlay_fits_inference(bundle: str) -> None:
     configs = ROOT / bundle / "configs"
     overlay, inference = (json.loads((configs / f).read_text()) for f in ("inference_trt.json", "inference.json"))
     own = {"_desc_trt", "trt_checkpoint"}
-    assert {key.lstrip("+") for key in overlay} - own <= inference.keys()
+    assert {key.split("#")[0] for key in overlay} - own <= inference.keys()
     assert references(overlay) <= inference.keys() | own
     assert overlay == json.loads((ROOT / BUNDLE / "configs" / "inference_trt.json").read_text())
-    kept = [item for item in inference["initialize"] if "checkpoint" not in json.dumps(item)]
-    assert overlay["initialize"] == kept  # all checks but that of the weights, which the engine holds
+    checks = ["$@network_def" if "checkpoint" in json.dumps(item) else item for item in inference["initialize"]]
+    assert overlay["initialize"] == checks  # the engine is loaded where the weights are checked
+
+
+def trt_network(file: Path) -> Any:
+    configs = ROOT / BUNDLE / "configs"
     parser = ConfigParser()
     parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
-    assert parser["imports"] == [*inference["imports"], "$import torch_tensorrt"]
+    parser["trt_checkpoint"], parser["device"] = str(file), "cpu"
+    return parser.get_parsed_content("network")
 
 
-def test_tensorrt_overlay_runs_the_network_of_the_file(tiny: tuple[Path, Tensor], tmp_path: Path) -> None:
+def test_tensorrt_overlay_runs_the_network_of_the_file(
+    tiny: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With TorchScript in the engine's place, as TensorRT needs a GPU."""
     weights, logits = tiny
     network = HiEndUNETR(img_size=48, feature_size=8, hidden_size=192, num_heads=6).eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     torch.jit.script(network).save(str(tmp_path / "model_trt.ts"))
-    configs = ROOT / BUNDLE / "configs"
-    parser = ConfigParser()
-    parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
-    parser["imports"] = [item for item in parser["imports"] if "torch_tensorrt" not in item]
-    parser["trt_checkpoint"], parser["device"] = str(tmp_path / "model_trt.ts"), "cpu"
+    (tmp_path / "torch_tensorrt.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(parser.get_parsed_content("network")(IMAGE), logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(trt_network(tmp_path / "model_trt.ts")(IMAGE), logits, atol=1e-4, rtol=0)
+
+
+def test_an_engine_that_does_not_load_names_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model_trt.ts"
+    command = f"Make it with: python -m monai.bundle trt_export network_def --filepath {file} --ckpt_file"
+
+    def error() -> str:
+        with pytest.raises(RuntimeError) as caught:
+            trt_network(file)
+        return str(input_error_in(caught.value))
+
+    assert error().startswith(f"{file}: no TensorRT engine there. {command}")
+    file.write_bytes(b"no archive")
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)  # as where it is not installed
+    assert error().endswith("pip install torch-tensorrt")
+    monkeypatch.delitem(sys.modules, "torch_tensorrt")
+    (tmp_path / "torch_tensorrt.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert error().startswith(f"{file}: does not load on this machine (")
+    assert f"). {command}" in error()
+    assert "\n" not in error()

@@ -177,5 +177,5 @@ def test_weights_and_data_are_checked_first(datasets: dict[str, Path], tmp_path:
         workflow(dataset_dir=str(datasets["btcv"]), checkpoint=str(tmp_path / "none.pt")).initialize()
     assert "none.pt: no trained weights there" in str(input_error_in(error.value))
     with pytest.raises(RuntimeError) as error:
-        workflow(dataset_dir=str(tmp_path / "none")).initialize()
+        workflow(dataset_dir=str(tmp_path / "none")).run()
     assert "none: no such folder" in str(input_error_in(error.value))

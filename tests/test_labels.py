@@ -134,7 +134,7 @@ def test_without_a_data_set_or_names_in_it_nothing_is_compared(tmp_path):
         count_classes(BTCV, tmp_path)
 
 
-@pytest.mark.parametrize("names", ["/data/dataset.json", [1, 2], ["background"], ["background", "a", "a"]])
+@pytest.mark.parametrize("names", [None, "/data/dataset.json", [1, 2], ["background"], ["background", "a", "a"]])
 def test_names_that_are_none(names):
     with pytest.raises(InputError, match="label_names"):
         count_classes(names)

@@ -25,9 +25,11 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.nn import functional as F
 
+from shared_networks.checkpoints import read_weights
 from shared_networks.errors import InputError
+from shared_networks.inference import sliding_window
 from shared_networks.inference.resample import ScanGrid, Spacingd, resample_linear
-from shared_networks.inference.sliding_window import SlidingWindowLabels, organ_value, window_slices
+from shared_networks.inference.sliding_window import Members, SlidingWindowLabels, organ_value, window_slices
 
 CLASSES = 5
 ROI = (16, 20, 12)
@@ -198,7 +200,6 @@ def test_flips_are_averaged_and_mirrored_back(scan: Path) -> None:
     mean = torch.zeros(())
     for dims in ([], [2], [3], [2, 3]):  # a network that mirrors by itself must give its share
         one = SlidingWindowLabels(ROI, organ=1, label_names=NAMES, flip_axes=[])
-        one.flips, one.members = [()], [None]
         averaging = type("", (SlidingWindowLabels,), {"averages_probabilities": True})
         one.__class__ = averaging
         one(image, lambda x, d=dims: plain(x.flip(d)).flip(d))
@@ -221,7 +222,20 @@ def test_folds_are_averaged_with_one_network(batch: int, scan: Path, tmp_path: P
         means = means + alone.organ_probability.float() / 3
     folds = SlidingWindowLabels(ROI, batch, checkpoints=files, organ="right kidney", label_names=NAMES)
     folds(image, Net())
+    folds(image, Net())  # which has none of the weights that the first was left with
     torch.testing.assert_close(folds.organ_probability.float(), means, atol=2e-3, rtol=0)
+
+
+def test_weights_are_read_only_where_others_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, read = [tmp_path / "a.pt", tmp_path / "b.pt"], []
+    for value, file in enumerate(files):
+        torch.save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)}, file)
+    monkeypatch.setattr(sliding_window, "read_weights", lambda file: [read.append(file.name), read_weights(file)][1])
+    network, members = nn.Linear(1, 1), Members(files)
+    assert [network.weight.item() for _ in range(3) for _ in members.in_turn(network)] == [0, 1, 1, 0, 0, 1]
+    assert read == ["a.pt", "b.pt", "a.pt", "b.pt"]
+    assert len(members) == 2
+    assert [network.weight.item() for _ in Members([]).in_turn(network)] == [1]  # as it is
 
 
 def test_mixed_precision_on_the_cpu(scan: Path) -> None:

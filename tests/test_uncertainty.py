@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -118,8 +119,8 @@ def test_network_is_left_as_it_was() -> None:
 def test_samples_average_as_they_should() -> None:
     torch.manual_seed(0)
     samples = [torch.randn(2, 4, 3, 3, 3).softmax(dim=1) for _ in range(5)]
-    mean, entropy = uncertainty_of_samples(lambda number: samples[number], 5, "entropy")
-    _, variance = uncertainty_of_samples(lambda number: samples[number], 5, "variance")
+    mean, entropy = uncertainty_of_samples(iter(samples), "entropy")
+    _, variance = uncertainty_of_samples(iter(samples), "variance")
 
     stacked = torch.stack(samples).double()
     p = stacked.mean(dim=0)
@@ -133,10 +134,10 @@ def test_samples_average_as_they_should() -> None:
 def test_both_measures_reach_from_0_to_1() -> None:
     classes = torch.eye(2).reshape(2, 2, 1, 1, 1)  # two samples, each certain, of different classes
     for measure in ("entropy", "variance"):
-        assert uncertainty_of_samples(lambda n: classes[n : n + 1], 2, measure)[1].item() == pytest.approx(1)
-        assert uncertainty_of_samples(lambda n: classes[:1], 2, measure)[1].item() == 0
+        assert uncertainty_of_samples(iter(classes.split(1)), measure)[1].item() == pytest.approx(1)
+        assert uncertainty_of_samples(iter([classes[:1]] * 2), measure)[1].item() == 0
     tiny = torch.tensor([[1e-30, 1.0], [0.0, 1.0]]).reshape(2, 1, 2, 1, 1, 1)  # rounding must not cross 0
-    assert uncertainty_of_samples(lambda n: tiny[n], 2, "entropy")[1].isfinite().all()
+    assert uncertainty_of_samples(iter(tiny), "entropy")[1].isfinite().all()
 
 
 def test_views_are_undone() -> None:
@@ -171,6 +172,43 @@ def test_windows_are_blended_as_monai_does() -> None:
     torch.testing.assert_close(ours[:, :1], theirs, atol=1e-5, rtol=1e-4)
 
 
+def ensemble(folder: Path) -> list[Path]:
+    """Weights of two networks that agree where the image is 0 or 1 and disagree between, each of them sure."""
+    files = []
+    for fold, offset in enumerate((2.0, -2.0)):
+        network = Segmenter(1e-12)
+        with torch.no_grad():
+            network.out.bias += torch.tensor([offset, -offset, 0])
+            network.out.weight *= 5
+            network.out.bias *= 5
+        files.append(folder / f"fold_{fold}.pt")
+        torch.save(network.state_dict(), files[-1])
+    return files
+
+
+def test_an_ensemble_is_unsure_where_its_networks_differ(tmp_path: Path) -> None:
+    files, image = ensemble(tmp_path), ramp()
+    settings = {"method": "tta", "measure": "variance", "samples": 1, "overlap": 0.0}
+    out = unsure(Segmenter(1e-12), image, checkpoints=files, **settings)
+    probabilities = []
+    for file in files:
+        network = Segmenter(1e-12).eval()
+        network.load_state_dict(torch.load(file, weights_only=True))
+        probabilities.append(network(image).softmax(dim=1))
+    expected = torch.stack(probabilities).var(dim=0, correction=0).sum(dim=1, keepdim=True) / (1 - 1 / 2)
+    torch.testing.assert_close(out[:, :1], expected, atol=1e-5, rtol=1e-4)
+    assert out[0, 0, 8:16].min() > 0.9 > 0.1 > out[0, 0, :8].max()
+
+
+def test_each_network_of_an_ensemble_contributes_its_samples(tmp_path: Path) -> None:
+    first, second = ensemble(tmp_path)
+    settings = {"method": "tta", "measure": "variance", "samples": 3, "overlap": 0.0}
+    alone, both = (unsure(Segmenter(1e-12), checkpoints=files, **settings) for files in ([first], [first, second]))
+    again = unsure(Segmenter(1e-12), checkpoints=[first, first], **settings)
+    torch.testing.assert_close(alone, again, atol=1e-5, rtol=1e-4)  # no spread but that of the samples
+    assert alone[0, 0, 8:16].mean() < 0.5 < both[0, 0, 8:16].mean()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -178,6 +216,7 @@ def test_windows_are_blended_as_monai_does() -> None:
         ({"measure": "std"}, "measure is 'std': give --measure entropy or variance"),
         ({"samples": 1}, "samples is 1: give --samples 2 or more"),
         ({"samples": 2.5}, "samples is 2.5: give --samples 2 or more"),
+        ({"samples": 0, "checkpoints": ["a.pt", "b.pt"]}, "samples is 0: give --samples 1 or more"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:
@@ -280,19 +319,22 @@ def workflow(bundle: str, folder: Path, **settings: object) -> ConfigWorkflow:
         bundle_root=str(ROOT / bundle),
         dataset_dir=str(folder / "scans"),
         output_dir=str(folder / "out"),
-        checkpoint=str(folder / "model.pt"),
-        samples=2,
-        **settings,
+        **{"checkpoint": str(folder / "model.pt"), "samples": 2, **settings},
     )
-    torch.manual_seed(0)
-    network = flow.parser.get_parsed_content("network_def")
-    torch.save(network.state_dict(), folder / "model.pt")
+    for seed, file in enumerate(("model.pt", "fold_1.pt")):
+        torch.manual_seed(seed)
+        flow.parser.parse(reset=True)
+        torch.save(flow.parser.get_parsed_content("network_def").state_dict(), folder / file)
     return flow
 
 
-@pytest.mark.parametrize(("bundle", "method"), [("hi_end_mae_btcv_seg", "dropout"), ("hi_end_mae_flare_seg", "tta")])
-def test_overlay_writes_a_map_on_the_scans_grid(bundle: str, method: str, tmp_path: Path) -> None:
-    flow = workflow(bundle, tmp_path, uncertainty=method)
+@pytest.mark.parametrize(
+    ("bundle", "method", "members"),
+    [("hi_end_mae_btcv_seg", "dropout", ["model.pt"]), ("hi_end_mae_flare_seg", "tta", ["model.pt", "fold_1.pt"])],
+)
+def test_overlay_writes_a_map_on_the_scans_grid(bundle: str, method: str, members: list[str], tmp_path: Path) -> None:
+    weights = [str(tmp_path / member) for member in members]
+    flow = workflow(bundle, tmp_path, uncertainty=method, checkpoints=weights)
     flow.initialize()
     flow.run()
 
@@ -305,6 +347,8 @@ def test_overlay_writes_a_map_on_the_scans_grid(bundle: str, method: str, tmp_pa
     assert 0 <= values.min() <= values.max() <= 1
     assert values[6:24, 4:10, 8:37].min() > 0.1  # a random network is unsure of the body
     assert [row[:2] for row in read(tmp_path / "out" / "uncertainty.csv")] == [["rank", "case"], ["1", "ct"]]
+    made_with = json.loads((tmp_path / "out" / "ct_uncertainty.json").read_text())["made_with"]
+    assert [line.split(": ")[0] for line in made_with["weights"]] == weights
     files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
     assert sorted(files) == ["ct_uncertainty.json", "ct_uncertainty.nii.gz", "uncertainty.csv"]
     flow.run()  # nothing is left to be done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import zlib
@@ -21,12 +22,15 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from tqdm import tqdm
 
+from shared_networks.data.free_memory import free_memory
 from shared_networks.errors import InputError
 
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 _AFFINE_TOLERANCE = 1e-3  # of the smallest voxel size
+_SHEAR_TOLERANCE = 0.1  # voxels over the whole scan, as in inference
 _WORKERS = 4  # inflating gzip releases the GIL: two threads on two cores take 0.6 of the time of one
 _FEW_FILES = 20  # checked before a progress bar is any use
+_SIDE_MARGIN = 10  # mm: where organs are cut off by the scan's edge, centres tell no more than this
 _COARSE = 64  # voxels an axis from which an organ's centre is estimated
 
 logger = logging.getLogger(__name__)
@@ -68,6 +72,8 @@ def check_cases(
     voxels: bool = True,
     label_names: Sequence[str] = (),
     sides: bool = True,
+    modality: str | None = None,
+    intensity_range: Sequence[float] | None = None,
 ) -> Sequence[dict[str, Any]]:
     """Checks that scans can be read and make sense, each file once.
 
@@ -75,8 +81,9 @@ def check_cases(
     1 is accepted, because MONAI's `EnsureChannelFirstd` makes it the channel; a longer one would silently become
     channels and a fifth axis a spatial one); spacings that are not positive and affines that are singular; headers
     whose two affines differ; channels or labels on another grid than the image; NaN and infinite voxels; images of one
-    value; label values that are not integers or not classes; labelled images that are one another's copy; and labels
-    whose left and right are swapped. A label that is all background, and an organ that is in no label, only give a
+    value, of another modality or all below the intensities that are told apart; label values that are not integers or
+    not classes; labelled images that are one another's copy or whose axes are not at right angles; and labels whose
+    left and right are swapped. A label that is all background, and an organ that is in no label, only give a
     warning.
 
     Args:
@@ -87,6 +94,8 @@ def check_cases(
         label_names: in order of value, background first; without them sides and absent organs are not checked.
         sides: whether the liver must lie to the right of the spleen, and a right organ to the right of the left one.
             Not so in situs inversus.
+        modality: `"CT"`, whose values must be HU, or `"MR"`, whose values must not; `None` accepts either.
+        intensity_range: values that become 0 and 1; `None` accepts any.
 
     Returns:
         `cases` themselves, so that a config can use the result in their place.
@@ -103,8 +112,16 @@ def check_cases(
     labels = dict.fromkeys(label for _, label in unique if label is not None)
     pairs = sided_pairs(label_names) if sides else []
     jobs = [(file, False) for file in images] + [(file, True) for file in labels]
+    floor = intensity_range[0] if intensity_range else -math.inf
+
+    def check(job: tuple[str, bool]) -> Finding:
+        file, is_label = job
+        if is_label:
+            return _check_label(file, voxels, num_classes, label_names, pairs)
+        return _check_image(file, voxels, modality, floor)
+
     with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
-        scans = pool.map(lambda job: _check_file(job[0], job[1], num_classes, voxels, label_names, pairs), jobs)
+        scans = pool.map(check, jobs)
         hidden = True if len(jobs) < _FEW_FILES else None  # None: hidden unless stderr is a terminal
         found = dict(zip(jobs, tqdm(scans, "checking", len(jobs), unit="file", disable=hidden), strict=True))
 
@@ -113,7 +130,9 @@ def check_cases(
         others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
         for other in others:
             problems += grid_problems(files[0], found[files[0], False].scan, other[0], found[other].scan)
-    problems += _copies([files[0] for files, label in unique if label is not None], found)
+    labelled = [files[0] for files, label in unique if label is not None]
+    problems += [f"{image}: {line}" for image in labelled for line in _shear_problems(found[image, False].scan)]
+    problems += _copies(labelled, found)
     for label in labels:
         problems += [f"{label}: {line}" for line in side_problems(found[label, True].centres, pairs, label_names)]
     if problems:
@@ -139,11 +158,16 @@ def side_problems(
     """Returns a line if organs of a patient are on each other's side.
 
     Args:
-        centres: `[3]` in mm (RAS), by label value; organs that are absent have none.
+        centres: `[3]` in mm (RAS), by label value; organs that are absent have none. Sides that are wrong by no more
+            than 10 mm are passed over.
         pairs: as :func:`sided_pairs` returns them.
         label_names: in order of value.
     """
-    wrong = [pair for pair in pairs if set(pair) <= centres.keys() and centres[pair[0]][0] < centres[pair[1]][0]]
+    wrong = [
+        (right, left)
+        for right, left in pairs
+        if {right, left} <= centres.keys() and centres[left][0] - centres[right][0] > _SIDE_MARGIN
+    ]
     if not wrong:
         return []
     listed = ", ".join(f"{label_names[right]} is to the left of {label_names[left]}" for right, left in wrong)
@@ -167,6 +191,8 @@ def read_nifti(file: str, voxels: bool = True) -> Nifti:
         with scan.file_map["image"].get_prepare_fileobj() as stream:
             # unchecked: nibabel turns a spacing of 0 into 1 and a negative one into its absolute value
             pixdim = type(scan.header).from_fileobj(stream, check=False)["pixdim"][1:4].astype(float)
+            if voxels and (problem := _memory_problem(scan)):
+                return Nifti([problem], None)
             values = _read_voxels(scan, stream) if voxels else None
         shape, affine = scan.shape, scan.affine.copy()  # the next line writes into it
         used_affine = correct_nifti_header_if_necessary(scan).affine
@@ -179,20 +205,23 @@ def read_nifti(file: str, voxels: bool = True) -> Nifti:
     return Nifti(problems, None if problems else (shape, affine), values)
 
 
-def _check_file(
-    file: str,
-    is_label: bool,
-    num_classes: int | None,
-    voxels: bool,
-    label_names: Sequence[str],
-    pairs: Sequence[tuple[int, int]],
+def _check_image(file: str, voxels: bool, modality: str | None, floor: float) -> Finding:
+    problems, grid, values = read_nifti(file, voxels)
+    if values is None:
+        return Finding(Nifti(problems, grid))
+    digest = hashlib.sha1(values.ravel(order="K").data, usedforsecurity=False).digest()
+    more = image_problems(values, modality)
+    if not more and values.max() <= floor:
+        more = [f"no voxel is above {floor:g}, where intensity_range begins; look at the scan's values, or set another"]
+    return Finding(Nifti(problems + more, grid), digest)
+
+
+def _check_label(
+    file: str, voxels: bool, num_classes: int | None, label_names: Sequence[str], pairs: Sequence[tuple[int, int]]
 ) -> Finding:
     problems, grid, values = read_nifti(file, voxels)
     if values is None:
         return Finding(Nifti(problems, grid))
-    if not is_label:
-        digest = hashlib.sha1(values.ravel(order="K").data, usedforsecurity=False).digest()
-        return Finding(Nifti(problems + image_problems(values), grid), digest)
     more = _label_problems(file, values, num_classes)
     if problems or more or grid is None:
         return Finding(Nifti(problems + more, grid))
@@ -238,6 +267,14 @@ def _warn_of_absent(label_names: Sequence[str], present: Collection[int]) -> Non
         logger.warning("no label has a voxel of: %s", ", ".join(absent))
 
 
+def _memory_problem(scan: nib.Nifti1Image) -> str:
+    needed, free = math.prod(scan.shape) * scan.get_data_dtype().itemsize, free_memory()
+    if free is None or needed <= free:
+        return ""
+    size = " x ".join(map(str, scan.shape))
+    return f"{size} voxels take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; crop the scan or remove the case"
+
+
 def _read_voxels(scan: nib.Nifti1Image, stream: ImageOpener) -> np.ndarray:
     """Reads voxels in the type they are stored in; nibabel makes float64, four times int16, of scaled ones."""
     stored: Any = scan.dataobj
@@ -271,12 +308,50 @@ def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.nda
     return problems
 
 
-def image_problems(values: np.ndarray) -> list[str]:
-    """Returns what is wrong with the voxels of an image of any shape: no numbers, not finite, or all the same."""
+def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]:
+    """Returns what is wrong with the voxels of an image of any shape: no numbers, not finite, all the same, or foreign.
+
+    Args:
+        values: of one channel.
+        modality: `"CT"`, whose values must be HU, or `"MR"`, whose values must not; `None` accepts either.
+
+    Raises:
+        InputError: there is no such modality.
+    """
+    if modality not in ("CT", "MR", None):
+        raise InputError(f"modality is {modality!r}; pass --modality CT, --modality MR or --modality None for either")
     if problems := _finite_problems(values):
         return problems
     low, high = values.min(), values.max()
-    return [f"all voxels are {low:g}, so it is no scan; export it again or remove the case"] if low == high else []
+    if low == high:
+        return [f"all voxels are {low:g}, so it is no scan; export it again or remove the case"]
+    if modality == "MR" and (share := np.count_nonzero(values < -500) / values.size) > 0.1:
+        return [
+            f"wrong modality: {share:.0%} of voxels are below -500, as in HU; pass --modality CT or remove the case"
+        ]
+    if modality == "CT" and np.count_nonzero(values < -50) <= 1e-3 * values.size:
+        return [
+            f"wrong modality: values from {low:g} to {high:g} are not HU, as hardly any is below -50; "
+            "put the rescale intercept right, or pass --modality MR"
+        ]
+    return []
+
+
+def _shear_problems(scan: Nifti) -> list[str]:
+    """A line if labels could not be put back on the scan's grid."""
+    if scan.grid is None:
+        return []
+    shape, affine = scan.grid
+    spacing = nib.affines.voxel_sizes(affine)
+    directions = affine[:3, :3] / spacing
+    cosines = directions.T @ directions - np.eye(3)
+    off = (np.abs(cosines) * spacing * shape[:3] / spacing[:, None]).max()  # voxels, from end to end
+    if off <= _SHEAR_TOLERANCE:
+        return []
+    return [
+        f"affine {_rows(affine)}: its axes are not at right angles, as of a CT with gantry tilt; resample the scan "
+        "and its label with a tool that corrects tilt"
+    ]
 
 
 def _label_problems(file: str, values: np.ndarray, num_classes: int | None) -> list[str]:

@@ -161,14 +161,46 @@ def pair_patterns(dataset_dir: str | Path | None, images_glob: str, labels_glob:
             f"{counts['labels_glob']}; give both the same, at least one, as the parts that vary make the pairs"
         )
     root = _dataset_folder(dataset_dir)
-    images = _matches(root, "images_glob", images_glob)
-    labels = _matches(root, "labels_glob", labels_glob)
+    images = find_matches(root, "images_glob", images_glob)
+    labels = find_matches(root, "labels_glob", labels_glob)
     return _pairs(
         [(image, [name]) for image, name in images],
         labels,
         lambda name: _filled(images_glob, name),
         lambda name: _filled(labels_glob, name),
     )
+
+
+def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name]]:
+    """Finds NIfTI files by a pattern.
+
+    Args:
+        root: where the pattern begins, unless it is absolute.
+        setting: that the pattern is given by, for errors.
+        pattern: see :func:`pair_patterns`.
+
+    Returns:
+        Each file, and what the pattern's wildcards stand for in it, sorted by that.
+
+    Raises:
+        InputError: it finds nothing or other files, or does not tell what varies.
+    """
+    whole = pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(root)), pattern)
+    files = [file for file in glob.glob(whole, recursive=True) if os.path.isfile(file)]
+    if not files:
+        raise InputError(f"{setting}: {pattern!r} finds no file in {root}; give a pattern such as 'volume-*.nii.gz'")
+    if others := [file for file in files if not file.endswith(_SUFFIXES)]:
+        raise InputError(
+            f"{setting}: {pattern!r} finds {len(others)} file(s) that are no NIfTI, such as {min(others)}; "
+            "end the pattern with .nii.gz, and convert the files to .nii.gz first if they are scans"
+        )
+    parts = re.split("(" + "|".join(_WILDCARDS) + ")", pattern)
+    start = "" if os.path.isabs(pattern) else re.escape(os.path.join(str(root), ""))
+    matching = re.compile(start + "".join(_expression(p) if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+    found = [(file, match.groups()) for file in files if (match := matching.fullmatch(file))]
+    if len(found) < len(files):
+        raise InputError(f"{setting}: {pattern!r} is too intricate to tell what varies; use *, ?, [ab] and **/ only")
+    return sorted(found, key=lambda item: (item[1], item[0]))
 
 
 def read_list(file: str | Path) -> list[dict[str, Any]]:
@@ -211,6 +243,8 @@ def find_cases(
     images_glob: str | None = None,
     labels_glob: str | None = None,
     check: Callable[[list[dict[str, Any]]], Any] | None = None,
+    images: Sequence[Image] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Finds the labelled cases of a data set of any layout.
 
@@ -221,6 +255,8 @@ def find_cases(
         labels_glob: see :func:`pair_patterns`.
         check: raises an `InputError` of several lines, the first a heading, on bad cases. It is called here only
             where files are without partner, so that all that is wrong is listed at once.
+        images: files in place of those in `dataset_dir`, whatever their names.
+        labels: the label of each, in the same order.
 
     Returns:
         `{"image": image, "label": label}`, and `part` where a list says that it is for validation or test.
@@ -228,10 +264,12 @@ def find_cases(
     Raises:
         InputError: as the function of the layout, or several cases have one name, after which results are named.
     """
-    if not dataset_dir:
-        return []
     try:
-        if images_glob or labels_glob:
+        if images is not None or labels is not None:
+            cases = _zip_lists(images or [], labels or [])
+        elif not dataset_dir:
+            return []
+        elif images_glob or labels_glob:
             cases = pair_patterns(dataset_dir, images_glob or "", labels_glob or "")
         elif Path(dataset_dir).suffix == ".json":
             cases = read_list(dataset_dir)
@@ -365,6 +403,14 @@ def _pairs(
     return pairs
 
 
+def _zip_lists(images: Sequence[Image], labels: Sequence[str]) -> list[dict[str, Any]]:
+    if len(images) != len(labels) or not images:
+        raise InputError(
+            f"images: {len(images)} file(s), labels: {len(labels)}; give both lists, a label for each image in order"
+        )
+    return [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+
+
 def _problems_of(cases: list[dict[str, Any]], check: Callable[[list[dict[str, Any]]], Any] | None) -> list[str]:
     try:
         if check is not None and cases:
@@ -382,26 +428,6 @@ def _filled(pattern: str, name: Name) -> str:
     """A pattern with values in place of its wildcards."""
     values = iter(name)
     return re.sub("|".join(_WILDCARDS), lambda _: next(values), pattern)
-
-
-def _matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name]]:
-    """Files that a pattern finds, and what its wildcards stand for in each, sorted by that."""
-    whole = pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(root)), pattern)
-    files = [file for file in glob.glob(whole, recursive=True) if os.path.isfile(file)]
-    if not files:
-        raise InputError(f"{setting}: {pattern!r} finds no file in {root}; give a pattern such as 'volume-*.nii.gz'")
-    if others := [file for file in files if not file.endswith(_SUFFIXES)]:
-        raise InputError(
-            f"{setting}: {pattern!r} finds {len(others)} file(s) that are no NIfTI, such as {min(others)}; "
-            "end the pattern with .nii.gz, and convert the files to .nii.gz first if they are scans"
-        )
-    parts = re.split("(" + "|".join(_WILDCARDS) + ")", pattern)
-    start = "" if os.path.isabs(pattern) else re.escape(os.path.join(str(root), ""))
-    matching = re.compile(start + "".join(_expression(p) if i % 2 else re.escape(p) for i, p in enumerate(parts)))
-    found = [(file, match.groups()) for file in files if (match := matching.fullmatch(file))]
-    if len(found) < len(files):
-        raise InputError(f"{setting}: {pattern!r} is too intricate to tell what varies; use *, ?, [ab] and **/ only")
-    return sorted(found, key=lambda item: (item[1], item[0]))
 
 
 def _expression(wildcard: str) -> str:

@@ -85,16 +85,16 @@ def dataset_labels(dataset_dir: str | Path | None) -> list[str]:
     return read_labels(_labels_file(dataset_dir))
 
 
-def checked_names(label_names: Sequence[str], source: str | Path = "label_names") -> list[str]:
+def checked_names(label_names: Sequence[str] | None, source: str | Path = "label_names") -> list[str]:
     """Returns label names as they are given.
 
     Raises:
-        InputError: it is no list of at least two different names.
+        InputError: it is no list of at least two different names; `None` comes of `@dataset_labels` without a data set.
     """
-    if isinstance(label_names, str) or not all(isinstance(name, str) for name in label_names):
+    if label_names is None or isinstance(label_names, str) or not all(isinstance(name, str) for name in label_names):
         raise InputError(
             f"{source} is {label_names!r}; give a list of names, \"['background','liver']\", or {_OWN.split()[1]} for "
-            "those of the data set"
+            "those of the data set in --dataset_dir"
         )
     if len(label_names) < 2:
         raise InputError(f"{source}: {list(label_names)} names no organ; give the background and at least one organ")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shared_networks.data.checks import grid_problems, image_problems, read_nifti
-from shared_networks.data.datalist import Image, case_name, find_images
+from shared_networks.data.datalist import Image, case_name, find_images, find_matches
 from shared_networks.errors import InputError
 
 _NIFTI = (".nii.gz", ".nii")
@@ -66,13 +66,15 @@ class BadScanError(ValueError):
     """Why a scan is of no use, in one line."""
 
 
-def find_sources(dataset_dir: str | Path | None) -> list[Source]:
+def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None) -> list[Source]:
     """Finds all scans.
 
     Args:
         dataset_dir: a folder with scans at any depth, or a `.json` file with lists of cases (`training`, `validation`,
             `test`, ...), whose `image` is a path, or a path a channel, relative to the file. Of a folder that has
             `imagesTr` only that is read. Folders named label*, seg* or mask* are passed over.
+        images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else; see
+            :func:`shared_networks.data.datalist.pair_patterns`.
 
     Returns:
         Sorted by case.
@@ -83,7 +85,9 @@ def find_sources(dataset_dir: str | Path | None) -> list[Source]:
     if not dataset_dir:
         raise InputError("dataset_dir is not set; pass --dataset_dir FOLDER, the folder that holds the scans")
     root = Path(dataset_dir).resolve()
-    if root.is_file():
+    if images_glob:
+        found = [_nifti_source(file, root) for file, _ in find_matches(root, "images_glob", images_glob)]
+    elif root.is_file():
         found = _listed(root)
     elif root.is_dir():
         found = list(tqdm(_in_folder(root, root), "finding scans", unit="case", disable=None))
@@ -99,6 +103,11 @@ def find_sources(dataset_dir: str | Path | None) -> list[Source]:
         if other is not source and other != source:
             raise InputError(f"{source.files[0]}, {other.files[0]}: both are the case {source.case}; rename one")
     return [sources[case] for case in sorted(sources)]
+
+
+def file_source(image: Image) -> Source:
+    """Returns the scan of a NIfTI file, or of a file a channel; its case is its whole path, so that no two are one."""
+    return _nifti_source(image, Path(os.sep))
 
 
 def find_excluded(cases: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, list[str]]:
@@ -138,20 +147,19 @@ def read_names(file: str | Path) -> list[str]:
     return [name for line in lines if (name := re.sub(r"(^|\s)#.*", "", line).strip())]
 
 
-def read_scan(source: Source, modality: str) -> Scan:
+def read_scan(source: Source, modality: str | None) -> Scan:
     """Reads and checks a scan.
 
     Args:
         source: as `find_sources` returns it.
-        modality: `"CT"` or `"MR"`.
+        modality: `"CT"` or `"MR"`; `None` accepts either.
 
     Raises:
         BadScanError: the file is damaged, the scan is not 3D or has no sound geometry, or its values are none of that
             modality.
     """
     scan = _read_series(source, modality) if source.series else _read_files(source.files)
-    problems = [problem for channel in scan.image for problem in image_problems(channel)]
-    if problems := problems or _modality_problems(scan.image, modality):
+    if problems := [problem for channel in scan.image for problem in image_problems(channel, modality)]:
         raise BadScanError("; ".join(problems))
     return scan
 
@@ -349,12 +357,12 @@ def _ras(axes: NDArray[np.float64], origin: NDArray[np.float64]) -> NDArray[np.f
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def _read_series(source: Source, modality: str) -> Scan:
+def _read_series(source: Source, modality: str | None) -> Scan:
     try:
         slices = _slices(source)
     except OSError as error:
         raise BadScanError(f"cannot be read ({error}); copy it again") from None
-    if (found := slices[0].modality) and found != modality:
+    if modality and (found := slices[0].modality) and found != modality:
         raise BadScanError(f"wrong modality: DICOM says {found}, not {modality}")
     _, affine = _series_grid(slices)
     itk = _simpleitk(source.files[0])
@@ -381,17 +389,3 @@ def _read_files(files: Sequence[str]) -> Scan:
         raise BadScanError("; ".join(problems))
     values = [channel.values for channel in channels if channel.values is not None]
     return Scan(np.stack([value.reshape(first.grid[0][:3]) for value in values]), first.grid[1])
-
-
-def _modality_problems(image: NDArray[Any], modality: str) -> list[str]:
-    if modality == "MR":
-        share = np.count_nonzero(image < -500) / image.size
-        fix = "pass --modality CT or remove the case"
-        return [f"wrong modality: {share:.0%} of voxels are below -500, as in HU; {fix}"] if share > 0.1 else []
-    if np.count_nonzero(image < -50) <= 1e-3 * image.size:
-        low, high = image.min(), image.max()
-        return [
-            f"wrong modality: values from {low:g} to {high:g} are not HU, as hardly any is below -50; "
-            "put the rescale intercept right, or pass --modality MR"
-        ]
-    return []

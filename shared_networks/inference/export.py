@@ -5,6 +5,7 @@ What is wrong with a scan costs that scan alone; it is listed at the end.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -26,7 +27,9 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from shared_networks.checkpoints import check_weights
-from shared_networks.data.sources import BadScanError, Scan, Source, find_sources, read_grid, read_scan
+from shared_networks.data.datalist import Image
+from shared_networks.data.free_memory import free_memory
+from shared_networks.data.sources import BadScanError, Scan, Source, file_source, find_sources, read_grid, read_scan
 from shared_networks.errors import InputError
 from shared_networks.figures import label_colour, overlay_figure
 from shared_networks.inference.sliding_window import SlidingWindowLabels, scan_grid
@@ -38,17 +41,20 @@ _NIFTI = (".nii.gz", ".nii")
 logger = logging.getLogger(__name__)
 
 
-def find_scans(dataset_dir: str | Path | None) -> list[Source]:
+def find_scans(dataset_dir: str | Path | None, images_glob: str | None = None) -> list[Source]:
     """Finds the scans to segment.
 
     Args:
         dataset_dir: a NIfTI file; an nnU-Net data set, of which `imagesTs` is read, or `imagesTr` where there is none;
             or a folder with NIfTI files and DICOM series at any depth (see :func:`shared_networks.data.sources`).
+        images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else.
 
     Raises:
         InputError: there is no scan, or DICOM without SimpleITK.
     """
     root = Path(dataset_dir or "")
+    if images_glob:
+        return find_sources(dataset_dir, images_glob)
     if dataset_dir and root.is_file() and root.name.endswith(_NIFTI):
         stem = root.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
         return [Source(stem, (str(root.resolve()),))]
@@ -86,15 +92,6 @@ def memory_estimate(shape: Sequence[int], spacing: Sequence[float], target: Sequ
     return int(math.prod(shape) * 6 + math.prod(prepared) * 16 + slab * 4 * (classes + 1) + 6e8)
 
 
-def free_memory() -> int | None:
-    """Bytes that the system could still give, `None` where it does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def scan_tensor(scan: Scan, file: str) -> MetaTensor:
     """A scan as `LoadImaged` and `EnsureChannelFirstd` would have it, [C, X, Y, Z], but in its own number type."""
     image = scan.image.astype(scan.image.dtype.newbyteorder("="), copy=False)
@@ -130,25 +127,25 @@ class Scans(IterableDataset):
     Each item has `image`, prepared; `scan`, [C, X, Y, Z] as on file; `name`, of the results; and `stamp`.
 
     Args:
-        data: of :func:`find_scans`.
+        data: of :func:`find_scans`, or NIfTI files.
         transform: the preprocessing. A `LoadImaged` at its start is passed over: scans are read, checked to the last
             voxel and held in their own number type by :func:`shared_networks.data.sources.read_scan`.
         spacing: voxel size in mm that it prepares, for estimates of memory.
         classes: number of labels, background included, for the same.
         skip: whether results of a name and stamp are there already.
-        modality: `CT`, whose values must be Hounsfield units, or `MR`.
+        modality: `CT`, whose values must be Hounsfield units, or `MR`; `None` accepts either.
     """
 
     def __init__(
         self,
-        data: Sequence[Source],
+        data: Sequence[Source | Image],
         transform: Compose,
         spacing: Sequence[float],
         classes: int,
         skip: Callable[[str, str], bool] | None = None,
-        modality: str = "CT",
+        modality: str | None = "CT",
     ) -> None:
-        self.data = data
+        self.data = [scan if isinstance(scan, Source) else file_source(scan) for scan in data]
         self.transform = transform
         self.spacing = spacing
         self.classes = classes
@@ -365,20 +362,28 @@ class SaveSegmentationd(SaveImaged):
         return content.get("made_with") == self.made_with(stamp) and all(file.is_file() for file in files)
 
 
-def check_output_folder(output_dir: str | Path) -> None:
-    """Refuses a folder that cannot be written to, before any work is done. Makes nothing.
-
-    Raises:
-        InputError: it, or what it would be made in, is read-only or no folder.
-    """
-    folder = Path(output_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        reason = "read-only" if there.is_dir() else "not a folder"
-        raise InputError(f"{output_dir}: cannot be written, as {there} is {reason}; give another --output_dir")
-
-
 def check_all_weights(checkpoints: Sequence[str | Path], network: torch.nn.Module) -> None:
     """:func:`shared_networks.checkpoints.check_weights` for each of several files."""
     for checkpoint in checkpoints:
         check_weights(checkpoint, network)
+
+
+def load_engine(file: str | Path, device: torch.device | str) -> torch.nn.Module:
+    """Loads a network that `trt_export` has compiled with TensorRT.
+
+    Raises:
+        InputError: there is no such file, it does not load on this machine, or torch_tensorrt is not installed.
+    """
+    remedy = (
+        f"Make it with: python -m monai.bundle trt_export network_def --filepath {file} --ckpt_file models/model.pt "
+        "--meta_file configs/metadata.json --config_file configs/inference.json --precision fp16"
+    )
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no TensorRT engine there. {remedy}")
+    try:
+        importlib.import_module("torch_tensorrt")  # torch then knows what an engine is
+        return torch.jit.load(file, map_location=device)
+    except ImportError as error:
+        raise InputError(f"{file}: runs with torch_tensorrt ({error}); pip install torch-tensorrt") from error
+    except RuntimeError as error:
+        raise InputError(f"{file}: does not load on this machine ({str(error).splitlines()[0]}). {remedy}") from error

@@ -80,7 +80,7 @@ class SlidingWindowLabels(Inferer):
         self.overlap = overlap
         self.blending = blending
         self.flips = [flip for count in range(len(flip_axes) + 1) for flip in combinations(sorted(flip_axes), count)]
-        self.members: list[str | Path | None] = [*checkpoints] or [None]
+        self.members = Members(checkpoints)
         self.predict = AutocastInferer(SimpleInferer(), dtype)
         self.organ = None if organ is None else organ_value(organ, label_names)
         self.organ_probability: Tensor | None = None
@@ -116,6 +116,7 @@ class SlidingWindowLabels(Inferer):
         grid = ScanGrid(grid.axes, tuple(p + b for p, b in zip(grid.positions, before, strict=True)))
         foreground = (volume[0] > 0).any(dim=0)
         self.organ_probability = None
+        self.members.loaded = None
         if not foreground.any():
             shape = [grid.shape[axis] for axis in grid.axes]
             labels = torch.zeros(shape, dtype=torch.uint8)
@@ -156,7 +157,7 @@ class SlidingWindowLabels(Inferer):
             total=len(windows) * len(self.members), desc="windows", unit="window", leave=False, disable=None
         ) as bar:
             for index, (start, group) in enumerate(groups):
-                for window, output in self._outputs(volume, group, index, network, args, kwargs, bar):
+                for window, output in self._outputs(volume, group, network, args, kwargs, bar):
                     if not len(sums):
                         sums = torch.zeros((output.shape[0], *thick), device=volume.device)
                     place = list(window)
@@ -181,13 +182,10 @@ class SlidingWindowLabels(Inferer):
                 _advance(weights, axis, following - start)
 
     def _outputs(
-        self, volume: Tensor, group: Sequence[Window], turn: int, network: Network, args: Any, kwargs: Any, bar: Any
+        self, volume: Tensor, group: Sequence[Window], network: Network, args: Any, kwargs: Any, bar: Any
     ) -> Iterator[tuple[Window, Tensor]]:
         """Yields what each network makes of each window, [C, *roi_size]: logits, or the flips' mean probabilities."""
-        # There and back, so that the weights that are loaded serve first.
-        for checkpoint in self.members[:: 1 if turn % 2 == 0 else -1]:
-            if checkpoint is not None:
-                load(network, checkpoint)
+        for _ in self.members.in_turn(network):
             for first in range(0, len(group), self.sw_batch_size):
                 some = group[first : first + self.sw_batch_size]
                 batch = torch.stack([volume[0][(slice(None), *window)] for window in some])
@@ -278,6 +276,30 @@ def organ_value(organ: str | int, label_names: Sequence[str]) -> int:
     raise InputError(f"organ_probability is {organ!r}; give one of {', '.join(label_names)}")
 
 
-def load(network: Any, checkpoint: str | Path) -> None:
-    """Load weights strictly; :func:`shared_networks.checkpoints.check_weights` has said whether they fit."""
-    network.load_state_dict(read_weights(checkpoint))
+class Members:
+    """The weights of an ensemble, one network of which is in memory at a time.
+
+    Args:
+        checkpoints: files; none stands for the network as it is.
+
+    Attributes:
+        loaded: the file that the network has its weights from, `None` where that is not known.
+    """
+
+    def __init__(self, checkpoints: Sequence[str | Path]) -> None:
+        self.checkpoints: list[str | Path | None] = [*checkpoints] or [None]
+        self.loaded: str | Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def in_turn(self, network: Any) -> Iterator[None]:
+        """Yield once for each, its weights loaded; what is loaded already comes first.
+
+        Weights are loaded strictly; :func:`shared_networks.checkpoints.check_weights` has said whether they fit.
+        """
+        for checkpoint in sorted(self.checkpoints, key=lambda checkpoint: checkpoint != self.loaded):
+            if checkpoint is not None and checkpoint != self.loaded:
+                network.load_state_dict(read_weights(checkpoint))
+                self.loaded = checkpoint
+            yield

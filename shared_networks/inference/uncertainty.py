@@ -2,7 +2,8 @@
 
 Sources: Gal and Ghahramani, "Dropout as a Bayesian approximation", ICML 2016 (dropout); Wang et al., "Aleatoric
 uncertainty estimation with test-time augmentation for medical image segmentation with convolutional neural networks",
-Neurocomputing 2019 (tta).
+Neurocomputing 2019 (tta); Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep
+ensembles", NIPS 2017 (several checkpoints).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from shared_networks.errors import InputError
 from shared_networks.inference.export import SaveSegmentationd, label_image
 from shared_networks.inference.resample import resample_linear
-from shared_networks.inference.sliding_window import scan_grid
+from shared_networks.inference.sliding_window import Members, scan_grid
 from shared_networks.reports import source_file, write_csv, write_json, written_whole
 from shared_networks.training.steps import AutocastInferer
 
@@ -92,12 +93,11 @@ def dropout_on(network: nn.Module) -> Iterator[None]:
             module.train(training)
 
 
-def uncertainty_of_samples(sample: Callable[[int], Tensor], samples: int, measure: str) -> tuple[Tensor, Tensor]:
+def uncertainty_of_samples(samples: Iterator[Tensor], measure: str) -> tuple[Tensor, Tensor]:
     """Average predictions while they come, none but the first kept, and say how unsure they are.
 
     Args:
-        sample: returns the probabilities [B, K, H, W, D] of a sample by its number.
-        samples: S, their number.
+        samples: S probabilities [B, K, H, W, D], of which there are at least two.
         measure: ``entropy`` of the mean probabilities over its greatest value, ``log K``: high where one sample wavers
             and where samples differ; or ``variance`` over samples, summed over classes, over its greatest value,
             ``1 - 1 / min(K, S)``: high only where samples differ.
@@ -106,20 +106,21 @@ def uncertainty_of_samples(sample: Callable[[int], Tensor], samples: int, measur
         Mean probabilities [B, K, H, W, D], and uncertainty [B, 1, H, W, D] from 0 to 1.
     """
     # Differences from the first sample: of equal samples the variance is then exactly 0.
-    first = sample(0)
-    total, squares = torch.zeros_like(first), torch.zeros_like(first[:, :1])
-    for number in range(1, samples):
-        difference = sample(number) - first
+    first = next(samples)
+    total, squares, count = torch.zeros_like(first), torch.zeros_like(first[:, :1]), 1
+    for sample in samples:
+        difference = sample - first
         total += difference
         squares += difference.square().sum(dim=1, keepdim=True)
-    offset = total / samples
+        count += 1
+    offset = total / count
     mean = (first + offset).clamp(min=0)  # rounding can leave a probability just below
     classes = first.shape[1]
     if measure == "entropy":
         unsure = torch.special.entr(mean).sum(dim=1, keepdim=True) / math.log(classes)
     else:
-        unsure = squares / samples - offset.square().sum(dim=1, keepdim=True)
-        unsure /= 1 - 1 / min(classes, samples)
+        unsure = squares / count - offset.square().sum(dim=1, keepdim=True)
+        unsure /= 1 - 1 / min(classes, count)
     return mean, unsure.clamp(0, 1)
 
 
@@ -127,18 +128,20 @@ class UncertaintyInferer(SlidingWindowInferer):
     """Sliding window that returns, instead of logits, how unsure the network is and where it sees organs.
 
     Samples are averaged window by window and only two channels are blended over windows, so memory does not grow with
-    classes or samples. The uncertainty where windows overlap is the mean of theirs; that they may disagree does not
-    count. The draws are a function of `seed`, the same for every case in whatever order, and leave torch's generators
-    as they were.
+    classes, samples or members of an ensemble. The uncertainty where windows overlap is the mean of theirs; that they
+    may disagree does not count. The draws are a function of `seed`, the same for every case in whatever order, and
+    leave torch's generators as they were.
 
     Args:
         roi_size: window in voxels, a multiple of the patch size.
         method: ``dropout`` leaves the network's dropout on (Monte-Carlo dropout); ``tta`` mirrors the image and changes
             its intensities.
         measure: ``entropy`` or ``variance``, see :func:`uncertainty_of_samples`.
-        samples: predictions a window, at least 2.
+        samples: predictions a window and network, at least 2 in all.
         flip_axes: axes that ``tta`` may mirror. Mirroring left-right would swap sided organs.
         seed: of the draws.
+        checkpoints: files of the weights of an ensemble, whose networks all contribute their samples; one is in memory
+            at a time. None takes the network as it is.
         dtype: of mixed precision, see :func:`shared_networks.training.steps.autocast_type`.
         window: further arguments of :class:`monai.inferers.SlidingWindowInferer`.
 
@@ -154,6 +157,7 @@ class UncertaintyInferer(SlidingWindowInferer):
         samples: int = 8,
         flip_axes: Sequence[int] = (1, 2),
         seed: int = 0,
+        checkpoints: Sequence[str | Path] = (),
         dtype: torch.dtype | None = None,
         **window: Any,
     ) -> None:
@@ -162,12 +166,14 @@ class UncertaintyInferer(SlidingWindowInferer):
             raise InputError(f"uncertainty is {method!r}: give --uncertainty {' or '.join(METHODS)}")
         if measure not in MEASURES:
             raise InputError(f"measure is {measure!r}: give --measure {' or '.join(MEASURES)}")
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-            raise InputError(f"samples is {samples!r}: give --samples 2 or more; one has nothing to differ from")
+        fewest = 1 if len(checkpoints) > 1 else 2
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < fewest:
+            raise InputError(f"samples is {samples!r}: give --samples {fewest} or more; one has nothing to differ from")
         self.method = method
         self.measure = measure
         self.views = draw_views(samples, flip_axes, seed) if method == "tta" else [View()] * samples
         self.seed = seed
+        self.members = Members(checkpoints)
         self.predict = AutocastInferer(SimpleInferer(), dtype)
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,6 +188,7 @@ class UncertaintyInferer(SlidingWindowInferer):
         Returns:
             [B, 2, H, W, D], both from 0 to 1: the uncertainty, and the share of windows that see an organ there.
         """
+        self.members.loaded = None
         if self.method == "tta":
             return super().__call__(inputs, partial(self.look, network), *args, **kwargs)
         devices = [inputs.device] if inputs.device.type == "cuda" else []
@@ -191,12 +198,12 @@ class UncertaintyInferer(SlidingWindowInferer):
 
     def look(self, network: Callable[..., Tensor], window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Look at windows [B, C, H, W, D]; see :meth:`__call__`."""
-
-        def sample(number: int) -> Tensor:
-            view = self.views[number]
-            return view.mirror(self.predict(view.of(window), network, *args, **kwargs).softmax(dim=1))
-
-        mean, unsure = uncertainty_of_samples(sample, len(self.views), self.measure)
+        samples = (
+            view.mirror(self.predict(view.of(window), network, *args, **kwargs).softmax(dim=1))
+            for _ in self.members.in_turn(network)
+            for view in self.views
+        )
+        mean, unsure = uncertainty_of_samples(samples, self.measure)
         organs = mean.argmax(dim=1, keepdim=True) > 0
         return torch.cat([unsure, organs], dim=1)
 

@@ -1,0 +1,28 @@
+"""Released bundles carry this package each, but a process holds it once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shared_networks.errors import InputError
+
+_VERSION = Path("shared_networks") / "version.py"
+
+
+def check_copy(bundle_root: str | Path) -> None:
+    """Refuses a bundle whose own copy of this package is of another version than the one that runs.
+
+    MONAI Label serves all its bundles from one process, in which the first one's copy is everyone's.
+
+    Args:
+        bundle_root: the bundle's folder; without a copy in it, as in the repository, there is nothing to compare.
+
+    Raises:
+        InputError: the versions differ.
+    """
+    own, running = Path(bundle_root).absolute() / _VERSION, Path(__file__).with_name(_VERSION.name)
+    if own.is_file() and own.read_bytes() != running.read_bytes():
+        raise InputError(
+            f"{own}: another version than {running}, which is loaded already; "
+            "give all Hi-End-MAE bundles of a server the same release"
+        )
