@@ -1,0 +1,189 @@
+"""The real MONAI Label server on release zips, a small datastore for it, and what `bundle run` makes of the same scans.
+
+Run by `./runtests.sh --monailabel` alone, which makes the server's environment: in it there is no `shared_networks` but
+the bundles' own copies.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+from scipy.spatial.transform import Rotation
+
+from shared_networks.data.phantom import phantom_case, write_dataset
+
+from ..conftest import ROOT
+
+PYTHON = ROOT / ".venv-monailabel" / "bin" / "python"
+BTCV, FLARE = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"
+TINY = "['configs/train.json','configs/tiny.json']"
+LABELLED = ("first", "second")
+LATER = ("third", "fourth")  # labels come over REST
+SCANS = {"lps": ("LPS", (0, 0, 0)), "oblique": ("PIR", (20, -10, 15))}
+"""Axes of an array, and its turn in degrees, of the scans to segment."""
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Leave these tests out unless they are asked for by name."""
+    return None if any("monai_label" in str(argument) for argument in config.args) else True
+
+
+class Server:
+    """A running server, its app and its log, spoken to over REST."""
+
+    def __init__(self, address: str, app: Path, studies: Path, log: Path) -> None:
+        self.address, self.app, self.studies, self.log = address, app, studies, log
+
+    def bundle(self, name: str) -> Path:
+        return self.app / "model" / name
+
+    def get(self, path: str) -> Any:
+        response = requests.get(self.address + path, timeout=60)
+        response.raise_for_status()
+        return response.json()
+
+    def infer(self, model: str, image: str, **request: Any) -> requests.Response:
+        """Ask for a segmentation of an image of the datastore; `files` and `data` may hold another and options."""
+        url = f"{self.address}/infer/{model}?image={image}&output={request.pop('output', 'image')}"
+        return requests.post(url, timeout=300, **request)
+
+    def reload(self) -> None:
+        """Have the app looked at anew, with weights and scans that came since."""
+        requests.post(f"{self.address}/reload", timeout=60).raise_for_status()
+
+    def save_label(self, image: str, file: Path) -> None:
+        """Save a finished label, as a viewer does."""
+        url = f"{self.address}/datastore/label?image={image}&tag=final"
+        with file.open("rb") as stream:
+            requests.put(url, files={"label": (file.name, stream)}, timeout=60).raise_for_status()
+
+    def has_said(self, text: str) -> bool:
+        """Whether a text is in the log, which may lag behind the answer."""
+        for _ in range(20):
+            if text in self.log.read_text():
+                return True
+            time.sleep(0.5)
+        return False
+
+    def run(self, task: str, name: str, **settings: Any) -> dict[str, Any]:
+        """Start `train`, `batch/infer` or `scoring` in the background and wait for its end."""
+        started = requests.post(f"{self.address}/{task}/{name}", json=settings, timeout=60)
+        started.raise_for_status()
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline:
+            status = self.get(f"/{task}/")
+            if status["id"] == started.json()["id"] and status["status"] in ("DONE", "ERROR"):
+                return {**status, "log": "\n".join(status["details"])}
+            time.sleep(0.5)
+        raise TimeoutError(f"{task} {name}: {status}")
+
+
+def process(words: Sequence[str | Path], folder: Path | None = None) -> None:
+    """Run a command to its end, and show what it said if it failed."""
+    done = subprocess.run([str(word) for word in words], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def read(file: Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """Values and affine of a NIfTI file."""
+    image: Any = nib.load(file)
+    return np.asanyarray(image.dataobj), image.affine
+
+
+def turned(image: np.ndarray, affine: np.ndarray, axes: str, degrees: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """An array with its axes in another order, in a patient turned about three axes."""
+    start = nib.orientations.io_orientation(affine)
+    way = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(axes))
+    moved = affine @ nib.orientations.inv_ornt_aff(way, image.shape)
+    spacing = np.linalg.norm(moved[:3, :3], axis=0)
+    straight = np.sign(np.where(np.abs(moved[:3, :3]) == np.abs(moved[:3, :3]).max(axis=0), moved[:3, :3], 0))
+    matrix = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() @ straight * spacing.round(2)
+    return nib.orientations.apply_orientation(image, way), nib.affines.from_matvec(matrix, moved[:3, 3].round(1))
+
+
+@pytest.fixture(scope="session")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A datastore: two labelled scans, two whose labels lie beside it yet, and two to segment."""
+    folder = tmp_path_factory.mktemp("studies")
+    for part in ("labels/final", "../labels"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate((*LABELLED, *LATER, *SCANS)):
+        image, label, affine = phantom_case(np.random.default_rng([5, number]), "btcv", 6.0)
+        if name in SCANS:
+            image, affine = turned(image, affine, *SCANS[name])
+        else:
+            place = folder / ("labels/final" if name in LABELLED else "../labels")
+            nib.save(nib.Nifti1Image(label, affine), place / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(image, affine), folder / f"{name}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def releases(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The segmenters' release zips, small: BTCV's without weights, FLARE22's with some, trained for a moment."""
+    folder = tmp_path_factory.mktemp("releases")
+    write_dataset(folder / "flare", label_set="flare", train=2, test=0, seed=3, voxel_mm=6.0)
+    few = ["--epochs", "1", "--num_samples", "1", "--dataset_dir", folder / "flare", "--pretrained_encoder", ""]
+    process([sys.executable, "-m", "monai.bundle", "run", "--config_file", TINY, *few], clone / FLARE)
+    for bundle, weights in ((BTCV, ""), (FLARE, clone / FLARE / "models" / "model.pt")):
+        release = [sys.executable, "-m", "shared_networks.release", "--output_dir", folder, "--bundle", bundle]
+        process([*release, "--overlay", "tiny", *(["--weights", weights] if weights else [])], ROOT)
+    return sorted(folder.glob("*.zip"))
+
+
+@pytest.fixture(scope="session")
+def server(releases: list[Path], studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server, started as the guide says, from zips."""
+    if not PYTHON.is_file():
+        raise pytest.UsageError(f"{PYTHON}: no such file; run ./runtests.sh --monailabel, which makes it")
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [PYTHON, ROOT / "tests" / "monai_label" / "server.py", "--app", folder / "app", "--studies", studies]
+    words += [*releases, "--host", "127.0.0.1", "--port", port, "--conf", "epistemic_model", FLARE]
+    environment = {
+        **os.environ,
+        "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",  # it would run after each training
+        "MONAI_LABEL_DATASTORE_FILE_EXT": '["*.nii.gz", "*.dicom"]',
+        "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
+    }
+    log = folder / "server.log"
+    with log.open("w") as stream:
+        running = subprocess.Popen([str(word) for word in words], env=environment, stdout=stream, stderr=stream)
+        try:
+            yield started(Server(f"http://127.0.0.1:{port}", folder / "app", studies, log), running)
+        finally:
+            running.terminate()
+            running.wait(30)
+
+
+def started(server: Server, running: subprocess.Popen[bytes]) -> Server:
+    """Wait until the server answers."""
+    for _ in range(180):
+        try:
+            server.get("/info/")
+            return server
+        except requests.ConnectionError:
+            time.sleep(1)
+        assert running.poll() is None, server.log.read_text()[-4000:]
+    raise TimeoutError(server.log.read_text()[-4000:])
+
+
+def bundle_run(server: Server, bundle: str, scans: Path, output: Path) -> dict[str, Path]:
+    """What `bundle run` makes of a folder of scans with the bundle that the server has, by scan."""
+    options = ["--dataset_dir", scans, "--output_dir", output, "--overlay", "False"]
+    command = [PYTHON, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", *options]
+    process(command, server.bundle(bundle))
+    return {file.name.removesuffix("_seg.nii.gz"): file for file in output.glob("*_seg.nii.gz")}
