@@ -143,6 +143,23 @@ def test_a_folder_that_cannot_be_written_stops_training(setting: str, data: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("setting", ["output_dir", "ckpt_dir"])
+def test_a_folder_that_cannot_be_written_stops_pre_training(setting: str, data: Path, tmp_path: Path) -> None:
+    configs, out = ROOT / "hi_end_mae_pretrain" / "configs", str(tmp_path / "out")
+    flow = ConfigWorkflow(
+        workflow_type="train",
+        config_file=[str(configs / "train.json"), str(configs / "tiny.json")],
+        logging_file=False,
+        dataset_dir=str(data),
+        bundle_root=str(configs.parent),
+        **{"ckpt_dir": out, "output_dir": out, setting: "/dev/null/out"},
+    )
+    with pytest.raises(Exception) as caught:
+        flow.initialize()
+    assert f"/dev/null is not a folder; give another --{setting}" in str(input_error_in(caught.value))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_encoder_names_the_three_choices(data: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception) as caught:
         workflow(data, tmp_path / "out", pretrained_encoder="nowhere/model.pt").initialize()
