@@ -1,0 +1,227 @@
+"""From the reports of all evaluations to raw numbers, intervals, tests, tables and a figure."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import wilcoxon
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shared_networks.figures import TEXT_COLOUR, label_colour
+from shared_networks.reports import CONFIDENCE, RESAMPLES
+
+Array = NDArray[np.float64]
+
+
+class Cell(NamedTuple):
+    """What is fine-tuned alike but for the seed."""
+
+    data: str
+    variant: str
+    labels: int
+
+
+class Comparison(NamedTuple):
+    """Paired difference of Dice, of one cell less another."""
+
+    cells: tuple[Cell, Cell]
+    mean: float
+    interval: tuple[float, float]
+    p: float
+
+
+def read_report(file: Path) -> dict[tuple[str, str], float]:
+    """Dice by case and organ of a `metrics.csv`, NaN where an organ is in neither truth nor prediction."""
+    with file.open(newline="") as stream:
+        return {(row["case"], row["organ"]): float(row["dice"] or "nan") for row in csv.DictReader(stream)}
+
+
+def raw_rows(reports: Mapping[Cell, Mapping[int, Path]]) -> list[list[Any]]:
+    """Every Dice there is, a row each, below a header.
+
+    Args:
+        reports: folder of an evaluation by cell and seed.
+    """
+    rows: list[list[Any]] = [["data", "variant", "labelled cases", "seed", "case", "organ", "dice"]]
+    for cell, folders in reports.items():
+        for seed, folder in folders.items():
+            dice = read_report(folder / "metrics.csv")
+            rows += [[*cell, seed, *place, "" if np.isnan(value) else value] for place, value in dice.items()]
+    return rows
+
+
+def organ_dice(reports: Mapping[int, Path]) -> tuple[list[str], Array]:
+    """Organs, and Dice `[seeds, cases, organs]`, of a cell.
+
+    Args:
+        reports: folder of an evaluation by seed, all of the same cases.
+    """
+    read = [read_report(folder / "metrics.csv") for folder in reports.values()]
+    cases, organs = (list(dict.fromkeys(keys)) for keys in zip(*read[0], strict=True))
+    return organs, np.array([[[dice[case, organ] for organ in organs] for case in cases] for dice in read])
+
+
+def interval(scores: Array) -> tuple[float, float]:
+    """95 % bootstrap percentile interval of the mean of scores `[seeds, cases]`.
+
+    Seeds and cases are drawn with replacement, each by themselves: all seeds are scored on the same cases, so what is
+    hard for one is hard for all. From three seeds the interval is too narrow.
+    """
+    rng = np.random.default_rng(0)
+    seeds, cases = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in scores.shape)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.einsum("rs,sc,rc->r", seeds, scores, cases), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def compare(first: Cell, second: Cell, scores: Mapping[Cell, Array]) -> Comparison:
+    """First less second, and Wilcoxon's signed-rank test on pairs of one seed and case.
+
+    Args:
+        first: a cell.
+        second: another.
+        scores: `[seeds, cases]` by cell.
+    """
+    differences = scores[first] - scores[second]
+    p = wilcoxon(differences.ravel(), zero_method="zsplit").pvalue
+    return Comparison((first, second), float(differences.mean()), interval(differences), float(p))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number. Source: Holm, Scandinavian Journal of Statistics 6, 1979."""
+    order = np.argsort(p_values)
+    steps = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return [float(p) for p in corrected]
+
+
+def masked_errors(folder: Path) -> tuple[float, float]:
+    """Masked MSE at the end of a pre-training: over the last twentieth of its steps, and on the validation scans."""
+    curves = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    training, validation = ([e.value for e in curves.Scalars(tag)] for tag in ("masked_mse", "val_masked_mse"))
+    return float(np.mean(training[-max(1, len(training) // 20) :])), validation[-1]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def shown(mean: float, ends: tuple[float, float], sign: str = "") -> str:
+    """A mean with its interval, such as `0.512 (0.470 to 0.550)`."""
+    return f"{mean:{sign}.3f} ({ends[0]:{sign}.3f} to {ends[1]:{sign}.3f})"
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """Differences and their p-values, corrected for the number of rows."""
+    corrected = holm([c.p for c in comparisons])
+    rows = [
+        [
+            first.labels,
+            f"{first.variant} less {second.variant}",
+            shown(mean, ends, "+"),
+            f"{p:.2g}",
+            f"{corrected_p:.2g}",
+        ]
+        for ((first, second), mean, ends, p), corrected_p in zip(comparisons, corrected, strict=True)
+    ]
+    return table(["labelled cases", "compared", "difference of mean Dice", "p", "p by Holm"], rows)
+
+
+def data_section(
+    data: str,
+    reports: Mapping[Cell, Mapping[int, Path]],
+    pretrainings: Mapping[str, Path],
+    arms: Sequence[str],
+) -> str:
+    """What is to be said of a data set.
+
+    Args:
+        data: its name.
+        reports: folder of an evaluation by cell of this data set and seed.
+        pretrainings: folder by variant.
+        arms: the variants that were fine-tuned on every number of cases; the last is what others are held against.
+    """
+    read = {cell: organ_dice(folders) for cell, folders in reports.items()}
+    scores = {cell: np.nanmean(dice, axis=2) for cell, (_, dice) in read.items()}
+    labels = sorted({cell.labels for cell in reports})
+    cells = {count: [Cell(data, arm, count) for arm in arms] for count in labels}
+    means = {cell: shown(float(s.mean()), interval(s)) for cell, s in scores.items()}
+    errors = {variant: masked_errors(folder) for variant, folder in pretrainings.items()}
+    organs = next(iter(read.values()))[0]
+    columns = [cell for row in cells.values() for cell in row]
+    by_organ = [[f"{value:.2f}" for value in np.nanmean(read[cell][1], axis=(0, 1))] for cell in columns]
+    seeds, cases = next(iter(scores.values())).shape
+    parts = [
+        f"## {data}",
+        f"Mean Dice over {seeds} seeds and {cases} test cases (95 % bootstrap interval over both):",
+        table(["labelled cases", *arms], [[count, *(means[cell] for cell in row)] for count, row in cells.items()]),
+        "Paired differences, with Wilcoxon's signed-rank test over pairs of seed and case:",
+        comparison_table([compare(b, a, scores) for row in cells.values() for a, b in combinations(row, 2)]),
+        "Mean Dice by organ:",
+        table(["organ", *(f"{c.variant}, {c.labels}" for c in columns)], zip(organs, *by_organ, strict=True)),
+        "Masked error of the pre-trainings (1 is what predicting each patch's mean gives), at the end:",
+        table(
+            ["", "training crops", "middle of the validation scans"],
+            [[variant, *(f"{error:.3f}" for error in pair)] for variant, pair in errors.items()],
+        ),
+    ]
+    ablated = [cell for cell in reports if cell.variant not in arms]
+    if ablated:
+        base = Cell(data, arms[-1], ablated[0].labels)
+        parts += [
+            f"Ablations of {base.variant}, {base.labels} labelled cases:",
+            table(["", "mean Dice"], [[cell.variant, means[cell]] for cell in [base, *ablated]]),
+            comparison_table([compare(cell, base, scores) for cell in ablated]),
+        ]
+    return "\n\n".join(parts)
+
+
+def time_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """How long the parts took, from the records of their runs."""
+    rows = []
+    for part in dict.fromkeys(record["part"] for record in records):
+        found = [record for record in records if record["part"] == part]
+        minutes = [sum(record[key] for record in found) / 60 for key in ("processor_seconds", "seconds")]
+        slowest = max(record["seconds"] for record in found)
+        rows.append([part, len(found), *(f"{value:.1f}" for value in minutes), f"{slowest:.0f}"])
+    return table(["part", "runs", "processor minutes", "minutes, added up", "slowest run, s"], rows)
+
+
+def figure(reports: Mapping[Cell, Mapping[int, Path]], arms: Sequence[str]) -> Figure:
+    """Draw mean Dice against the number of labelled cases: a panel for each data set, a line for each arm."""
+    data = list(dict.fromkeys(cell.data for cell in reports))
+    labels = sorted({cell.labels for cell in reports})
+    drawing = Figure(figsize=(0.6 + 3.6 * len(data), 3.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panels = drawing.subplots(1, len(data), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, data, strict=True):
+        for number, arm in enumerate(arms):
+            scores = [np.nanmean(organ_dice(reports[Cell(name, arm, count)])[1], axis=2) for count in labels]
+            means = np.array([s.mean() for s in scores])
+            errors = np.abs(np.array([interval(s) for s in scores]).T - means)
+            places = np.arange(len(labels)) + 0.06 * (number - (len(arms) - 1) / 2)
+            style = {"color": label_colour((5, 1, 3)[number % 3]), "marker": "o", "markersize": 4, "capsize": 3}
+            panel.errorbar(places, means, errors, label=arm, **style)
+        panel.set_xticks(range(len(labels)), [str(count) for count in labels])
+        panel.set_xlabel("labelled cases", fontsize=8)
+        panel.set_title(name, fontsize=10, color=TEXT_COLOUR)
+        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("mean Dice", fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
+    caption = "dots: mean over seeds and test cases; bars: 95 % bootstrap interval over both"
+    drawing.supxlabel(caption, fontsize=7, color=TEXT_COLOUR)
+    return drawing

@@ -1,0 +1,47 @@
+"""What is compared, and how large: overrides of the bundles' settings, by their names on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Settings = dict[str, Any]
+
+ARMS: dict[str, Settings | None] = {  # overrides of pre-training; none without
+    "from scratch": None,
+    # Six plain blocks have about as many weights as two plain and three cross blocks.
+    "plain MAE": {"network_def#tap_layers": [], "network_def#decoder_self_layers": 6},
+    "Hi-End-MAE": {},
+}
+
+# Each but for one thing as Hi-End-MAE, which has taps 3, 6 and 9, a decoder of 5 blocks, and mask ratio 0.75.
+ABLATIONS: dict[str, Settings] = {
+    "taps: last block": {"network_def#tap_layers": [11], "network_def#decoder_self_layers": 4},
+    "taps: all 12 blocks": {"network_def#tap_layers": list(range(12)), "network_def#decoder_self_layers": 0},
+    "decoder: 3 blocks": {"network_def#decoder_self_layers": 0},
+    "decoder: 9 blocks": {"network_def#decoder_self_layers": 6},
+    "mask ratio 0.5": {"network_def#mask_ratio": 0.5},
+    "mask ratio 0.9": {"network_def#mask_ratio": 0.9},
+}
+ABLATION_LABELS = 4
+
+# `network` is for every bundle, `encoder` for both trainings. Steps are the same for any number of cases.
+SIZES: dict[str, Settings] = {
+    "smoke": {
+        "arms": ["from scratch", "Hi-End-MAE"],
+        "labels": [1],
+        "seeds": [0],
+        "phantoms": {"train": 3, "test": 2, "voxel_mm": 6.0},
+        "network": {"device": "cpu", "spacing": [8.0, 8.0, 8.0], "img_size": [32, 32, 32], "patch_size": 8},
+        "encoder": {"network_def#hidden_size": 24, "network_def#num_heads": 2},
+        "pretraining": {
+            "steps": 4,
+            "batch_size": 2,
+            "num_samples": 2,
+            "num_workers": 0,
+            "val_fraction": 0.1,
+            "network_def#decoder_hidden_size": 12,
+            "network_def#decoder_num_heads": 2,
+        },
+        "fine-tuning": {"steps": 4, "num_samples": 1, "num_workers": 0, "network_def#feature_size": 4},
+    },
+}
