@@ -51,11 +51,9 @@ def test_quickstart_on_synthetic_scans() -> None:
 
 
 @pytest.mark.slow
-def test_quickstart_on_ones_own_folder(datasets: dict[str, Path]) -> None:
+def test_quickstart_on_ones_own_folder(datasets: dict[str, Path], tmp_path: Path) -> None:
     """FLARE's order and a folder without imagesTs: the scans to segment are then the training scans."""
-    data = datasets["flare"]
-    shutil.rmtree(data / "imagesTs")
-    shutil.rmtree(data / "labelsTs")
+    data = shutil.copytree(datasets["flare"], tmp_path / "data", ignore=shutil.ignore_patterns("*Ts"))
     shutil.rmtree(OUT, ignore_errors=True)
     options = ["--data", str(data), "--bundle", "hi_end_mae_flare_seg", "--epochs", "2"]
     subprocess.run(["./quickstart.sh", *options], cwd=ROOT, check=True)

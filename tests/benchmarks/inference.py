@@ -169,7 +169,7 @@ def ours(file: Path, folder: Path, network: nn.Module, marks: dict[str, float], 
 
 def run_one(which: str, file: Path, folder: Path) -> None:
     """Run one chain in this process and print its figures."""
-    network = StandIn()
+    network = StandIn().eval()
     base = resident("VmHWM")
     marks, cpu = {"start": time.perf_counter()}, time.process_time()
     if which == "stock":
