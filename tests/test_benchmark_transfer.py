@@ -70,6 +70,13 @@ def test_steps_do_not_depend_on_the_number_of_cases(cases: int, labels: int) -> 
     assert int(options(fine_tuning(Path(), None, Path(), size, labels, 0)[0])["epochs"]) * labels == 160
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_arms_are_fine_tuned_alike(size: str) -> None:
+    scratch, ours = (options(fine_tuning(Path(), of, Path(), SIZES[size], 1, 0)[0]) for of in (None, Path("encoder")))
+    assert (scratch.pop("pretrained_encoder"), ours.pop("pretrained_encoder")) == ("", "encoder/model.pt")
+    assert scratch == ours
+
+
 def test_arms_differ_in_the_decoder_only_and_its_blocks_are_of_a_size() -> None:
     def blocks(variant: dict[str, Any]) -> tuple[int, int]:
         changes = {key.removeprefix("network_def#"): value for key, value in variant.items()}

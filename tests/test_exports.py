@@ -16,7 +16,9 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from shared_networks.errors import input_error_in
+from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
+from shared_networks.networks.vit import patchify
 
 from .conftest import BUNDLES, ROOT
 
@@ -38,13 +40,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
         return file, network(IMAGE)
 
 
-def export(command: str, weights: Path, output: Path, *more: str) -> None:
+def export(command: str, weights: Path, output: Path, *more: str, bundle: str = BUNDLE) -> None:
     """Run an export command of monai as a user does, in the bundle's folder."""
     words = [sys.executable, "-m", "monai.bundle", command, "network_def", "--filepath", str(output)]
     words += ["--ckpt_file", str(weights), "--meta_file", "configs/metadata.json"]
     words += ["--config_file", "['configs/inference.json', 'configs/tiny.json']", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run(words, cwd=ROOT / BUNDLE, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT / bundle, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -66,6 +68,26 @@ def test_onnx_of_the_command_gives_the_same_logits(tiny: tuple[Path, Tensor], tm
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: IMAGE.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), logits, atol=1e-4, rtol=0)
+
+
+def test_onnx_of_the_pretraining_network_reconstructs_what_it_hides(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    configs = ROOT / BUNDLES[0] / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / "inference.json"), str(configs / "tiny.json")])
+    network: HiEndMAE = parser.get_parsed_content("network_def").eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    more = ["--checkpoint", str(tmp_path / "model.pt"), "--input_shape", "[1, 1, 48, 48, 48]"]
+    export("onnx_export", tmp_path / "model.pt", tmp_path / "model.onnx", *more, bundle=BUNDLES[0])
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: IMAGE.numpy()})[0])
+    hidden = patchify(found[:, 1:], network.vit.patch_size)[..., 0]
+    assert hidden.unique().tolist() == [0, 1]
+    with torch.no_grad():
+        expected = network(IMAGE, hidden.argsort(dim=1))  # the order among the visible, or the hidden, does not matter
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def references(config: Any) -> set[str]:

@@ -452,7 +452,9 @@ def export(command: str, bundle: Path, output: Path, run: Run, *more: str) -> No
 
 
 @pytest.mark.slow
-def test_pretrained_network_is_exported_to_torchscript_alone(pretrained: Path, run: Run, tmp_path: Path) -> None:
+def test_pretrained_network_is_exported_to_torchscript_and_onnx_alone(
+    pretrained: Path, run: Run, tmp_path: Path
+) -> None:
     export("ckpt_export", pretrained, tmp_path / "model.ts", run)
     scripted, network = torch.jit.load(tmp_path / "model.ts"), network_of(pretrained)
     torch.manual_seed(3)  # scripted, it hides other patches at every call
@@ -460,6 +462,8 @@ def test_pretrained_network_is_exported_to_torchscript_alone(pretrained: Path, r
     torch.manual_seed(3)
     expected = network(IMAGE, torch.rand(1, 4**3).argsort(dim=1))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    export("onnx_export", pretrained, tmp_path / "model.onnx", run, "--input_shape", "[1, 1, 48, 48, 48]")
+    assert (tmp_path / "model.onnx").stat().st_size > 1e6  # what it computes: tests/test_exports.py
 
 
 @pytest.mark.slow

@@ -215,11 +215,16 @@ class HiEndMAE(nn.Module):
         return visible
 
     def shuffle(self, batch: int, length: int) -> Tensor:
-        """A random order of the patches for each image, [B, L]; in eval mode the same at every call."""
-        if torch.jit.is_scripting():
+        """A random order of the patches for each image, [B, L]; in eval mode the same at every call.
+
+        TorchScript and ONNX know no generators, so exported networks draw a new one at each call.
+        """
+        if torch.jit.is_scripting():  # noqa: SIM114 - alone, as TorchScript compiles what comes after `or`
+            noise = torch.rand(batch, length)
+        elif self.training or torch.compiler.is_exporting():
             noise = torch.rand(batch, length)
         else:
-            noise = torch.rand(batch, length, generator=None if self.training else torch.Generator().manual_seed(0))
+            noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(0))
         return noise.argsort(dim=1)
 
     def encode(self, image: Tensor, permutation: Tensor) -> tuple[Tensor, list[Tensor]]:
