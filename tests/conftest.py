@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,3 +33,16 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for label_set in ("btcv", "flare"):
         write_dataset(root / label_set, label_set=label_set, train=3, test=1, seed=1, voxel_mm=6.0)
     return {label_set: root / label_set for label_set in ("btcv", "flare")}
+
+
+@contextmanager
+def full_disk(size: int = 4000) -> Iterator[None]:
+    """No file of this process may grow beyond some bytes: writing fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)

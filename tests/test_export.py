@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from shared_networks.inference.export import (
 )
 from shared_networks.inference.resample import Spacingd
 
+from .conftest import full_disk
 from .test_sources import ORIGIN, STRAIGHT, even, hounsfield, write_series
 
 SHAPE = (14, 9, 11)
@@ -269,15 +268,9 @@ def test_a_dicom_series(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.nii.gz", hounsfield((60, 50, 40)))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    try:
-        with pytest.raises(InputError, match=r"a_seg\.nii\.gz: cannot be written \(File too large\); make room"):
-            saved(tmp_path / "in", tmp_path / "out", overlay=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    match = r"a_seg\.nii\.gz: cannot be written \(File too large\); make room"
+    with full_disk(), pytest.raises(InputError, match=match):
+        saved(tmp_path / "in", tmp_path / "out", overlay=False)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from shared_networks.inference.features import SaveFeaturesd, TokenFeatures, cen
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
 
-from .conftest import ROOT
+from .conftest import ROOT, full_disk
 
 BUNDLE = ROOT / "hi_end_mae_pretrain"
 NAMES = ("tap_3", "tap_6", "tap_9", "latent")
@@ -170,6 +170,14 @@ def test_overflow_and_wrong_types_are_refused(tmp_path: Path) -> None:
         assert (file["tap_3"] == -70000).all()
     with pytest.raises(InputError, match="feature_dtype is 'bfloat16': give float16 or float32"):
         SaveFeaturesd("pred", 2, tmp_path, "bfloat16")
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:
+    case = features_case(1.0)
+    case["pred"]["tap_3"] = torch.ones(9000, 1, 1, 1)
+    with full_disk(), pytest.raises(InputError, match=r"ct_1_features\.npz: cannot be written \("):
+        SaveFeaturesd("pred", 2, tmp_path)(case)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_and_data_are_checked_first(datasets: dict[str, Path], tmp_path: Path) -> None:

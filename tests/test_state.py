@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from shared_networks.errors import InputError
 from shared_networks.training.averages import MovingAverage
 from shared_networks.training.state import SaveBestModel, TrainingState, save_atomically
 
-from .conftest import ROOT
+from .conftest import ROOT, full_disk
 
 PRETRAIN = ROOT / "hi_end_mae_pretrain"
 SMALL = "--epochs 4 --warmup_epochs 1 --val_interval 2 --num_samples 2 --batch_size 1 --val_fraction 0.3"
@@ -392,19 +390,6 @@ def test_a_decay_out_of_range_is_refused(tmp_path: Path, decay: float) -> None:
     state = training(tmp_path)
     with pytest.raises(ValueError, match=f"ema_decay is {decay}; it must be at least 0"):
         MovingAverage(state.network, decay, state.trainer, state.evaluator)
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process may grow beyond 8 kB: writing fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path) -> None:

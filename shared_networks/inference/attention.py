@@ -23,7 +23,7 @@ from shared_networks.figures import attention_figure, orthogonal_planes
 from shared_networks.inference.features import token_affine
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.vit import attention_maps
-from shared_networks.reports import source_file
+from shared_networks.reports import source_file, written_whole
 
 
 def query_cases(
@@ -281,12 +281,12 @@ class SaveAttentiond(MapTransform):
         scan: Any = nib.load(file)
         case, shape, voxel = case_name(file), scan.shape[:3], convert_to_numpy(data[self.voxel_key]).tolist()
         affine = token_affine(convert_to_numpy(image.affine), self.patch_size)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
 
         maps: dict[str, dict[str, Any]] = {}
         for name, attention in data[self.keys[0]].items():
             volume = to_scan_grid(convert_to_numpy(attention[0]), affine, scan.affine, shape)
-            nib.save(nib.Nifti1Image(volume, scan.affine), self.output_dir / f"{case}_{name}.nii.gz")
+            with written_whole(self.output_dir / f"{case}_{name}.nii.gz") as part:
+                nib.save(nib.Nifti1Image(volume, scan.affine), part)
             kind, tap = name.split("_", 1)
             maps.setdefault(kind, {})[tap.replace("_", " ")] = orthogonal_planes(volume, scan.affine, voxel)[0]
         figure = attention_figure(
@@ -295,5 +295,6 @@ class SaveAttentiond(MapTransform):
             self.window,
             f"{case}   voxel {voxel}",
         )
-        figure.savefig(self.output_dir / f"{case}_attention.png", bbox_inches="tight")
+        with written_whole(self.output_dir / f"{case}_attention.png") as part:
+            figure.savefig(part, bbox_inches="tight")
         return data

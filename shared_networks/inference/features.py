@@ -17,7 +17,7 @@ from shared_networks.data.datalist import case_name
 from shared_networks.errors import InputError
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR, tokens_to_volume
-from shared_networks.reports import source_file
+from shared_networks.reports import source_file, written_whole
 
 
 class TokenFeatures(nn.Module):
@@ -138,18 +138,14 @@ class SaveFeaturesd(MapTransform):
                 )
         affine = token_affine(convert_to_numpy(image.affine), self.patch_size)
         grid = next(iter(features.values())).shape[1:]
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            self.output_dir / f"{case}_features.npz",
-            affine=affine,
-            inside=centres_inside(
-                affine,
-                grid,
-                convert_to_numpy(image.meta["original_affine"]),
-                convert_to_numpy(image.meta["spatial_shape"]),
-            ),
-            patch_size=np.array(self.patch_size),
-            spacing=voxel_sizes(convert_to_numpy(image.affine)),
-            **{name: np.moveaxis(volume, 0, -1).astype(self.dtype) for name, volume in features.items()},
-        )
+        scan_affine, shape = (convert_to_numpy(image.meta[key]) for key in ("original_affine", "spatial_shape"))
+        with written_whole(self.output_dir / f"{case}_features.npz") as part:
+            np.savez(
+                part,
+                affine=affine,
+                inside=centres_inside(affine, grid, scan_affine, shape),
+                patch_size=np.array(self.patch_size),
+                spacing=voxel_sizes(convert_to_numpy(image.affine)),
+                **{name: np.moveaxis(volume, 0, -1).astype(self.dtype) for name, volume in features.items()},
+            )
         return data
