@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[Any, list[str], list[str]]] = {  # by title: module, its 
     "Crops for pre-training": (loader, [], []),
     "Inference chain without the network": (
         inference,
-        ["--slices", "100,300", "--only-ours", "600"],
+        ["--slices", "100,300", "--only-ours", "600,1000"],
         ["--slices", "20", "--only-ours", ""],
     ),
 }

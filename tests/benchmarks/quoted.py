@@ -1,0 +1,107 @@
+"""What the README and the model cards quote of `docs/results`, in their words; a test finds it in them.
+
+    python -m tests.benchmarks.quoted
+
+After new measurements (`--out docs/results` of `tests.benchmarks.speed`, or the three files of
+`tests.benchmarks.transfer`) copy what it prints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+SLICES = 300
+"""Of the scan whose inference is quoted."""
+
+
+def figures(title: str) -> dict[str, Any]:
+    """Those of a part of `speed.json`."""
+    return json.loads((RESULTS / "speed.json").read_text())["parts"][title]["figures"]
+
+
+def pair(what: str, ours: float, beside: str, other: float, unit: str) -> Sequence[str]:
+    """A line of the table: two figures and how many times one is the other, whichever is more."""
+    ratio = max(ours, other) / min(ours, other)
+    return what, f"{ours:.3g} {unit}", beside, f"{other:.3g} {unit}", f"{ratio:.3g}"
+
+
+def speed_table() -> str:
+    """The README's: what is measured, here and beside it."""
+    step = {name: row["step"]["fastest"] for name, row in figures("Pre-training step")["variants"].items()}
+    window = {name: row["all"]["fastest"] for name, row in figures("Segmentation window")["variants"].items()}
+    crops = {name: row["crops/s a core"] for name, row in figures("Crops for pre-training")["rows"].items()}
+    chain = {(row["chain"], row["slices"]): row for row in figures("Inference chain without the network")["rows"]}
+    ours, stock = chain["ours", SLICES], chain["stock", SLICES]
+    published, whole = "published way, float32", "whole volumes with `torch.load` and MONAI"
+    monai = "MONAI's masked autoencoder, float32"
+    unfused = "bfloat16, attention not fused"
+    scan = f"512 x 512 x {SLICES} voxels to labels, without the network"
+    swin, unetr = "MONAI SwinUNETR (48), float32", "MONAI UNETR-B/16, float32"
+    rows = [
+        ("", "here", "", "beside it", "times"),
+        ("---",) * 5,
+        pair("pre-training step of 4 crops, float32", step["float32"], published, step["published way, float32"], "s"),
+        pair("the same, bfloat16", step["bfloat16"], published, step["published way, float32"], "s"),
+        pair("the same, bfloat16", step["bfloat16"], "attention not fused", step[unfused], "s"),
+        pair("the same, float32", step["float32"], "MONAI's masked autoencoder of its sizes", step[monai], "s"),
+        pair(
+            "augmented crops a second and core",
+            crops["store, 8 crop(s) a volume"],
+            whole,
+            crops["torch.load and MONAI, 8 a volume"],
+            "",
+        ),
+        pair("window of 96³, float32", window["ours, float32"], published, window["published, float32"], "s"),
+        pair("the same, bfloat16", window["ours, bfloat16"], published, window["published, float32"], "s"),
+        pair("the same, float32", window["ours, float32"], "MONAI's UNETR (ViT-B)", window[unetr], "s"),
+        pair("the same, float32", window["ours, float32"], "MONAI's SwinUNETR (48)", window[swin], "s"),
+        pair(scan, ours["seconds"], "MONAI's transforms and inferer", stock["seconds"], "s"),
+        pair("the same, peak memory", ours["peak GB"], "the same", stock["peak GB"], "GB"),
+    ]
+    return "\n".join(f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows)
+
+
+def step_line() -> str:
+    """The pre-training card's: the step against the published one."""
+    rows = figures("Pre-training step")["variants"]
+    return "float32 {:.2f} times, bfloat16 {:.2f} times".format(
+        *(rows[name]["ratio"] for name in ("float32", "bfloat16"))
+    )
+
+
+def window_line() -> str:
+    """The segmenters' cards': a window against the published one."""
+    rows = figures("Segmentation window")["variants"]
+    ours, bfloat16, published = (
+        rows[name]["all"]["fastest"] for name in ("ours, float32", "ours, bfloat16", "published, float32")
+    )
+    ours_took = f"{ours:.1f} s in float32 and {bfloat16:.1f} s in bfloat16"
+    return f"{ours_took}, where the published network's way took {published:.1f} s"
+
+
+def memory_line() -> str:
+    """The segmenters' cards': peak memory of inference by slices."""
+    rows = figures("Inference chain without the network")["rows"]
+    ours = {row["slices"]: row["peak GB"] for row in rows if row["chain"] == "ours"}
+    (stock,) = (row["peak GB"] for row in rows if row["chain"] == "stock" and row["slices"] == SLICES)
+    peaks = ", ".join(f"{peak:.1f}" for peak in ours.values())
+    return f"{peaks} GB | measured, without the network; MONAI's chain took {stock:.0f} GB for {SLICES} |"
+
+
+def transfer_tables() -> list[str]:
+    """The README's: mean Dice by labelled cases and arm, a table a data set, as `transfer.md` has them."""
+    blocks = (RESULTS / "transfer.md").read_text().split("\n\n")
+    return [block for block in blocks if block.startswith("| labelled cases | from scratch")]
+
+
+def main() -> None:
+    """Command line."""
+    print(speed_table(), step_line(), window_line(), memory_line(), *transfer_tables(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
