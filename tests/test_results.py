@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from .benchmarks import quoted
+from .benchmarks import quoted, scaling
 from .conftest import BUNDLES, ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -20,6 +20,11 @@ def test_readme_has_the_tables_of_the_files() -> None:
     assert len(quoted.transfer_tables()) == 2
     for table in quoted.transfer_tables():
         assert table in README
+
+
+def test_readme_has_what_scaling_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    scaling.main([])
+    assert capsys.readouterr().out.strip() in README
 
 
 def test_cards_have_the_figures_of_the_files() -> None:

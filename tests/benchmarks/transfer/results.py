@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +160,8 @@ def data_section(
     errors = {variant: masked_errors(folder) for variant, folder in pretrainings.items()}
     organs = next(iter(read.values()))[0]
     columns = [cell for row in cells.values() for cell in row]
-    by_organ = [[f"{value:.2f}" for value in np.nanmean(read[cell][1], axis=(0, 1))] for cell in columns]
+    there = np.all([~np.isnan(read[cell][1]).all(axis=(0, 1)) for cell in columns], axis=0)  # in some case's truth
+    by_organ = [[f"{value:.2f}" for value in np.nanmean(read[cell][1][..., there], axis=(0, 1))] for cell in columns]
     seeds, cases = next(iter(scores.values())).shape
     parts = [
         f"## {data}",
@@ -169,7 +170,10 @@ def data_section(
         "Paired differences, with Wilcoxon's signed-rank test over pairs of seed and case:",
         comparison_table([compare(b, a, scores) for row in cells.values() for a, b in combinations(row, 2)]),
         "Mean Dice by organ:",
-        table(["organ", *(f"{c.variant}, {c.labels}" for c in columns)], zip(organs, *by_organ, strict=True)),
+        table(
+            ["organ", *(f"{c.variant}, {c.labels}" for c in columns)],
+            zip(compress(organs, there), *by_organ, strict=True),
+        ),
         "Masked error of the pre-trainings (1 is what predicting each patch's mean gives), at the end:",
         table(
             ["", "training crops", "middle of the validation scans"],
