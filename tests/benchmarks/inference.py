@@ -219,10 +219,9 @@ def measure(both: list[int], alone: list[int], folder: str | None = None) -> dic
                 print(rows[-1], file=sys.stderr, flush=True)
             if "stock" in results and not any("failed" in row for row in rows):
                 labels, expected = labels_in(results["ours"]), labels_in(results["stock"])
-                rows[-1 if rows[-1]["chain"] == "stock" else -2]["equal voxels"] = round(
-                    float((labels == expected).mean()), 6
-                )
-                rows[-1]["organ share"] = round(float((expected > 0).mean()), 4)
+                row = next(row for row in reversed(rows) if row["chain"] == "stock")
+                row["equal voxels"] = round(float((labels == expected).mean()), 6)
+                row["organ share"] = round(float((expected > 0).mean()), 4)
             file.unlink()
     return {"machine": machine(), "rows": rows}
 

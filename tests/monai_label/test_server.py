@@ -225,7 +225,7 @@ def test_training_on_saved_labels_changes_the_next_segmentation(
     for name in LATER:
         server.save_label(name, studies.parent / "labels" / f"{name}.nii.gz")
     assert server.get("/info/")["datastore"]["completed"] == 4
-    done = server.run("train", BTCV, **{**as_slicer_asks(server, "trainers", BTCV), "max_epochs": 6})
+    done = server.run("train", BTCV, **{**as_slicer_asks(server, "trainers", BTCV), "max_epochs": 60})
     assert done["status"] == "DONE", done["log"]
     assert server.has_said("only a better model replaces it")
     assert server.has_said(f"Restored all variables from {server.bundle(BTCV) / 'models' / 'model.pt'}")
