@@ -136,8 +136,8 @@ def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
 
     Args:
         files: of a bundle, by path.
-        overlay: name of a config that sets values, such as `tiny` of `configs/tiny.json`; expressions without references
-            count as such.
+        overlay: name of a config that sets values, such as `tiny` of `configs/tiny.json`; expressions without
+            references count as such.
 
     Returns:
         The files that change, in their old layout.

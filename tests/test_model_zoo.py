@@ -62,7 +62,7 @@ TRAINING = {
 }
 CROPS = {  # a scan: how many, their size and the size of their voxels in mm
     PRETRAIN: [3, [48, 48, 48], [5.0, 4.0, 6.0]],
-    BTCV: [2, [36, 36, 36], [4.0, 4.0, 4.0]],
+    BTCV: [1, [36, 36, 36], [4.0, 4.0, 4.0]],
     FLARE: [3, [48, 48, 48], [5.0, 4.0, 6.0]],
 }
 INFERENCE = {

@@ -18,7 +18,8 @@ CARDS = {bundle: " ".join((ROOT / bundle / "docs" / "README.md").read_text().spl
 def test_readme_has_the_tables_of_the_files() -> None:
     assert quoted.speed_table() in README
     assert len(quoted.transfer_tables()) == 2
-    for table in quoted.transfer_tables():
+    assert len(quoted.ablation_tables()) == 1
+    for table in quoted.transfer_tables() + quoted.ablation_tables():
         assert table in README
 
 

@@ -26,8 +26,8 @@ def figures(title: str) -> dict[str, Any]:
 
 
 def pair(what: str, ours: float, beside: str, other: float, unit: str) -> Sequence[str]:
-    """A line of the table: two figures and how many times one is the other, whichever is more."""
-    ratio = max(ours, other) / min(ours, other)
+    """A line of the table: two figures and their ratio, above 1 where ours is the better; of crops, more is."""
+    ratio = other / ours if unit else ours / other
     return what, f"{ours:.3g} {unit}", beside, f"{other:.3g} {unit}", f"{ratio:.3g}"
 
 
@@ -44,7 +44,7 @@ def speed_table() -> str:
     scan = f"512 x 512 x {SLICES} voxels to labels, without the network"
     swin, unetr = "MONAI SwinUNETR (48), float32", "MONAI UNETR-B/16, float32"
     rows = [
-        ("", "here", "", "beside it", "times"),
+        ("", "here", "", "beside it", "times as good"),
         ("---",) * 5,
         pair("pre-training step of 4 crops, float32", step[FLOAT32], published, step["published way, float32"], "s"),
         pair("the same, bfloat16", step["bfloat16"], published, step["published way, float32"], "s"),
@@ -94,15 +94,19 @@ def memory_line() -> str:
     return f"{peaks} GB | measured, without the network; MONAI's chain took {stock:.0f} GB for {SLICES} |"
 
 
-def transfer_tables() -> list[str]:
+def transfer_tables(header: str = "| labelled cases | from scratch") -> list[str]:
     """The README's: mean Dice by labelled cases and arm, a table a data set, as `transfer.md` has them."""
-    blocks = (RESULTS / "transfer.md").read_text().split("\n\n")
-    return [block for block in blocks if block.startswith("| labelled cases | from scratch")]
+    return [block for block in (RESULTS / "transfer.md").read_text().split("\n\n") if block.startswith(header)]
+
+
+def ablation_tables() -> list[str]:
+    """The README's: mean Dice by ablation, likewise."""
+    return transfer_tables("|  | mean Dice |")
 
 
 def main() -> None:
     """Command line."""
-    print(speed_table(), step_line(), window_line(), memory_line(), *transfer_tables(), sep="\n\n")
+    print(speed_table(), step_line(), window_line(), memory_line(), *transfer_tables(), *ablation_tables(), sep="\n\n")
 
 
 if __name__ == "__main__":

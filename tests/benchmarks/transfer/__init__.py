@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.transfer --out FOLDER
     python -m tests.benchmarks.transfer --out FOLDER --data synthetic --data cohort=/data/cohort
-    python -m tests.benchmarks.transfer --out FOLDER --data cohort=/data/cohort --ablations
+    python -m tests.benchmarks.transfer --out FOLDER --data cohort=/data/cohort --ablations cohort
 
 Every step is a command of the bundles, as a user types it, and `--jobs` of them run side by side. What has run is not
 run again, and an interrupted training goes on; other settings in the same folder are refused.
