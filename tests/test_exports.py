@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,17 @@ def test_tensorrt_overlay_fits_inference(bundle: str) -> None:
     assert overlay["initialize"] == checks  # the engine is loaded where the weights are checked
 
 
-def trt_network(file: Path) -> Any:
+def trt_network(file: Path, *overlays: str) -> Any:
     configs = ROOT / BUNDLE / "configs"
     parser = ConfigParser()
-    parser.read_config([str(configs / "inference.json"), str(configs / "inference_trt.json")])
+    parser.read_config([str(configs / name) for name in ("inference.json", "inference_trt.json", *overlays)])
     parser["trt_checkpoint"], parser["device"] = str(file), "cpu"
     return parser.get_parsed_content("network")
 
 
+@pytest.mark.parametrize("overlays", [(), ("tiny.json",)])
 def test_tensorrt_overlay_runs_the_network_of_the_file(
-    tiny: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overlays: Sequence[str], tiny: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With TorchScript in the engine's place, as TensorRT needs a GPU."""
     weights, logits = tiny
@@ -127,7 +129,8 @@ def test_tensorrt_overlay_runs_the_network_of_the_file(
     (tmp_path / "torch_tensorrt.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(trt_network(tmp_path / "model_trt.ts")(IMAGE), logits, atol=1e-4, rtol=0)
+        found = trt_network(tmp_path / "model_trt.ts", *overlays)(IMAGE)
+    torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
 
 
 def test_an_engine_that_does_not_load_names_the_command_that_makes_it(

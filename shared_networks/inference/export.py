@@ -368,8 +368,13 @@ def check_all_weights(checkpoints: Sequence[str | Path], network: torch.nn.Modul
         check_weights(checkpoint, network)
 
 
-def load_engine(file: str | Path, device: torch.device | str) -> torch.nn.Module:
+def load_engine(file: str | Path, device: torch.device | str, **sizes: Any) -> torch.nn.Module:
     """Loads a network that `trt_export` has compiled with TensorRT.
+
+    Args:
+        file: which `trt_export` wrote.
+        device: to run it on.
+        sizes: of the network, which overlays such as `tiny.json` set; the engine has its own.
 
     Raises:
         InputError: there is no such file, it does not load on this machine, or torch_tensorrt is not installed.
