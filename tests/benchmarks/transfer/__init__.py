@@ -14,6 +14,6 @@ many weights. A pre-training is made once, so seeds are those of fine-tuning.
 
 In the folder are then `transfer.md` with the tables, `transfer.csv` with a row a case and organ, and `transfer.png`.
 `--size cpu` took 75 minutes on two cores for two data sets, ablations half an hour more (its bfloat16 wants a
-processor that has it),
-`--size gpu` is meant for an hour on a card but has not been run on one, `--size smoke` shows that the chain runs.
+processor that has it), `--size gpu` is meant for an hour on a card but has not been run on one, `--size smoke` shows
+that the chain runs.
 """
