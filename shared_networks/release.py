@@ -149,7 +149,7 @@ def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
     if file not in files:
         raise InputError(f"--overlay {overlay}: there is no {file} in the bundle; give a name such as tiny")
     settings = {key: value for key, value in json.loads(files[file]).items() if not key.startswith("_")}
-    if re.search(r'"[@%+]|"[$][^"]*@|"_target_"', json.dumps(settings)):
+    if re.search(r'"[@%+]|"[$](\\.|[^"\\])*@|"_target_"', json.dumps(settings)):
         raise InputError(f"--overlay {overlay}: {file} changes more than values, which cannot be baked in; try tiny")
     configs = {path: json.loads(text) for path, text in files.items() if re.fullmatch(r"configs/\w+\.json", path)}
     alone = [path for path, config in configs.items() if "bundle_root" in config]

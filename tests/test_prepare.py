@@ -265,8 +265,9 @@ def test_stopped_in_the_middle_and_run_again_is_the_same_store(tmp_path, out, ho
     data = tmp_path / "set"
     for seed in range(40):
         save(data / f"c{seed}.nii.gz", body(seed))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would pass on to ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # else a background job passes on to ignore it
     process = command(data, out, "--num_workers", "1", start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     manifest = out / "manifest.jsonl"
     while not (manifest.exists() and len(manifest.read_bytes().splitlines()) >= 2):
         assert process.poll() is None, process.communicate()

@@ -250,6 +250,13 @@ def test_no_bundle_is_released_while_one_has_another_version(change: dict[str, A
     assert not (tree / "dist").exists()
 
 
+def test_references_are_not_baked_in() -> None:
+    """Also behind a quote in the expression."""
+    for value in ("@spacing", "$@spacing * 2", '$"a" if @amp else "b"'):
+        with pytest.raises(InputError, match="changes more than values"):
+            bake({"configs/own.json": json.dumps({"epochs": value}).encode()}, "own")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .transfer.results import table
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SLICES = 300
 """Of the scan whose inference is quoted."""
@@ -26,9 +28,8 @@ def figures(title: str) -> dict[str, Any]:
 
 
 def pair(what: str, ours: float, beside: str, other: float, unit: str) -> Sequence[str]:
-    """A line of the table: two figures and their ratio, above 1 where ours is the better; of crops, more is."""
-    ratio = other / ours if unit else ours / other
-    return what, f"{ours:.3g} {unit}", beside, f"{other:.3g} {unit}", f"{ratio:.3g}"
+    """A line of the table: two figures, of which less is better, and how many times as good ours is."""
+    return what, f"{ours:.3g} {unit}", beside, f"{other:.3g} {unit}", f"{other / ours:.3g}"
 
 
 def speed_table() -> str:
@@ -38,25 +39,18 @@ def speed_table() -> str:
     crops = {name: row["crops/s a core"] for name, row in figures("Crops for pre-training")["rows"].items()}
     chain = {(row["chain"], row["slices"]): row for row in figures("Inference chain without the network")["rows"]}
     ours, stock = chain["ours", SLICES], chain["stock", SLICES]
+    read, loaded = crops["store, 8 crop(s) a volume"], crops["torch.load and MONAI, 8 a volume"]
     published, whole = "published way, float32", "whole volumes with `torch.load` and MONAI"
     monai = "MONAI's masked autoencoder, float32"
     unfused = "bfloat16, attention not fused"
     scan = f"512 x 512 x {SLICES} voxels to labels, without the network"
     swin, unetr = "MONAI SwinUNETR (48), float32", "MONAI UNETR-B/16, float32"
     rows = [
-        ("", "here", "", "beside it", "times as good"),
-        ("---",) * 5,
         pair("pre-training step of 4 crops, float32", step[FLOAT32], published, step["published way, float32"], "s"),
         pair("the same, bfloat16", step["bfloat16"], published, step["published way, float32"], "s"),
         pair("the same, bfloat16", step["bfloat16"], "attention not fused", step[unfused], "s"),
         pair("the same, float32", step[FLOAT32], "MONAI's masked autoencoder of its sizes", step[monai], "s"),
-        pair(
-            "augmented crops a second and core",
-            crops["store, 8 crop(s) a volume"],
-            whole,
-            crops["torch.load and MONAI, 8 a volume"],
-            "",
-        ),
+        ("augmented crops a second and core", f"{read:.3g}", whole, f"{loaded:.3g}", f"{read / loaded:.3g}"),
         pair("window of 96³, float32", window["ours, float32"], published, window["published, float32"], "s"),
         pair("the same, bfloat16", window["ours, bfloat16"], published, window["published, float32"], "s"),
         pair("the same, float32", window["ours, float32"], "MONAI's UNETR (ViT-B)", window[unetr], "s"),
@@ -64,7 +58,7 @@ def speed_table() -> str:
         pair(scan, ours["seconds"], "MONAI's transforms and inferer", stock["seconds"], "s"),
         pair("the same, peak memory", ours["peak GB"], "the same", stock["peak GB"], "GB"),
     ]
-    return "\n".join(f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows)
+    return table(["", "here", "", "beside it", "times as good"], rows)
 
 
 def step_line() -> str:
@@ -94,14 +88,19 @@ def memory_line() -> str:
     return f"{peaks} GB | measured, without the network; MONAI's chain took {stock:.0f} GB for {SLICES} |"
 
 
-def transfer_tables(header: str = "| labelled cases | from scratch") -> list[str]:
-    """The README's: mean Dice by labelled cases and arm, a table a data set, as `transfer.md` has them."""
+def tables(header: str) -> list[str]:
+    """Those of `transfer.md` that start so."""
     return [block for block in (RESULTS / "transfer.md").read_text().split("\n\n") if block.startswith(header)]
 
 
+def transfer_tables() -> list[str]:
+    """The README's: mean Dice by labelled cases and arm, a table a data set."""
+    return tables("| labelled cases | from scratch")
+
+
 def ablation_tables() -> list[str]:
-    """The README's: mean Dice by ablation, likewise."""
-    return transfer_tables("|  | mean Dice |")
+    """The README's: mean Dice by ablation, a table a data set."""
+    return tables("|  | mean Dice |")
 
 
 def main() -> None:

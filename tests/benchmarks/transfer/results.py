@@ -160,8 +160,9 @@ def data_section(
     errors = {variant: masked_errors(folder) for variant, folder in pretrainings.items()}
     organs = next(iter(read.values()))[0]
     columns = [cell for row in cells.values() for cell in row]
-    there = np.all([~np.isnan(read[cell][1]).all(axis=(0, 1)) for cell in columns], axis=0)  # in some case's truth
-    by_organ = [[f"{value:.2f}" for value in np.nanmean(read[cell][1][..., there], axis=(0, 1))] for cell in columns]
+    dice = np.array([read[cell][1] for cell in columns])
+    there = (~np.isnan(dice).all(axis=(1, 2))).all(axis=0)  # in some case's truth
+    by_organ = np.nanmean(dice[..., there], axis=(1, 2)).T
     seeds, cases = next(iter(scores.values())).shape
     parts = [
         f"## {data}",
@@ -172,7 +173,10 @@ def data_section(
         "Mean Dice by organ:",
         table(
             ["organ", *(f"{c.variant}, {c.labels}" for c in columns)],
-            zip(compress(organs, there), *by_organ, strict=True),
+            [
+                [organ, *(f"{value:.2f}" for value in row)]
+                for organ, row in zip(compress(organs, there), by_organ, strict=True)
+            ],
         ),
         "Masked error of the pre-trainings (1 is what predicting each patch's mean gives), at the end:",
         table(
