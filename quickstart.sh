@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to organ labels on a CT: pre-train, fine-tune, evaluate, segment. Results go to outputs/quickstart.
+# From a fresh clone to organ labels on a CT: pre-train, fine-tune, evaluate, segment. Results go to outputs/quickstart,
+# in place of those of an earlier run.
 #   ./quickstart.sh                 on synthetic CTs, made first
 #   ./quickstart.sh --data FOLDER   on your own, nnU-Net style: imagesTr, labelsTr and, where there are, imagesTs, labelsTs
 # Options: --bundle hi_end_mae_flare_seg for FLARE22's label order (default hi_end_mae_btcv_seg);
@@ -15,7 +16,7 @@ while [ $# -gt 0 ]; do
         --epochs) epochs=$2 ;;
         --spacing) spacing=[$2,$2,$2] ;;
         --) shift; break ;;
-        *) sed -n '2,7s/^# \?//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,8s/^# \?//p' "$0" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -41,14 +42,14 @@ scans=$data
 
 step "pre-training without labels"
 run hi_end_mae_pretrain "['configs/train.json','configs/tiny.json']" \
-    --dataset_dir "$data" --ckpt_dir "$out/hi_end_mae_pretrain" --output_dir "$out/hi_end_mae_pretrain"
+    --dataset_dir "$data" --ckpt_dir "$out/hi_end_mae_pretrain" --output_dir "$out/hi_end_mae_pretrain" --overwrite True
 run hi_end_mae_pretrain "['configs/inference.json','configs/tiny.json']" \
     --dataset_dir "$scans" --checkpoint "$out/hi_end_mae_pretrain/model.pt" --output_dir "$out"
 
 step "fine-tuning from it"
 run "$bundle" "['configs/train.json','configs/tiny.json']" ${epochs:+--epochs "$epochs" --val_interval "$(((epochs + 2) / 3))"} \
     --dataset_dir "$data" --pretrained_encoder "$out/hi_end_mae_pretrain/model.pt" \
-    --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle" "$@"
+    --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle" --overwrite True "$@"
 
 step "evaluation on the scans' own grids"
 run "$bundle" "['configs/train.json','configs/evaluate.json','configs/tiny.json']" \

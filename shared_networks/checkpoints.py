@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
 from shared_networks.errors import InputError
 from shared_networks.files import replaced_when_whole
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
+from shared_networks.record import check_preparation, read_record
+
+logger = logging.getLogger(__name__)
 
 OFFICIAL_PREFIX = "module."
 PATCH_WEIGHT = "vit.patch_embedding.patch_embeddings.1.weight"
@@ -153,29 +158,38 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     return from_official(weights) if "encoder.patch_embed.proj.weight" in weights else weights
 
 
-def check_weights(checkpoint: str | Path, network: nn.Module) -> None:
-    """Refuse a checkpoint that is not of this network, before any work is done.
+def check_weights(
+    checkpoints: str | Path | Sequence[str | Path],
+    network: nn.Module,
+    preparation: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse checkpoints that are not of this network and these scans, before any work is done.
 
     Args:
-        checkpoint: a trained ``model.pt``.
+        checkpoints: a trained ``model.pt``, or several.
         network: the network that is to be loaded.
+        preparation: what scans go through, see :func:`shared_networks.record.check_preparation`; None where no scan is.
 
     Raises:
-        InputError: if the file is missing or unreadable, or its names or shapes differ from the network's.
+        InputError: if a file is missing or unreadable, its names or shapes differ from the network's, it is not the
+            file that its record is of, or it was trained on scans prepared otherwise.
     """
-    if not Path(checkpoint).is_file():
-        raise InputError(f"{checkpoint}: no trained weights there. Train first, or give --checkpoint a model.pt.")
-    found = {name: list(tensor.shape) for name, tensor in read_weights(checkpoint).items()}
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    names = found.keys() | wanted.keys()
-    wrong = sorted(name for name in names if found.get(name) != wanted.get(name))
-    if wrong:
-        name = wrong[0]
-        raise InputError(
-            f"{checkpoint}: {len(wrong)} of {len(names)} tensors do not fit the network ({name} is "
-            f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was trained "
-            "with (such as tiny.json), or the weights of this network."
-        )
+    for checkpoint in ensure_tuple(checkpoints):
+        if not Path(checkpoint).is_file():
+            raise InputError(f"{checkpoint}: no trained weights there. Train first, or give --checkpoint a model.pt.")
+        found = {name: list(tensor.shape) for name, tensor in read_weights(checkpoint).items()}
+        names = found.keys() | wanted.keys()
+        wrong = sorted(name for name in names if found.get(name) != wanted.get(name))
+        if wrong:
+            name = wrong[0]
+            raise InputError(
+                f"{checkpoint}: {len(wrong)} of {len(names)} tensors do not fit the network ({name} is "
+                f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was "
+                "trained with (such as tiny.json), or the weights of this network."
+            )
+        if preparation is not None:
+            check_preparation(checkpoint, preparation)
 
 
 @dataclass(frozen=True)
@@ -274,6 +288,8 @@ def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | 
 
 def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> LoadReport:
     """Load the network, or its encoder alone, and leave it as it was if the checkpoint does not cover that."""
+    if read_record(checkpoint) is None and part == "segmenter":
+        logger.warning("%s has no record: cases that trained it may now validate or test unnoticed", checkpoint)
     weights = read_weights(checkpoint)
     prefix = "vit." if part == "encoder" else ""
     own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}

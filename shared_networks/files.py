@@ -35,6 +35,23 @@ def replaced_when_whole(file: Path, unfinished: Path) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def explain_unwritable(file: str | Path) -> Iterator[None]:
+    """Turn a failure to write a file into one line.
+
+    Raises:
+        InputError: in place of an `OSError`, or of the `RuntimeError` that torch raises for a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise InputError(
+            f"{file}: cannot be written ({reason}); nothing saved before is lost. Make room or give another folder, "
+            "then go on with --resume True"
+        ) from error
+
+
 def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:
     """Refuses a folder that cannot be written to, before any work is done. Makes nothing.
 

@@ -21,10 +21,11 @@ import torch
 from monai.bundle import ConfigParser
 
 from shared_networks.checkpoints import check_weights
-from shared_networks.data.labels import model_labels_file, read_labels
+from shared_networks.data.labels import model_labels
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import replaced_when_whole
 from shared_networks.model_card import model_card
+from shared_networks.record import PARTS, read_record, record_file
 from shared_networks.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,10 +191,10 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
 
     Args:
         config: the bundle's inference config.
-        weights: `model.pt` as training writes it: a flat state_dict, for a segmenter with `labels.json` beside it.
+        weights: `model.pt` as training writes it: a flat state_dict, for a segmenter with its record beside it.
 
     Returns:
-        Content of `models/model.pt` and, for a segmenter, of `models/labels.json`.
+        Content of `models/model.pt` and of its record `models/model.json`, which no longer names any case.
 
     Raises:
         InputError: names or shapes are not the network's, the state_dict is not flat, or the labels are unknown or
@@ -209,13 +210,15 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
             f"{weights}: not a flat state_dict under our names, as training writes it; save that alone to a model.pt"
         )
     files = {"models/model.pt": weights.read_bytes()}
-    if names:
-        labels = model_labels_file(weights)
-        if read_labels(labels) != names:
-            raise InputError(
-                f"{labels}: not the labels of this bundle; release these weights in the one that trained them"
-            )
-        files[f"models/{labels.name}"] = labels.read_bytes()
+    if names and model_labels(weights) != names:
+        raise InputError(
+            f"{record_file(weights)}: not the labels of this bundle; release these weights in the one that trained them"
+        )
+    if record := read_record(weights):
+        # Names of cases may be names of people.
+        record |= {part: {} for part in PARTS} | {"seen_before": {"train": {}, "validation": {}}}
+        record["split"] = {key: value for key, value in record["split"].items() if key != "val_cases"}
+        files["models/model.json"] = (json.dumps(record, indent=1) + "\n").encode()
     return files
 
 
@@ -270,7 +273,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--bundle", default=ALL, help="name of one bundle (default: all)")
     parser.add_argument("--overlay", default="", help="overlay to bake into the configs, such as tiny")
     parser.add_argument(
-        "--weights", default="", help="the bundle's model.pt (a segmenter's with labels.json beside it)"
+        "--weights", default="", help="the bundle's model.pt (a segmenter's with its record model.json beside it)"
     )
     release(**vars(parser.parse_args(arguments)))
 

@@ -233,8 +233,11 @@ def test_report_cases_are_those_held_out_and_else_the_test_set(tmp_path, caplog)
     assert report_cases(tmp_path, cases("a"), cases("h")) == cases("h")
     assert caplog.text == ""
     assert report_cases(tmp_path, cases("a")) == cases("a")
+    (tmp_path / "labelsTs").mkdir()
+    assert report_cases(tmp_path, cases("a")) == cases("a")
     assert (
-        "has no labelsTs: reporting on the validation cases, which chose the model, so that the figures" in caplog.text
+        "has no labels in labelsTs: reporting on the validation cases, which chose the model: the figures"
+        in caplog.text
     )
     assert report_cases(tmp_path / "list.json", cases("a")) == cases("a")
     caplog.clear()

@@ -21,6 +21,7 @@ from monai.bundle import ConfigWorkflow
 from shared_networks.data.datalist import case_name, find_cases
 from shared_networks.data.phantom import label_names
 from shared_networks.errors import input_error_in
+from shared_networks.record import PARTS
 
 from .conftest import ROOT
 
@@ -156,6 +157,10 @@ def refusal(flow: ConfigWorkflow) -> str:
     return str(input_error_in(caught.value))
 
 
+def record_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model.json").read_text())
+
+
 def names_of(cases: Sequence[dict[str, Any]]) -> list[str]:
     return [case_name(case["image"]) for case in cases]
 
@@ -164,9 +169,9 @@ def test_amos_by_its_own_lists_and_labels(amos: Path, datasets: dict[str, Path],
     """One override follows to the head, the metric, the table and the segmentation."""
     out = tmp_path / "out"
     trained(amos / "dataset.json", out, label_names="@dataset_labels", val_interval=1)
-    assert json.loads((out / "labels.json").read_text())["labels"] == {name: v for v, name in enumerate(AMOS)}
-    split = json.loads((out / "split.json").read_text())
-    assert (split["train"], split["validation"], split["test"]) == (["amos_0001", "amos_0004"], ["amos_0008"], [])
+    split = record_of(out)
+    assert split["labels"] == {name: v for v, name in enumerate(AMOS)}
+    assert [list(split[part]) for part in PARTS] == [["amos_0001", "amos_0004"], ["amos_0008"], []]
     assert split["dataset"] == "amos22/dataset.json"
     weights = torch.load(out / "model.pt", weights_only=True)
     assert 16 in {len(tensor) for name, tensor in weights.items() if name.endswith("conv.conv.bias")}, weights.keys()
@@ -182,7 +187,7 @@ def test_amos_by_its_own_lists_and_labels(amos: Path, datasets: dict[str, Path],
     scans = datasets["btcv"] / "imagesTs"
     foreign = {"checkpoint": str(out / "model.pt")}
     line = refusal(workflow(scans, out, "inference", **foreign))
-    assert line.startswith(f"{out}/labels.json: the model was trained on other labels")
+    assert line.startswith(f"{out}/model.json: the model was trained on other labels")
     assert line.endswith("Pass --label_names @model_labels")
     inference = workflow(scans, out, "inference", label_names="@model_labels", **foreign)
     inference.initialize()
@@ -197,9 +202,9 @@ def test_ct_org_by_patterns_and_named_labels(ct_org: Path, tmp_path: Path) -> No
     found = [(Path(c["image"]).name, Path(c["label"]).name) for part in cases.values() for c in part]
     assert sorted(found) == [(f"volume-{k}.nii.gz", f"labels-{k}.nii.gz") for k in (10, 100, 2)]
     assert [len(cases[part]) for part in ("train", "validation", "test")] == [1, 1, 1]
-    split = json.loads((tmp_path / "split.json").read_text())
-    assert split["test"] == names_of(cases["test"]) and split["test_fraction"] == 0.3
-    assert json.loads((tmp_path / "labels.json").read_text())["labels"]["brain"] == 6
+    split = record_of(tmp_path)
+    assert list(split["test"]) == names_of(cases["test"]) and split["split"]["test_fraction"] == 0.3
+    assert split["labels"]["brain"] == 6
 
 
 def test_sliver07_is_refused_until_it_is_converted(
@@ -286,6 +291,7 @@ def test_lists_handed_over_by_a_program_need_no_data_set(datasets: dict[str, Pat
     lists = {"train#dataset#data": cases[:2], "validate#dataset#data": cases[2:]}
     flow = trained("", tmp_path, **lists)
     assert flow.parser.get_parsed_content("cases") == {"train": [], "validation": [], "test": []}
-    split = json.loads((tmp_path / "split.json").read_text())
-    assert (split["dataset"], split["train"], split["test"]) == ("", ["train_000", "train_001"], [])
-    assert refusal(workflow("", tmp_path, "train")).startswith("no case to check; look at dataset_dir")
+    split = record_of(tmp_path)
+    assert (split["dataset"], list(split["train"]), split["test"]) == ("", ["train_000", "train_001"], {})
+    trained("", tmp_path, **lists)  # in place, as there
+    assert refusal(workflow("", tmp_path / "other", "train")).startswith("no case to check; look at dataset_dir")

@@ -187,7 +187,11 @@ def test_only_rank_0_writes(killed: dict[str, Any]) -> None:
     assert files
     pids = {file.name.split(".")[-2] for file in files}
     assert len(pids) == 2 and str(killed["rank0"]) in pids  # rank 0 of the first run, rank 0 of the second
-    assert sorted(f.name for f in killed["out"].iterdir() if "tfevents" not in f.name) == ["model.pt", "state"]
+    assert sorted(f.name for f in killed["out"].iterdir() if "tfevents" not in f.name) == [
+        "model.json",
+        "model.pt",
+        "state",
+    ]
 
 
 def test_sigterm_stops_all_processes_after_the_same_iteration(datasets: dict[str, Path], tmp_path: Path) -> None:

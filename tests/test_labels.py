@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from monai.bundle import verify_net_in_out
 
 from shared_networks.data.labels import (
@@ -18,6 +19,7 @@ from shared_networks.data.labels import (
 )
 from shared_networks.data.phantom import label_names
 from shared_networks.errors import InputError
+from shared_networks.record import training_record, write_model
 
 from .conftest import BUNDLES, ROOT
 
@@ -126,7 +128,7 @@ def test_other_spellings_are_only_warned_of(tmp_path, caplog):
 
 
 def test_without_a_data_set_or_names_in_it_nothing_is_compared(tmp_path):
-    assert count_classes(BTCV) == count_classes(BTCV, "", "") == count_classes(BTCV, tmp_path) == 14
+    assert count_classes(BTCV) == count_classes(BTCV, "") == count_classes(BTCV, tmp_path) == 14
     (tmp_path / "dataset.json").write_text('{"training": []}')
     assert count_classes(["background", "liver"], tmp_path) == 2
     (tmp_path / "dataset.json").write_text("{")
@@ -140,19 +142,52 @@ def test_names_that_are_none(names):
         count_classes(names)
 
 
+def made(folder, names):
+    """A model and its record."""
+    checkpoint = folder / "model.pt"
+    parts = {"train": [], "validation": [], "test": []}
+    write_model({"bias": torch.rand(3)}, checkpoint, training_record("", parts, {}, {}, names))
+    return checkpoint
+
+
 def test_a_model_is_used_with_its_own_labels(tmp_path):
-    checkpoint = tmp_path / "model.pt"
-    assert count_classes(BTCV, checkpoint=checkpoint) == 14  # released before names were written
-    file = write(tmp_path, by_name(BTCV), "labels.json")
-    assert count_classes(model_labels(checkpoint), checkpoint=checkpoint) == 14
+    assert count_classes(BTCV, checkpoints=[tmp_path / "none.pt"]) == 14
+    checkpoint = made(tmp_path, BTCV)
+    assert model_labels(checkpoint) == BTCV
+    assert count_classes(BTCV, checkpoints=[checkpoint]) == 14
     with pytest.raises(InputError) as caught:
-        count_classes(FLARE, checkpoint=checkpoint)
+        count_classes(FLARE, checkpoints=[checkpoint])
     assert str(caught.value) == (
-        f"{file}: the model was trained on other labels than label_names (14 there, 14 here; 1 is 'spleen' there and "
-        "'liver' here). Pass --label_names @model_labels"
+        f"{tmp_path}/model.json: the model was trained on other labels than label_names (14 there, 14 here; 1 is "
+        "'spleen' there and 'liver' here). Pass --label_names @model_labels"
     )
     with pytest.raises(InputError, match="14 there, 13 here; 13 is 'left adrenal gland' there and nothing here"):
         check_model_labels(BTCV[:13], checkpoint)
+
+
+def test_every_member_of_an_ensemble_has_these_labels(tmp_path):
+    members = [made(tmp_path / f"fold_{fold}", names) for fold, names in enumerate((BTCV, BTCV, FLARE))]
+    assert count_classes(BTCV, checkpoints=members[:2]) == 14
+    with pytest.raises(InputError, match=r"fold_2/model\.json: the model was trained on other labels"):
+        count_classes(BTCV, checkpoints=members)
+
+
+def test_other_weights_than_the_record_is_of_have_no_labels(tmp_path):
+    checkpoint = made(tmp_path, BTCV)
+    torch.save({"bias": torch.zeros(3)}, checkpoint)
+    for ask in (model_labels, lambda file: count_classes(BTCV, checkpoints=[file])):
+        with pytest.raises(InputError, match=r"model\.pt: not the weights that .*model\.json is the record of"):
+            ask(checkpoint)
+
+
+def test_a_model_without_a_record_names_no_labels(tmp_path):
+    checkpoint = made(tmp_path, ())  # as of pre-training
+    with pytest.raises(InputError, match=r"model\.json: does not name the labels of .*model\.pt"):
+        model_labels(checkpoint)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(InputError, match=r"model\.json: does not name the labels of .*model\.pt"):
+        model_labels(checkpoint)
+    assert count_classes(BTCV, checkpoints=[checkpoint]) == 14
 
 
 @pytest.mark.parametrize("bundle", BUNDLES[1:])

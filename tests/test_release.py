@@ -31,8 +31,10 @@ import torch
 from monai.bundle import ConfigParser
 
 from shared_networks.checkpoints import check_weights
+from shared_networks.data.labels import model_labels
 from shared_networks.data.phantom import label_names
 from shared_networks.errors import InputError
+from shared_networks.record import read_record, training_record, write_model
 from shared_networks.release import bake, bundle_files, check_versions, main, release, with_settings
 from shared_networks.version import __version__
 
@@ -64,15 +66,21 @@ def config_of(bundle: Path) -> ConfigParser:
 
 
 def tiny_weights(bundle: str, folder: Path, labels: str = "") -> Path:
-    """Fresh weights of the network of tiny.json, and the names of a label set beside them."""
+    """Fresh weights of the network of tiny.json, with a record of a label set and of cases where one is named."""
     parser = ConfigParser()
     parser.read_config([ROOT / bundle / "configs" / f"{name}.json" for name in ("inference", "tiny")])
     parser["bundle_root"] = str(ROOT / bundle)
-    folder.mkdir(parents=True)
-    torch.save(parser.get_parsed_content("network_def").state_dict(), folder / "model.pt")
+    weights = parser.get_parsed_content("network_def").state_dict()
     if labels:
-        names = {name: value for value, name in enumerate(label_names(labels))}
-        (folder / "labels.json").write_text(json.dumps({"labels": names}))
+        cases = {part: [{"image": f"{part}_Smith.nii.gz"}] for part in ("train", "validation", "test")}
+        split = {"seed": 0, "val_cases": ["validation_Smith"]}
+        spacing = {"spacing": [4.0, 4.0, 4.0]}
+        write_model(
+            weights, folder / "model.pt", training_record("/data/X", cases, split, spacing, label_names(labels))
+        )
+    else:
+        folder.mkdir(parents=True)
+        torch.save(weights, folder / "model.pt")
     return folder / "model.pt"
 
 
@@ -193,8 +201,11 @@ def test_weights_go_in_as_they_are(bundle: str, labels: str, tmp_path: Path) -> 
     (archive,) = release(tmp_path, bundle, overlay="tiny", weights=weights)
     models = unzip(archive, tmp_path) / "models"
     assert (models / "model.pt").read_bytes() == weights.read_bytes()
-    assert {file.name for file in models.iterdir()} == {"model.pt", *(["labels.json"] if labels else [])}
-    assert not labels or (models / "labels.json").read_bytes() == (tmp_path / "trained" / "labels.json").read_bytes()
+    assert {file.name for file in models.iterdir()} == {"model.pt", *(["model.json"] if labels else [])}
+    if labels:
+        assert model_labels(models / "model.pt") == list(label_names(labels))
+        assert read_record(models / "model.pt")["preparation"] == {"spacing": [4.0, 4.0, 4.0]}  # type: ignore[index]
+        assert "Smith" not in (models / "model.json").read_text()
 
 
 @pytest.fixture
@@ -205,6 +216,8 @@ def wrong_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     content = torch.load(weights, weights_only=True)
     if request.param == "nested":
         torch.save({"state_dict": content, "epoch": 3}, weights)
+    elif request.param == "other":
+        torch.save({name: tensor + 1 for name, tensor in content.items()}, weights)
     elif request.param == "prefixed":
         torch.save({f"module.{name}": tensor for name, tensor in content.items()}, weights)
     elif request.param == "partial":
@@ -217,8 +230,9 @@ def wrong_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     ("wrong_weights", "message"),
     [
         ("none", "no trained weights there"),
-        ("unnamed", "labels.json: no such file"),
-        ("FLARE's", "labels.json: not the labels of this bundle"),
+        ("unnamed", "model.json: does not name the labels of"),
+        ("FLARE's", "model.json: not the labels of this bundle"),
+        ("other", "not the weights that .*model.json is the record of"),
         ("nested", "not a flat state_dict under our names"),
         ("prefixed", "not a flat state_dict under our names"),
         ("partial", r"1 of \d+ tensors do not fit the network"),
@@ -379,7 +393,7 @@ def test_a_released_copy_cannot_release(home: Path, run: Run) -> None:
 
 def test_pretraining_alone_writes_its_model_into_the_bundle(pretrained: Path) -> None:
     check_weights(pretrained / "models" / "model.pt", config_of(pretrained).get_parsed_content("network_def"))
-    assert list((pretrained / "outputs" / "state").glob("state_*.ckpt"))
+    assert list((pretrained / "models" / "state").glob("state_*.ckpt"))
 
 
 def assert_on_grid(result: Path, scan: Path, values: range) -> np.ndarray:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared_networks.data.datalist import case_name
-from shared_networks.data.splits import check_split, record_training, split_dataset
+from shared_networks.data.splits import check_evaluation, check_start, check_unseen, split_dataset
 from shared_networks.errors import InputError
+from shared_networks.record import training_record, write_model
 
 BTCV = [f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))]
 PUBLISHED = [f"img{number:04d}" for number in range(35, 41)]
@@ -101,62 +102,128 @@ def test_splits_that_cannot_be(settings, message):
         split(BTCV, **settings)
 
 
-def record(folder: Path, dataset: str, found: dict, resume: bool = False, **settings) -> dict:
-    record_training(folder, dataset, ["background", "liver"], found, settings, resume)
-    return json.loads((folder / "split.json").read_text())
+def record(found: dict, dataset: str = "/data/ours", starts_from: tuple = (), **settings) -> dict:
+    settings = {"seed": 0, "fold": None, "num_folds": 3, "num_train_cases": None, **settings}
+    return training_record(dataset, found, settings, {}, ["background", "liver"], starts_from)
 
 
-def test_the_split_and_the_labels_are_written_beside_the_model(tmp_path):
-    found = split_dataset(cases(list("abcdef")), fold=2, num_folds=3)
-    written = record(tmp_path / "models", "/data/ours/", found, seed=0, fold=2)
-    assert written == {"dataset": "ours", "seed": 0, "fold": 2, **names(found)}
-    assert json.loads((tmp_path / "models/labels.json").read_text()) == {"labels": {"background": 0, "liver": 1}}
-    assert sorted(file.name for file in (tmp_path / "models").iterdir()) == ["labels.json", "split.json"]
-    assert record(tmp_path, "/data/ours/list.json", found)["dataset"] == "ours/list.json"
-    assert record(tmp_path, "", found)["dataset"] == ""
+def scans(folder: Path, names: str, rename: str = "") -> dict[str, dict]:
+    """Cases whose files are different from each other, and the same wherever they lie and whatever their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name in names:
+        image = folder / f"{rename}{name}_0000.nii.gz"
+        image.write_bytes(name.encode() * 99)
+        found[name] = {"image": str(image), "label": str(folder / f"{rename}{name}.nii.gz")}
+    return found
 
 
-def test_a_record_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "models").write_text("a file")
-    with pytest.raises(InputError, match=r"models/split\.json: cannot be written \(.+\); give another --ckpt_dir"):
-        record(tmp_path / "models", "d", {})
+def parts(found: dict[str, dict], train: str, validation: str, test: str = "") -> dict[str, list]:
+    return {
+        part: [found[n] for n in names]
+        for part, names in {"train": train, "validation": validation, "test": test}.items()
+    }
 
 
-def test_no_case_tests_or_chooses_that_trained(tmp_path):
-    first = split_dataset(cases(list("abcdef")), fold=0, num_folds=3)
-    record(tmp_path, "/data/ours", first, seed=0, fold=0, num_folds=3, test_fraction=0.0, val_cases=[])
-    check_split(tmp_path, "/data/ours", first)
-    check_split(tmp_path / "elsewhere", "/data/ours", {})
-    second = split_dataset(cases(list("abcdef")), fold=1, num_folds=3)
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model that `ab` trained and `c` chose, tested on `d`, in fold 1 of 3."""
+    file = tmp_path / "models" / "model.pt"
+    split = parts(scans(tmp_path / "ours", "abcdef"), "ab", "c", "d")
+    write_model({}, file, record(split, tmp_path / "ours", fold=1))
+    return file
+
+
+def test_a_report_on_the_split_of_the_training(tmp_path, model):
+    split = parts(scans(tmp_path / "ours", "abcdef"), "ab", "c", "d")
+    check_evaluation([model], record(split, tmp_path / "ours", fold=1), split["test"])
+    check_evaluation([tmp_path / "without_record.pt"], record(split), split["train"])
+
+
+@pytest.mark.parametrize(("settings", "said"), [({"fold": 0}, "fold was 1 and is 0"), ({"fold": 1, "seed": 3}, "seed")])
+def test_a_report_with_other_settings_than_the_trainings(tmp_path, model, settings, said):
+    split = parts(scans(tmp_path / "ours", "abcdef"), "ab", "c", "d")
     with pytest.raises(InputError) as caught:
-        record(tmp_path, "/data/ours", second, resume=True)
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path}/split.json: ") and "would now test" in message
-    assert message.endswith("Give the settings of training: --seed 0 --fold 0 --num_folds 3")
-    with pytest.raises(InputError, match="would now test"):
-        check_split(tmp_path, "/data/ours", second, second["test"])
-    check_split(tmp_path, "/data/ours", second, [{"image": "imagesTs/a_0000.nii.gz"}])
-    check_split(tmp_path, "/data/others", second)  # names of another data set mean other cases
-    assert (
-        record(tmp_path, "/data/ours", second)["train"] == names(second)["train"]
-    )  # a new training: no model to spoil
-
-
-def test_all_three_leaks_are_named(tmp_path):
-    parts = {"train": cases(["a", "b"]), "validation": cases(["c"]), "test": []}
-    record(tmp_path, "d", parts, seed=2, val_fraction=0.3, val_cases=["c", "d"], fold=None, num_folds=5)
-    now = {"train": cases(["x"]), "validation": cases(["b"]), "test": cases(["a", "c"])}
-    with pytest.raises(InputError) as caught:
-        check_split(tmp_path, "d", now)
-    assert str(caught.value) == (
-        f"{tmp_path}/split.json: a (1 in all) trained and would now test; "
-        "b (1 in all) trained and would now choose the model; c (1 in all) chose the model and would now test. "
-        "Give the settings of training: --seed 2 --val_fraction 0.3 --val_cases \"['c','d']\""
+        check_evaluation([model], record(split, tmp_path / "ours", **settings), split["test"])
+    assert str(caught.value).startswith(
+        f"{model.with_suffix('.json')}: the model was trained with another split: {said}"
     )
+    assert str(caught.value).endswith("Give the settings of training: --seed 0 --fold 1 --num_folds 3")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"train": []}'])
-def test_a_damaged_record_is_named(tmp_path, text):
-    (tmp_path / "split.json").write_text(text)
-    with pytest.raises(InputError, match=r"split\.json: no record of a split .*; remove it"):
-        check_split(tmp_path, "d", {"train": [], "validation": [], "test": []})
+@pytest.mark.parametrize(
+    ("tested", "said"),
+    [("a", "a (1 in all) trained and would now test"), ("ce", "c (1 in all) chose the model and would now test")],
+)
+def test_a_report_on_cases_that_the_model_has_seen(tmp_path, model, tested, said):
+    """Whatever the folder and the files are called."""
+    ours = scans(tmp_path / "ours", "abcdef")
+    moved = scans(tmp_path / "moved", "abcdef", rename="patient_")
+    for found in (ours, moved):
+        split = parts(found, "f", "", tested)
+        with pytest.raises(InputError) as caught:
+            check_evaluation([model], record(split, Path(found["a"]["image"]).parent, fold=1), split["test"])
+        assert said in str(caught.value).replace("patient_", "")
+
+
+def test_every_model_of_an_ensemble_is_compared(tmp_path, model):
+    ours = scans(tmp_path / "ours", "abcdef")
+    other = tmp_path / "other" / "model.pt"
+    write_model({"other": torch.zeros(1)}, other, record(parts(ours, "d", "f"), tmp_path / "ours", fold=1))
+    now = record(parts(ours, "ab", "c", "d"), tmp_path / "ours", fold=1)
+    with pytest.raises(InputError, match=r"other/model\.json: d \(1 in all\) trained and would now test"):
+        check_evaluation([model, other], now, [ours["d"]])
+
+
+def test_a_report_beside_the_split(tmp_path, model):
+    """`imagesTs`: any model may be reported on it, unless it has seen a copy, or is reported as a few-shot model."""
+    ours = scans(tmp_path / "ours", "abcdef")
+    held_out, copied = scans(tmp_path / "imagesTs", "xy"), scans(tmp_path / "imagesTs", "a", rename="y")
+    split = parts(ours, "ab", "cd")
+    check_evaluation([model], record(split, tmp_path / "ours"), [held_out["x"]])
+    with pytest.raises(InputError, match=r"ya \(1 in all\) trained and would now test"):
+        check_evaluation([model], record(split, tmp_path / "ours"), [held_out["x"], copied["a"]])
+    with pytest.raises(InputError, match="num_train_cases was None and is 1"):
+        check_evaluation([model], record(split, tmp_path / "ours", num_train_cases=1), [held_out["x"]])
+
+
+def test_names_of_another_data_set_mean_other_cases(tmp_path, model):
+    others = scans(tmp_path / "others", "uvwxyz")
+    renamed = {name: {"image": str(Path(c["image"]).rename(tmp_path / "others" / f"{n}_0000.nii.gz")), "label": ""}
+               for (name, c), n in zip(others.items(), "abcdef", strict=True)}  # fmt: skip
+    split = parts(renamed, "", "", "uvw")
+    check_evaluation([model], record(split, tmp_path / "others"), split["test"])
+
+
+def test_validation_cases_may_be_reported_on_where_nothing_is_held_out(tmp_path):
+    ours = scans(tmp_path / "ours", "abc")
+    split = parts(ours, "ab", "c")
+    write_model({}, tmp_path / "model.pt", record(split, tmp_path / "ours"))
+    check_evaluation([tmp_path / "model.pt"], record(split, tmp_path / "ours"), split["validation"])
+
+
+def test_the_only_case_may_train_choose_and_be_reported_on(tmp_path):
+    split = parts(scans(tmp_path / "ours", "a"), "a", "a")
+    now = record(split, tmp_path / "ours")
+    write_model({}, tmp_path / "model.pt", now)
+    check_evaluation([tmp_path / "model.pt"], now, split["validation"])
+    check_start(now, now, "state.ckpt")
+
+
+def test_weights_that_have_seen_test_or_validation_cases_are_no_start(tmp_path, model):
+    ours = scans(tmp_path / "ours", "abcdef")
+    again = record(parts(ours, "ab", "c", "d"), starts_from=(model, "", tmp_path / "none.pt"))
+    assert {part: set(found) for part, found in again["seen_before"].items()} == {"train": {*"ab"}, "validation": {"c"}}
+    check_unseen(again, again["seen_before"], "weights")
+    mixed = record(parts(ours, "d", "a", "bc"), starts_from=(model,))
+    with pytest.raises(InputError) as caught:
+        check_unseen(mixed, mixed["seen_before"], "weights")
+    assert str(caught.value) == (
+        "weights: b (1 in all) trained and would now test; a (1 in all) trained and would now choose the model; "
+        "c (1 in all) chose the model and would now test. Start from weights that have not seen these cases, or split "
+        "the cases as they were split there"
+    )
+    write_model({}, tmp_path / "next.pt", again)
+    third = record(parts(ours, "d", "e", "b"), starts_from=(tmp_path / "next.pt",))
+    with pytest.raises(InputError, match=r"b \(1 in all\) trained and would now test"):
+        check_unseen(third, third["seen_before"], "weights")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from shared_networks.data.draws import DrawSampler
 from shared_networks.errors import InputError
+from shared_networks.record import Record, read_record, training_record, write_model
 from shared_networks.training.averages import MovingAverage
-from shared_networks.training.state import SaveBestModel, TrainingState, save_atomically
+from shared_networks.training.state import SaveBestModel, TrainingState, check_run_folder, save_atomically
 
 from .conftest import ROOT, full_disk
 
@@ -126,6 +127,7 @@ def training(
 ) -> TrainingState:
     torch.manual_seed(0)
     network = Line()
+    record = kwargs.pop("record", None) or a_record()
     data = Dataset([{"image": torch.tensor([float(i)]), "label": torch.ones(1)} for i in range(cases)])
     sampler = DrawSampler(data, num_replicas=1, rank=0, seed=seed)
     loader = DataLoader(Indexed(data), sampler=sampler, batch_size=batch)
@@ -137,7 +139,7 @@ def training(
         network=network,
         key_val_metric={"error": Loss(nn.MSELoss(), output_transform=from_engine(["pred", "label"]))},
         metric_cmp_fn=lambda current, best: current < best,
-        val_handlers=[SaveBestModel(network, folder / "model.pt")],
+        val_handlers=[SaveBestModel(network, folder / "model.pt", record)],
         decollate=False,
     )
     trainer = SupervisedTrainer(
@@ -154,9 +156,26 @@ def training(
         decollate=False,
         accumulation_steps=kwargs.pop("accumulation_steps", 1),
     )
-    return TrainingState(
-        folder, folder / "model.pt", network, optimizer, schedule, trainer, evaluator, seed=seed, **kwargs
-    )
+    return TrainingState(folder, network, optimizer, schedule, trainer, evaluator, record, seed=seed, **kwargs)
+
+
+def a_record(
+    labels: Sequence[str] = ("background", "liver"),
+    train: str = "abcd",
+    validation: str = "e",
+    test: str = "f",
+    dataset: str = "/data/ours",
+    spacing: Sequence[float] = (2.0, 2.0, 5.0),
+    starts_from: Sequence[Path] = (),
+    **split: Any,
+) -> Record:
+    """A record of cases named by letters, whose scans are not on disk."""
+    parts = {"train": train, "validation": validation, "test": test}
+    cases = {
+        part: [{"image": f"{n}_0000.nii.gz", "label": f"{n}.nii.gz"} for n in names] for part, names in parts.items()
+    }
+    settings = {"seed": 0, "fold": None, "num_folds": 5, "num_train_cases": None, **split}
+    return training_record(dataset, cases, settings, {"spacing": spacing}, labels, starts_from)
 
 
 class Indexed:
@@ -172,8 +191,8 @@ class Indexed:
         return self.data[draw.case]
 
 
-def run(state: TrainingState, resume: bool = False) -> TrainingState:
-    state.start(resume)
+def run(state: TrainingState, resume: bool = False, **ways: bool) -> TrainingState:
+    state.start(resume, **ways)
     if state.unfinished:
         state.trainer.run()
     if state.unvalidated:
@@ -190,7 +209,7 @@ def sigterm_as_before() -> Iterator[None]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir() if file.name != "model.pt")
+    return sorted(file.name for file in (folder / "state").iterdir())
 
 
 def stop_after(state: TrainingState, iteration: int) -> None:
@@ -213,7 +232,12 @@ def test_states_are_written_by_epoch_and_by_time(tmp_path: Path) -> None:
 
 def test_a_state_holds_all_that_training_needs(tmp_path: Path) -> None:
     state = run(training(tmp_path))
-    content = torch.load(tmp_path / "state_000000006.ckpt", weights_only=True)
+    assert read_record(tmp_path / "model.pt")["score"] == {  # type: ignore[index]
+        "name": "error",
+        "value": state.evaluator.state.best_metric,
+        "epoch": state.evaluator.state.best_metric_epoch,
+    }
+    content = torch.load(tmp_path / "state" / "state_000000006.ckpt", weights_only=True)
     assert (content["iteration"], content["epoch"], content["epoch_length"], content["schedule"]) == (6, 2, 3, 6)
     assert content["best_metric"] == state.evaluator.state.best_metric and content["best_metric_epoch"] in (1, 2)
     torch.testing.assert_close(content["network"]["weight"], state.network.state_dict()["weight"])
@@ -269,13 +293,48 @@ def test_another_number_of_processes_goes_on_from_the_start_of_the_epoch(tmp_pat
     assert other.trainer.state.iteration == 8
 
 
-def test_without_resume_training_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(training(tmp_path, epochs=3))
-    again = training(tmp_path, epochs=2)
-    again.start(resume=False)
-    assert "pass --resume True to go on with it" in caplog.text
-    assert len(names(tmp_path)) == 2  # nothing is lost until there is something new
-    again.trainer.run()
+def test_a_folder_with_a_training_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    held = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    with pytest.raises(InputError) as caught:
+        training(tmp_path).start(resume=False)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds a trained model; give --resume True to go on with it, --overwrite True to remove it and "
+        "start anew, or another --ckpt_dir"
+    )
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == held
+
+
+def test_a_folder_with_states_alone_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    (tmp_path / "model.pt").unlink()
+    with pytest.raises(InputError, match="holds an unfinished training; give --resume True to go on with it"):
+        check_run_folder(tmp_path)
+
+
+def test_a_model_without_states_cannot_be_resumed(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    for file in (tmp_path / "state").iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="holds a trained model; give no --resume, as it has no state to resume from"):
+        check_run_folder(tmp_path, resume=True)
+
+
+def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="resume and overwrite are both set"):
+        check_run_folder(tmp_path, resume=True, overwrite=True)
+
+
+def test_overwriting_removes_the_earlier_training_and_starts_anew(tmp_path: Path) -> None:
+    good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # nothing can be better
+    run(training(tmp_path, epochs=5))
+    write_model(good, tmp_path / "model.pt", a_record(fold=0))
+    state = training(tmp_path, record=a_record(fold=1))
+    state.start(resume=False, overwrite=True)
+    assert not names(tmp_path) and not list(tmp_path.glob("model.*"))
+    state.trainer.run()
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and record["split"]["fold"] == 1
     assert names(tmp_path) == ["state_000000003.ckpt", "state_000000006.ckpt"]
 
 
@@ -285,12 +344,12 @@ def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
 
 def test_a_damaged_state_falls_back_on_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(training(tmp_path, epochs=2))
-    (tmp_path / "state_000000006.ckpt").write_bytes(b"half")
+    (tmp_path / "state" / "state_000000006.ckpt").write_bytes(b"half")
     state = training(tmp_path, epochs=2)
     state.start(resume=True)
     assert state.trainer.state.iteration == 3
     assert "state_000000006.ckpt: cannot be read" in caplog.text
-    (tmp_path / "state_000000003.ckpt").write_bytes(b"")
+    (tmp_path / "state" / "state_000000003.ckpt").write_bytes(b"")
     with pytest.raises(InputError, match="none of its states can be read"):
         training(tmp_path).start(resume=True)
 
@@ -316,28 +375,100 @@ def test_the_best_model_is_kept_across_a_resume(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt").read_bytes() == b"the best so far"
 
 
-def test_a_model_that_is_there_is_replaced_by_a_better_one_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_in_place_a_better_model_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # answers 1, which is the target
-    save_atomically(good, tmp_path / "model.pt")
-    run(training(tmp_path))
+    write_model(good, tmp_path / "model.pt", a_record())
+    run(training(tmp_path), in_place=True)
     assert "model.pt has error 0.0000; only a better model replaces it" in capsys.readouterr().out
     assert torch.load(tmp_path / "model.pt", weights_only=True) == good
+    run(training(tmp_path), in_place=True)  # the states of the run before are in nobody's way
 
-    save_atomically({"weight": torch.zeros(1, 1), "bias": torch.tensor([99.0])}, tmp_path / "model.pt")
-    state = run(training(tmp_path))
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert saved["bias"] < 90
+    worse = {"weight": torch.zeros(1, 1), "bias": torch.tensor([99.0])}
+    write_model(worse, tmp_path / "model.pt", a_record(train="xyz"))
+    again = a_record(starts_from=[tmp_path / "model.pt"])
+    state = run(training(tmp_path, record=again), in_place=True)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["bias"] < 90
     assert (state.evaluator.state.best_metric_epoch) in (1, 2)
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and set(record["train"]) == set("abcd")
+    assert set(record["seen_before"]["train"]) == set("xyz")
 
 
-def test_a_model_of_another_network_is_moved_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_atomically({"other": torch.zeros(2)}, tmp_path / "model.pt")
+def test_in_place_a_model_of_another_network_is_refused(tmp_path: Path) -> None:
+    write_model({"other": torch.zeros(2)}, tmp_path / "model.pt", a_record())
+    with pytest.raises(InputError, match=r"model\.pt: is of another network \(3 tensors differ, the first bias\)"):
+        training(tmp_path).start(resume=False, in_place=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"labels": ("background", "spleen")}, r"label_names was \['background', 'spleen'\]"),
+        ({"spacing": (1.0, 1.0, 1.0)}, r"spacing was \[1.0, 1.0, 1.0\] and is \[2.0, 2.0, 5.0\]"),
+    ],
+)
+def test_in_place_a_model_of_other_labels_or_preparation_is_refused(
+    tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
+    write_model({}, tmp_path / "model.pt", a_record(**other))
+    with pytest.raises(InputError, match=f"trained otherwise than it would be now: {said}"):
+        check_run_folder(tmp_path, in_place=True, record=a_record())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            {"labels": ("background", "spleen")},
+            "trained on other labels, background, liver; here they are background, s",
+        ),
+        ({"spacing": (1.0, 1.0, 1.0)}, r"spacing was \[2.0, 2.0, 5.0\] and is .*Pass --spacing \[2.0,2.0,5.0\]"),
+        ({"fold": 1}, "trained with another split: fold was None and is 1"),
+        ({"num_train_cases": 1}, "num_train_cases was None and is 1. Give the settings of training, --seed 0"),
+        ({"train": "abc", "validation": "d"}, r"d \(1 in all\) trained and would now choose the model"),
+    ],
+)
+def test_a_state_is_resumed_with_its_own_labels_scans_and_split(
+    tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
     run(training(tmp_path))
-    assert "model.pt is of another network; moved to model.pt.old" in caplog.text
-    assert list(torch.load(tmp_path / "model.pt.old", weights_only=True)) == ["other"]
-    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight", "bias"}
+    with pytest.raises(InputError, match=said):
+        training(tmp_path, epochs=3, record=a_record(**other)).start(resume=True)
+
+
+def test_cases_that_are_gone_when_a_training_is_resumed_stay_on_record(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    run(training(tmp_path, epochs=9, record=a_record(train="abcx")), resume=True)
+    state = torch.load(tmp_path / "state" / "state_000000027.ckpt", weights_only=True)
+    assert set(state["record"]["seen_before"]["train"]) == set("abcd") and set(state["record"]["train"]) == set("abcx")
+
+
+def test_a_state_of_other_parameter_groups_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    state = training(tmp_path, epochs=3)
+    state.optimizer.param_groups.append({**state.optimizer.param_groups[0], "params": []})
+    with pytest.raises(
+        InputError, match=r"optimiser has 1 group\(s\) of 2 parameters, here 2 of 2; give the --layer_d"
+    ):
+        state.start(resume=True)
+
+
+def test_a_state_of_version_0_1_0_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    for file in (tmp_path / "state").iterdir():
+        state = torch.load(file, weights_only=True)
+        del state["record"]
+        torch.save(state, file)
+    with pytest.raises(InputError, match=r"saved by version 0\.1\.0, without a record; --overwrite True starts anew"):
+        training(tmp_path).start(resume=True)
+
+
+def test_a_lost_model_is_chosen_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(training(tmp_path))
+    (tmp_path / "model.pt").unlink()
+    run(training(tmp_path, epochs=3), resume=True)
+    assert "model.pt is gone: the best model is chosen anew" in caplog.text
+    assert (tmp_path / "model.pt").is_file()
 
 
 def test_without_validation_cases_the_last_weights_are_the_model(
@@ -399,7 +530,9 @@ def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path) -> None:
         save_atomically({"weight": torch.ones(100_000)}, file)
     assert str(caught.value).startswith(f"{file}: cannot be written (")
     assert "\n" not in str(caught.value) and "--resume True" in str(caught.value)
-    assert names(tmp_path) == [] and torch.load(file, weights_only=True)["weight"].tolist() == [1.0, 1.0, 1.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"] and torch.load(file, weights_only=True)[
+        "weight"
+    ].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -353,21 +353,26 @@ def report_cases(
         test: cases that were held out, of a fold or a share.
 
     Returns:
-        The test cases; without any, `imagesTs` with `labelsTs`; without these, with a warning, the validation cases.
+        The test cases; without any, `imagesTs` with `labelsTs`; without these, or where these folders are empty, with a
+        warning, the validation cases.
 
     Raises:
         InputError: there is neither a data set nor a test case, or `imagesTs` and `labelsTs` do not pair.
     """
     if test:
         return test
-    if Path(dataset_dir or "").suffix != ".json" and (_dataset_folder(dataset_dir) / "labelsTs").is_dir():
+    if Path(dataset_dir or "").suffix != ".json" and _has_files(_dataset_folder(dataset_dir) / "labelsTs"):
         return pair_cases(find_images(dataset_dir, "imagesTs"), find_labels(dataset_dir, "labelsTs"))
     logger.warning(
-        "%s has no labelsTs: reporting on the validation cases, which chose the model, so that the figures are too "
+        "%s has no labels in labelsTs: reporting on the validation cases, which chose the model: the figures are too "
         "good; hold cases out, in training and here, with --fold 0 --num_folds 5 or --test_fraction 0.2",
         dataset_dir,
     )
     return validation
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
 
 
 def _pairs(

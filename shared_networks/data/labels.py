@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_networks.errors import InputError, report_in_one_line
-
-LABELS_FILE = "labels.json"
-"""Beside `model.pt`: the names that it was trained on, as nnU-Net v2 writes them into `dataset.json`."""
+from shared_networks.record import read_record, record_file, trained_labels
 
 _OWN = "--label_names @dataset_labels"
 _LISTED = 3
@@ -28,7 +26,7 @@ def read_labels(file: str | Path) -> list[str]:
     `{"background": 0, "liver": 1}` (v2).
 
     Args:
-        file: `dataset.json` of a data set, or :data:`LABELS_FILE` of a model.
+        file: `dataset.json` of a data set.
 
     Returns:
         The names in order of value, background first.
@@ -146,21 +144,21 @@ def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) ->
 
 
 def count_classes(
-    label_names: Sequence[str], dataset_dir: str | Path | None = None, checkpoint: str | Path | None = None
+    label_names: Sequence[str], dataset_dir: str | Path | None = None, checkpoints: Sequence[str | Path] = ()
 ) -> int:
-    """Counts classes, background included, and checks that the data set or the trained model means the same by them.
+    """Counts classes, background included, and checks that the data set and the trained models mean the same by them.
 
     Args:
         label_names: in order of value, background first.
         dataset_dir: see :func:`check_dataset_labels`; without one nothing is compared.
-        checkpoint: `model.pt`; see :func:`check_model_labels`; without one nothing is compared.
+        checkpoints: `model.pt` files; see :func:`check_model_labels`.
 
     Raises:
-        InputError: `label_names` are none, or those of the data set or the model differ.
+        InputError: `label_names` are none, or those of the data set or of a model differ.
     """
     if dataset_dir:
         check_dataset_labels(label_names, dataset_dir)
-    if checkpoint:
+    for checkpoint in checkpoints:
         check_model_labels(label_names, checkpoint)
     return len(checked_names(label_names))
 
@@ -170,30 +168,35 @@ def check_model_labels(label_names: Sequence[str], checkpoint: str | Path) -> No
 
     Args:
         label_names: in order of value, background first.
-        checkpoint: `model.pt`; its :data:`LABELS_FILE` is beside it, or there is nothing to compare.
+        checkpoint: `model.pt`; without a record beside it there is nothing to compare.
 
     Raises:
-        InputError: they differ, or `label_names` are none.
+        InputError: they differ, `label_names` are none, or the record is of other weights.
     """
-    names, file = checked_names(label_names), model_labels_file(checkpoint)
-    if not file.is_file() or (trained := read_labels(file)) == names:
+    names, record = checked_names(label_names), read_record(checkpoint)
+    if record is None or (trained := trained_labels(record)) == names:
         return
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(trained, names, strict=False)))
     there, here = (repr(these[same]) if same < len(these) else "nothing" for these in (trained, names))
     raise InputError(
-        f"{file}: the model was trained on other labels than label_names ({len(trained)} there, {len(names)} here; "
-        f"{same} is {there} there and {here} here). Pass --label_names @model_labels"
+        f"{record_file(checkpoint)}: the model was trained on other labels than label_names ({len(trained)} there, "
+        f"{len(names)} here; {same} is {there} there and {here} here). Pass --label_names @model_labels"
     )
 
 
-def model_labels_file(checkpoint: str | Path) -> Path:
-    """Returns where the label names of a model are."""
-    return Path(checkpoint).with_name(LABELS_FILE)
-
-
 def model_labels(checkpoint: str | Path) -> list[str]:
-    """Reads the label names that a model was trained on; see :func:`read_labels`."""
-    return read_labels(model_labels_file(checkpoint))
+    """Reads the label names that a model was trained on, in order of value, background first.
+
+    Raises:
+        InputError: the model has no record, or one of other weights or without labels.
+    """
+    record = read_record(checkpoint)
+    if record is None or not record["labels"]:
+        raise InputError(
+            f"{record_file(checkpoint)}: does not name the labels of {checkpoint}; copy the file that training wrote "
+            "beside the model, or name them: --label_names \"['background','liver']\""
+        )
+    return trained_labels(record)
 
 
 def relabel(bundle: str | Path, labels: str | Path) -> None:

@@ -1,24 +1,31 @@
-"""Which cases train, which choose the model and which are reported on, and the record of it beside the model."""
+"""Split cases into those that train, choose the model and are reported on, and refuse what mixes them up."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shared_networks.data.datalist import case_name, split_cases
-from shared_networks.data.labels import LABELS_FILE, checked_names
 from shared_networks.errors import InputError
-from shared_networks.files import replaced_when_whole
+from shared_networks.record import (
+    PARTS,
+    Case,
+    Record,
+    case_digests,
+    common_cases,
+    different_settings,
+    listed_differences,
+    options,
+    read_record,
+    record_file,
+    seen_cases,
+    trained_labels,
+)
 
-SPLIT_FILE = "split.json"
-"""Beside `model.pt`: the cases that it was trained, chosen and is to be tested on."""
-
-Case = Mapping[str, Any]
+_FEW = ("num_train_cases",)
 
 logger = logging.getLogger(__name__)
 
@@ -81,82 +88,123 @@ def split_dataset(
     return {"train": train, "validation": parts["validation"], "test": test}
 
 
-def record_training(
-    folder: str | Path,
-    dataset_dir: str | Path | None,
-    label_names: Sequence[str],
-    split: Mapping[str, Sequence[Case]],
-    settings: Mapping[str, Any],
-    resume: bool = False,
-) -> None:
-    """Writes :data:`SPLIT_FILE` and :data:`LABELS_FILE` beside the model, whole or not at all.
+def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: Sequence[Case]) -> None:
+    """Refuse a report on cases that trained a model or chose it, or one that names other settings than its training's.
 
     Args:
-        folder: of `model.pt`.
-        dataset_dir: named by its last part.
-        label_names: in order of value, background first.
-        split: the cases of each part, `train`, `validation` and `test`.
-        settings: that made the split, `seed`, `fold` and so on.
-        resume: whether the model there is trained on; then no case may test that trained before.
+        checkpoints: `model.pt` files; without a record nothing is compared.
+        now: of :func:`shared_networks.record.training_record`, with the settings given for the report.
+        reported: the cases to report on. The validation cases may be reported on where nothing was held out.
 
     Raises:
-        InputError: see :func:`check_split`, or a file cannot be written.
+        InputError: a model has seen such a case, was trained with another split of this data set, or has a record that
+            is of other weights.
     """
-    if resume:
-        check_split(folder, dataset_dir, split)
-    names = {part: [case_name(case["image"]) for case in cases] for part, cases in split.items()}
-    _write(Path(folder) / SPLIT_FILE, {"dataset": _dataset_name(dataset_dir), **settings, **names})
-    labels = {name: value for value, name in enumerate(checked_names(label_names))}
-    _write(Path(folder) / LABELS_FILE, {"labels": labels})
-
-
-def check_split(
-    folder: str | Path,
-    dataset_dir: str | Path | None,
-    split: Mapping[str, Sequence[Case]],
-    reported: Sequence[Case] | None = None,
-) -> None:
-    """Refuses a split in which cases validate or test that trained the model, or test that chose it.
-
-    Args:
-        folder: of the model, with its :data:`SPLIT_FILE`; without that file nothing is compared.
-        dataset_dir: a data set of another name than the record's is not compared.
-        split: the cases of each part now.
-        reported: the cases to report on; where they are not of the split (`imagesTs`), nothing is compared.
-
-    Raises:
-        InputError: there are such cases, or the record cannot be read.
-    """
-    files = {str(case["image"]) for cases in split.values() for case in cases}
-    if reported is not None and not any(str(case["image"]) in files for case in reported):
-        return
-    file = Path(folder) / SPLIT_FILE
-    if not file.is_file():
-        return
-    try:
-        record = json.loads(file.read_text())
-        before = {part: set(record[part]) for part in ("train", "validation")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: no record of a split ({type(error).__name__}: {error}); remove it") from None
-    if record.get("dataset") != _dataset_name(dataset_dir):
-        return
-    now = {part: {case_name(case["image"]) for case in cases} for part, cases in split.items()}
-    leaks = {
-        "trained and would now test": before["train"] & now["test"],
-        "trained and would now choose the model": before["train"] & now["validation"],
-        "chose the model and would now test": before["validation"] & now["test"],
+    tested = case_digests(reported)
+    of_split = tested.keys() & {
+        name for part in PARTS for name, digest in now[part].items() if digest == tested.get(name)
     }
+    is_validation = bool(of_split) and tested.keys() <= now["validation"].keys()
+    for checkpoint in checkpoints:
+        record = read_record(checkpoint)
+        if record is None or not record["labels"]:
+            continue
+        file, same = record_file(checkpoint), record["dataset"] == now["dataset"]
+        # Scans beside the split (imagesTs) are any model's; only a few-shot report must be of that model.
+        asked = now["split"] if of_split else {key: n for key in _FEW if (n := now["split"].get(key)) is not None}
+        differing = different_settings(record["split"], asked)
+        if same and differing:
+            raise InputError(
+                f"{file}: the model was trained with another split: {listed_differences(differing)}. "
+                f"Give the settings of training: {split_options(record)}"
+            )
+        by_name = same and bool(of_split)
+        trained = common_cases(tested, seen_cases(record, "train"), by_name)
+        memorised = record["train"].keys() & record["validation"].keys()  # the only case: it was said in training
+        leaks = {"trained and would now test": [name for name in trained if name not in memorised]}
+        if not is_validation:
+            chose = common_cases(tested, seen_cases(record, "validation"), by_name)
+            leaks["chose the model and would now test"] = [name for name in chose if name not in memorised]
+        refuse_leaks(file, leaks, record)
+
+
+def check_start(record: Record, before: Record, source: str | Path) -> None:
+    """Refuse to go on with a training whose labels, scans or split are others now.
+
+    Args:
+        record: of the training now.
+        before: of the training that is gone on with.
+        source: the file that holds `before`.
+
+    Raises:
+        InputError: label names, preparation or split differ, or a case would validate or test that trained.
+    """
+    if trained_labels(before) != trained_labels(record):
+        raise InputError(
+            f"{source}: trained on other labels, {', '.join(trained_labels(before))}; here they are "
+            f"{', '.join(trained_labels(record))}. Give the --label_names of that training, or another --ckpt_dir"
+        )
+    if differing := different_settings(before["preparation"], record["preparation"]):
+        raise InputError(
+            f"{source}: trained on scans prepared otherwise: {listed_differences(differing)}. "
+            f"Pass {options({key: there for key, (there, _) in differing.items()})}, or another --ckpt_dir"
+        )
+    same = before["dataset"] == record["dataset"]
+    if same and (differing := different_settings(before["split"], record["split"])):
+        raise InputError(
+            f"{source}: trained with another split: {listed_differences(differing)}. "
+            f"Give the settings of training, {split_options(before)}, or another --ckpt_dir"
+        )
+    check_unseen(record, {part: seen_cases(before, part) for part in ("train", "validation")}, source, same, before)
+
+
+def check_unseen(
+    record: Record,
+    seen: Mapping[str, Mapping[str, str]],
+    source: str | Path,
+    same_names: bool = False,
+    before: Record | None = None,
+) -> None:
+    """Refuse a training in which cases validate or test that trained its first weights, or test that chose those.
+
+    Args:
+        record: of the training.
+        seen: digests by name of the cases that trained and that chose the weights, `train` and `validation`.
+        source: of the weights, for the message.
+        same_names: whether a name means the same case in both.
+        before: whose settings the message advises.
+
+    Raises:
+        InputError: there are such cases.
+    """
+    trained, chose = seen["train"], seen["validation"]
+    chooses = {name: digest for name, digest in record["validation"].items() if name not in record["train"]}
+    leaks = {
+        "trained and would now test": common_cases(record["test"], trained, same_names),
+        "trained and would now choose the model": common_cases(chooses, trained, same_names),
+        "chose the model and would now test": common_cases(record["test"], chose, same_names),
+    }
+    refuse_leaks(source, leaks, before)
+
+
+def refuse_leaks(source: str | Path, leaks: Mapping[str, Sequence[str]], record: Record | None) -> None:
+    """Raise an `InputError` that lists cases by what they would do twice, if there are any."""
     lines = [f"{', '.join(sorted(cases)[:5])} ({len(cases)} in all) {what}" for what, cases in leaks.items() if cases]
     if lines:
-        raise InputError(f"{file}: {'; '.join(lines)}. Give the settings of training: {_options(record)}")
+        advice = (
+            f"Give the settings of training: {split_options(record)}"
+            if record
+            else ("Start from weights that have not seen these cases, or split the cases as they were split there")
+        )
+        raise InputError(f"{source}: {'; '.join(lines)}. {advice}")
 
 
-def _options(record: Mapping[str, Any]) -> str:
-    """The command-line options that make a recorded split again."""
-    chosen = ("fold", "num_folds") if record.get("fold") is not None else ("val_cases", "test_fraction")
-    given = {key: record.get(key) for key in ("seed", "val_fraction", *chosen)}
-    texts = {key: str(value).replace(", ", ",") for key, value in given.items() if value is not None and value != []}
-    return " ".join(f'--{key} "{text}"' if "'" in text else f"--{key} {text}" for key, text in texts.items())
+def split_options(record: Record) -> str:
+    """Return the command-line options that make a recorded split again."""
+    split = record["split"]
+    chosen = ("fold", "num_folds") if split.get("fold") is not None else ("test_fraction", "val_cases")
+    keys = ("seed", "val_fraction", "num_train_cases", *chosen)
+    return options({key: split[key] for key in keys if split.get(key) is not None and split[key] != []})
 
 
 def _fold(ordered: Sequence[Case], fold: int, num_folds: int, seed: int) -> list[Case]:
@@ -193,17 +241,3 @@ def _order(ordered: Sequence[Case], seed: int) -> list[int]:
 def _without(ordered: Sequence[Case], names: str | Sequence[str]) -> list[Case]:
     left_out = {names} if isinstance(names, str) else set(names)
     return [case for case in ordered if case_name(case["image"]) not in left_out]
-
-
-def _dataset_name(dataset_dir: str | Path | None) -> str:
-    """The folder's name, or for a list the folder's and its own."""
-    path = Path(dataset_dir or "").resolve()
-    return "" if not dataset_dir else "/".join(path.parts[-2:]) if path.suffix == ".json" else path.name
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    try:
-        with replaced_when_whole(file, file.with_name(f"{file.name}.tmp")) as part:
-            part.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror}); give another --ckpt_dir") from error

@@ -26,7 +26,6 @@ from scipy import ndimage
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from shared_networks.checkpoints import check_weights
 from shared_networks.data.datalist import Image
 from shared_networks.data.free_memory import free_memory
 from shared_networks.data.sources import BadScanError, Scan, Source, file_source, find_sources, read_grid, read_scan
@@ -360,12 +359,6 @@ class SaveSegmentationd(SaveImaged):
         except (OSError, ValueError):
             return False
         return content.get("made_with") == self.made_with(stamp) and all(file.is_file() for file in files)
-
-
-def check_all_weights(checkpoints: Sequence[str | Path], network: torch.nn.Module) -> None:
-    """:func:`shared_networks.checkpoints.check_weights` for each of several files."""
-    for checkpoint in checkpoints:
-        check_weights(checkpoint, network)
 
 
 def load_engine(file: str | Path, device: torch.device | str, **sizes: Any) -> torch.nn.Module:

@@ -23,9 +23,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shared_networks.data.draws import DrawSampler
+from shared_networks.data.splits import check_start, check_unseen
 from shared_networks.errors import InputError
-from shared_networks.files import replaced_when_whole
+from shared_networks.files import explain_unwritable, replaced_when_whole
+from shared_networks.record import (
+    Record,
+    different_settings,
+    listed_differences,
+    read_record,
+    record_file,
+    seen_cases,
+    trained_labels,
+    write_model,
+)
 from shared_networks.training.steps import completes_step
+
+STATES = "state"
+"""Folder of the states of a training, in that of its `model.pt`."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,31 +55,81 @@ def save_atomically(content: Mapping[str, Any], file: str | Path) -> None:
         InputError: the file cannot be written (disk full, no permission); an older one is left as it was.
     """
     path = Path(file)
-    try:
-        with (
-            replaced_when_whole(path, path.with_name(f"{path.name}.tmp")) as unfinished,
-            unfinished.open("wb") as stream,
-        ):
-            torch.save(content, stream)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    with (
+        explain_unwritable(path),
+        replaced_when_whole(path, path.with_name(f"{path.name}.tmp")) as unfinished,
+        unfinished.open("wb") as stream,
+    ):
+        torch.save(content, stream)
+
+
+def check_run_folder(
+    folder: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    in_place: bool = False,
+    record: Record | None = None,
+) -> None:
+    """Refuse to train into a folder that holds a model or states of another training, before any work is done.
+
+    Args:
+        folder: `ckpt_dir`, of `model.pt` and of states in `state`.
+        resume: whether to go on with the newest state. A folder with nothing in it is trained into from the start.
+        overwrite: whether the training that is there is to be removed when this one starts.
+        in_place: whether a model that is there is trained on and replaced by a better one, as MONAI Label does.
+        record: of this training; a model that is trained on must be of the same labels and preparation.
+
+    Raises:
+        InputError: there is a training, and nothing says what to do with it; or settings contradict each other.
+    """
+    if resume and overwrite:
         raise InputError(
-            f"{path}: cannot be written ({reason}); nothing saved before is lost. Make room or give another folder, "
-            "then go on with --resume True"
-        ) from error
+            "resume and overwrite are both set; give --resume True to go on, or --overwrite True to start anew"
+        )
+    model, states = Path(folder) / "model.pt", sorted((Path(folder) / STATES).glob("state_*.ckpt"))
+    if in_place and not overwrite:
+        check_same_training(model, record)
+    elif (model.is_file() or states) and not overwrite and not (resume and states):
+        resumable = "--resume True to go on with it" if not resume else "no --resume, as it has no state to resume from"
+        raise InputError(
+            f"{folder}: holds {'a trained model' if model.is_file() else 'an unfinished training'}; give {resumable}, "
+            "--overwrite True to remove it and start anew, or another --ckpt_dir"
+        )
+    if record is not None and not resume:
+        try:
+            check_unseen(record, record["seen_before"], model if in_place else "the weights to start from")
+        except InputError as error:
+            if not in_place:
+                raise
+            logger.warning("%s", error)  # an annotator's cases change their parts as more are labelled
+
+
+def check_same_training(model: Path, record: Record | None) -> None:
+    """Refuse a model to be trained on in place that is of other labels, or of scans prepared otherwise."""
+    before = read_record(model)
+    if record is None or before is None:
+        return
+    labels_and_preparation = ({"label_names": trained_labels(made), **made["preparation"]} for made in (before, record))
+    if differing := different_settings(*labels_and_preparation):
+        raise InputError(
+            f"{model}: trained otherwise than it would be now: {listed_differences(differing)}. "
+            "Give the settings of that training, or move the model away to start anew"
+        )
 
 
 class SaveBestModel:
-    """Writes the network's weights, flat, whenever a validation is the best so far.
+    """Write the network's weights, flat, with their record, whenever a validation is the best so far.
 
     Args:
         network: bare network (not wrapped for several GPUs).
         file: where, `models/model.pt`.
+        record: of :func:`shared_networks.record.training_record`.
     """
 
-    def __init__(self, network: nn.Module, file: str | Path) -> None:
+    def __init__(self, network: nn.Module, file: str | Path, record: Record) -> None:
         self.network = network
         self.file = file
+        self.record = record
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator with a key metric."""
@@ -73,26 +137,28 @@ class SaveBestModel:
 
     def __call__(self, engine: Any) -> None:
         """Save, if the evaluator has just found a new best."""
-        if engine.state.best_metric_epoch == engine.state.epoch:
-            save_atomically(self.network.state_dict(), self.file)
+        state = engine.state
+        if state.best_metric_epoch == state.epoch:
+            score = {"name": state.key_metric_name, "value": float(state.best_metric), "epoch": state.epoch}
+            write_model(self.network.state_dict(), self.file, {**self.record, "score": score})
 
 
 class TrainingState:
     """What training needs to go on, saved by epoch, by time and on SIGTERM, and read when it starts again.
 
-    States are files `state_ITERATION.ckpt`, written atomically by rank 0, the newest `keep` kept. They hold network,
-    optimiser, schedule, gradient scaler, epoch, iteration, best metric and seed, and are read by every rank, so the
-    folder must be one that all machines see. Call :meth:`start`, run the trainer while :attr:`unfinished`, validate
-    while :attr:`unvalidated`, and call :meth:`finish`.
+    States are files `state/state_ITERATION.ckpt`, written atomically by rank 0, the newest `keep` kept. They hold
+    network, optimiser, schedule, gradient scaler, epoch, iteration, best metric, seed and record, and are read by every
+    rank, so the folder must be one that all machines see. Call :meth:`start`, run the trainer while :attr:`unfinished`,
+    validate while :attr:`unvalidated`, and call :meth:`finish`.
 
     Args:
-        folder: of the states. Not that of `model.pt`: MONAI Label would take a state for a model.
-        model: the `model.pt` that validation writes, see :class:`SaveBestModel`.
+        folder: of the run, with `model.pt`, which validation writes (see :class:`SaveBestModel`), and `state`.
         network: bare network.
         optimizer: its optimiser.
         lr_scheduler: stepped every iteration.
         trainer: MONAI trainer, `trainer.data_loader.sampler` a :class:`shared_networks.data.draws.DrawSampler`.
         evaluator: MONAI evaluator that the trainer's handlers run.
+        record: of :func:`shared_networks.record.training_record`, shared with :class:`SaveBestModel`.
         seed: of the run.
         every_epochs: save after so many epochs.
         every_minutes: save between as well, after so many minutes without.
@@ -103,25 +169,26 @@ class TrainingState:
     def __init__(
         self,
         folder: str | Path,
-        model: str | Path,
         network: nn.Module,
         optimizer: Optimizer,
         lr_scheduler: LRScheduler,
         trainer: Trainer,
         evaluator: Evaluator,
+        record: Record,
         seed: int = 0,
         every_epochs: int = 1,
         every_minutes: float = 15.0,
         keep: int = 2,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.model = Path(model)
+        self.folder = Path(folder) / STATES
+        self.model = Path(folder) / "model.pt"
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.trainer: Any = trainer
         self.evaluator: Any = evaluator
+        self.record = record
         self.seed = seed
         self.every_epochs = every_epochs
         self.every_seconds = 60 * every_minutes
@@ -145,26 +212,30 @@ class TrainingState:
         """Whether all epochs are trained and the last was not validated, so that the last model might go unsaved."""
         return not self.unfinished and not self.stop_signal and self.validated_epoch < self.trainer.state.max_epochs
 
-    def start(self, resume: bool) -> None:
-        """Attach to trainer and evaluator and, with `resume`, go back to the newest state there is.
+    def start(self, resume: bool, overwrite: bool = False, in_place: bool = False) -> None:
+        """Attach to trainer and evaluator, and take up, remove or challenge what is in the folder.
 
-        Without a state, a `model.pt` that is already there becomes the one to beat: it is validated first and replaced
-        by a better one only. If it is of another network, it is moved aside.
+        Args:
+            resume: go back to the newest state there is.
+            overwrite: remove the training that is there.
+            in_place: a `model.pt` that is there is the one to beat: it is validated first, on the validation cases of
+                now, and replaced by a better one only.
 
         Raises:
-            InputError: no state can be read though there are some, or they are of another network or seed.
+            InputError: as :func:`check_run_folder`; or no state can be read though there are some, or they are of
+                another network, seed, split or other labels.
         """
+        check_run_folder(self.model.parent, resume, overwrite, in_place, self.record)
         found = sorted(self.folder.glob("state_*.ckpt"), reverse=True)
         if resume and found:
             self.load(found)
             self.own = found[::-1]
-        else:
-            if found and self.rank == 0:
-                logger.warning(
-                    "%s holds the state of an earlier run, which the first state of this one will replace; "
-                    "stop now and pass --resume True to go on with it",
-                    self.folder,
-                )
+            for broken_off in self.folder.glob("state_*.ckpt.tmp") if self.rank == 0 else ():
+                broken_off.unlink()
+        elif overwrite:
+            self.remove(self.model, record_file(self.model))
+        elif in_place:
+            self.remove()
             self.challenge()
         if dist.is_available() and dist.is_initialized():
             self.votes = dist.new_group(backend="gloo")  # on the CPU: asking NCCL would halt the GPU in every iteration
@@ -174,23 +245,23 @@ class TrainingState:
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
         self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.after_validation)
 
+    def remove(self, *files: Path) -> None:
+        """Remove the states of an earlier training, then further files of it."""
+        if self.rank == 0:
+            for file in (*self.folder.glob("state_*.ckpt*"), *files):
+                file.unlink(missing_ok=True)
+
     def challenge(self) -> None:
-        """Make a model that is already there the one to beat."""
+        """Make a model that is already there the one to beat.
+
+        Raises:
+            InputError: it is of another network.
+        """
         if not self.model.is_file():
             return
         older = torch.load(self.model, map_location="cpu", weights_only=True)
-        own = self.network.state_dict()
-        if {name: tensor.shape for name, tensor in older.items()} != {
-            name: tensor.shape for name, tensor in own.items()
-        }:
-            aside = self.model.with_name(f"{self.model.name}.old")
-            if dist.is_available() and dist.is_initialized():
-                dist.barrier()  # nobody moves it while another still looks
-            if self.rank == 0:
-                logger.warning("%s is of another network; moved to %s", self.model, aside.name)
-                self.model.replace(aside)
-            return
-        own = {name: tensor.clone() for name, tensor in own.items()}
+        own = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        check_same_network(own, older, self.model)
         self.network.load_state_dict(older)
         self.evaluator.run()
         self.network.load_state_dict(own)
@@ -204,7 +275,8 @@ class TrainingState:
         """Save the weights as `model.pt` where there was nothing to validate them on."""
         if self.rank == 0 and not self.unfinished and self.evaluator.state.best_metric_epoch == -1:
             average = self.also.get("average")
-            save_atomically(getattr(average, "average", None) or self.network.state_dict(), self.model)
+            weights = getattr(average, "average", None) or self.network.state_dict()
+            write_model(weights, self.model, {**self.record, "score": None})
             logger.warning("no validation cases: %s holds the weights at the end of the training", self.model)
 
     def request_stop(self, number: int, _frame: Any) -> None:
@@ -275,14 +347,15 @@ class TrainingState:
             "best_metric": float(self.evaluator.state.best_metric),
             "best_metric_epoch": self.evaluator.state.best_metric_epoch,
             "validated_epoch": self.validated_epoch,
+            "record": self.record,
             **{name: part.state_dict() for name, part in self.also.items()},
         }
         file = self.folder / f"state_{at.iteration:09d}.ckpt"
         save_atomically(content, file)
-        self.own = [*(other for other in self.own if other != file), file][-self.keep :]
-        for other in [*self.folder.glob("state_*.ckpt"), *self.folder.glob("state_*.ckpt.tmp")]:
-            if other not in self.own:
-                other.unlink()
+        kept = [*(other for other in self.own if other != file), file]
+        self.own = kept[-self.keep :]
+        for other in kept[: -self.keep]:
+            other.unlink(missing_ok=True)
 
     def load(self, files: list[Path]) -> None:
         """Go back to the first of the files that can be read; see :meth:`start`."""
@@ -295,12 +368,17 @@ class TrainingState:
         else:
             raise InputError(f"{self.folder}: none of its states can be read; remove them to start anew")
         self.check(state, file)
+        for part, cases in self.record["seen_before"].items():  # also those that are no longer in the data set
+            cases.update(seen_cases(state["record"], part))
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.trainer.scaler is not None and state["scaler"] is not None:
             self.trainer.scaler.load_state_dict(state["scaler"])
         self.evaluator.state.best_metric = state["best_metric"]
         self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        if state["best_metric_epoch"] != -1 and not self.model.is_file():
+            logger.warning("%s is gone: the best model is chosen anew", self.model)
+            self.evaluator.state.best_metric_epoch = -1
         self.validated_epoch = state["validated_epoch"]
         for name, part in self.also.items():
             if name in state:
@@ -328,13 +406,33 @@ class TrainingState:
             print(f"finished: {file} is at epoch {state['epoch']} of {max_epochs}; --epochs N trains on", flush=True)
 
     def check(self, state: Mapping[str, Any], file: Path) -> None:
-        """Refuse a state of another network or seed; see :meth:`start`."""
+        """Refuse a state of another training; see :meth:`start`."""
+        if "record" not in state:
+            raise InputError(f"{file}: saved by version 0.1.0, without a record; --overwrite True starts anew")
         if state["seed"] != self.seed:
             raise InputError(f"{file}: its seed is {state['seed']}, not {self.seed}; pass --seed {state['seed']}")
-        own = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
-        there = {name: tensor.shape for name, tensor in state["network"].items()}
-        if wrong := sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name)):
+        check_start(self.record, state["record"], file)
+        check_same_network(self.network.state_dict(), state["network"], file)
+        own, there = (
+            [len(group["params"]) for group in groups]
+            for groups in (self.optimizer.param_groups, state["optimizer"]["param_groups"])
+        )
+        if own != there:
             raise InputError(
-                f"{file}: is of another network ({len(wrong)} tensors differ, the first {wrong[0]}); give the settings "
-                "that it was trained with, or another --output_dir to start anew"
+                f"{file}: its optimiser has {len(there)} group(s) of {sum(there)} parameters, here {len(own)} of "
+                f"{sum(own)}; give the --layer_decay and --freeze_encoder that it was trained with"
             )
+
+
+def check_same_network(own: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Compare names and shapes of two state_dicts.
+
+    Raises:
+        InputError: they differ.
+    """
+    shapes, others = ({name: tensor.shape for name, tensor in weights.items()} for weights in (own, there))
+    if wrong := sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)):
+        raise InputError(
+            f"{file}: is of another network ({len(wrong)} tensors differ, the first {wrong[0]}); give the settings "
+            "that it was trained with, or another --ckpt_dir to start anew"
+        )
