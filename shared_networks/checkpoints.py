@@ -133,7 +133,8 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint as a flat state_dict under our names.
 
     Reads our ``model.pt`` (flat), the published ``hi_end_mae_10k.pth`` (``{"state_dict": ...}``, names prefixed
-    ``module.``) and anything of either form. Nothing but tensors is unpickled.
+    ``module.``) and anything of either form. Nothing but tensors is unpickled. Tensors are mapped from the file, page
+    by page as they are used, so that the system can drop them from memory again.
 
     Raises:
         InputError: if there is no such file, or it holds no weights.
@@ -142,7 +143,10 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint. Give the path of a model.pt or of hi_end_mae_10k.pth.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written by a PyTorch before 1.6: cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way of not being a checkpoint
         # Its text stays in the traceback: for a file with code in it, torch advises to load it unsafely.
         raise InputError(

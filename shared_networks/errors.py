@@ -22,6 +22,14 @@ class InputError(ValueError):
     """Something the user can fix: one or more lines, each naming the file (or setting) and the fix."""
 
 
+def not_finite(what: str) -> InputError:
+    """Return the error for a network's output that holds NaN or infinity."""
+    return InputError(
+        f"{what} is NaN or infinite: give --amp False if it was computed in half precision, else look at the scan's "
+        "values and at the weights"
+    )
+
+
 def input_error_in(error: BaseException) -> InputError | None:
     """Returns the first `InputError` among an exception and what raised it, as a traceback would show them."""
     seen: BaseException | None = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite import distributed as idist
@@ -16,6 +17,7 @@ from shared_networks.data.datalist import case_name
 from shared_networks.errors import InputError
 from shared_networks.figures import dice_boxplot
 from shared_networks.metrics import MEASURES, tolerances_of
+from shared_networks.record import model_facts
 from shared_networks.reports import (
     dice_rows,
     extremes,
@@ -38,7 +40,8 @@ class EvaluationReport(MetricsSaver):
     - ``dice.csv``: a row a case, a column an organ, and means;
     - ``metrics.csv``: a row for every case and organ, with all of :data:`shared_networks.metrics.MEASURES` and
       ``presence`` (``found``, ``missed``, ``false positive``, ``absent``);
-    - ``metrics.json``: settings, and by organ and overall mean, median, standard deviation and bootstrap interval;
+    - ``metrics.json``: settings, models and what trained them, and by organ and overall mean, median, standard
+      deviation and bootstrap interval;
     - ``dice_boxplot.png``;
     - ``best_overlay.png``, ``median_overlay.png``, ``worst_overlay.png``: copies of the ``{case}_overlay.png`` that
       :class:`shared_networks.figures.SaveOverlayd` has left there.
@@ -51,6 +54,8 @@ class EvaluationReport(MetricsSaver):
         output_dir: folder of the report, created if need be.
         nsd_tolerance: that of the metric, for the record.
         seed: of the bootstrap.
+        checkpoints: files of the weights, for the record: see :func:`shared_networks.record.model_facts`.
+        settings: all else that the scores depend on, by name, for the record.
         metric: name under which a :class:`shared_networks.metrics.OrganMetric` is attached to the evaluator.
         image_key: item of the batch whose metadata name the case.
 
@@ -69,6 +74,8 @@ class EvaluationReport(MetricsSaver):
         output_dir: str | Path,
         nsd_tolerance: float | Mapping[str, float] = 2.0,
         seed: int = 0,
+        checkpoints: Sequence[str | Path] = (),
+        settings: Mapping[str, Any] | None = None,
         metric: str = "val_mean_dice",
         image_key: str = "image",
     ) -> None:
@@ -84,10 +91,14 @@ class EvaluationReport(MetricsSaver):
         self.folder = Path(output_dir)
         self.tolerances = tolerances_of(self.organs, nsd_tolerance)
         self.seed = seed
+        self.checkpoints = list(checkpoints)
+        self.settings = dict(settings or {})
+        self.made_with: dict[str, Any] = {}
         self.metric = metric
 
     def _started(self, engine: Engine) -> None:
         super()._started(engine)
+        self.made_with = {"models": [model_facts(file) for file in self.checkpoints], "settings": self.settings}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # now, not after hours of inference
         except OSError as error:
@@ -121,7 +132,10 @@ class EvaluationReport(MetricsSaver):
 
     def _write(self, cases: list[str], measures: torch.Tensor) -> None:
         dice = measures[..., MEASURES.index("dice")]
-        content = summary(cases, self.organs, measures, {"nsd_tolerance_mm": self.tolerances}, self.seed)
+        content = {
+            **summary(cases, self.organs, measures, {"nsd_tolerance_mm": self.tolerances}, self.seed),
+            "made_with": self.made_with,
+        }
         write_csv(self.folder / "dice.csv", dice_rows(cases, self.organs, dice))
         write_csv(self.folder / "metrics.csv", measure_rows(cases, self.organs, measures))
         write_json(self.folder / "metrics.json", content)

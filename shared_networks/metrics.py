@@ -139,7 +139,7 @@ def organ_measures(
     truth: np.ndarray,
     spacing: Sequence[float],
     num_classes: int,
-    tolerances: Sequence[float],
+    tolerances: Sequence[float] | None,
 ) -> np.ndarray:
     """Measure every organ of a case.
 
@@ -161,7 +161,7 @@ def organ_measures(
         truth: ``[X, Y, Z]`` integers below ``num_classes``.
         spacing: mm between voxels along each axis.
         num_classes: label values, background included.
-        tolerances: of the surface Dice, mm by organ.
+        tolerances: of the surface Dice, mm by organ; `None` leaves out what is measured at surfaces, which becomes NaN.
 
     Returns:
         ``[num_classes - 1, len(MEASURES)]`` float64. The volume error is predicted minus true, in ml and in percent of
@@ -169,15 +169,16 @@ def organ_measures(
     """
     counts = confusion_counts(prediction, truth, num_classes)
     ml = math.prod(spacing) / 1000
+    limits: Sequence[float | None] = tolerances or [None] * (num_classes - 1)
     boxes = zip_longest(*(find_objects(labels, num_classes - 1) for labels in (prediction, truth)))
     measures = np.full((num_classes - 1, len(MEASURES)), np.nan)
     for row, value, (predicted_box, true_box), tolerance in zip(
-        measures, range(1, num_classes), boxes, tolerances, strict=True
+        measures, range(1, num_classes), boxes, limits, strict=True
     ):
         predicted, true, both = int(counts[value].sum()), int(counts[:, value].sum()), int(counts[value, value])
         dice = 2 * both / (predicted + true) if predicted + true else math.nan
-        hd95, nsd = math.nan, dice  # 0 where one is empty, NaN where both are
-        if predicted and true:
+        hd95, nsd = math.nan, math.nan if tolerance is None else dice  # 0 where one is empty, NaN where both are
+        if predicted and true and tolerance is not None:
             box = _union(predicted_box, true_box)
             hd95, nsd = surface_measures(prediction[box] == value, truth[box] == value, spacing, tolerance)
         error = (predicted - true) * ml
@@ -202,7 +203,7 @@ class OrganMetric(CumulativeIterationMetric):
 
     Args:
         label_names: names in order of label value, background first.
-        nsd_tolerance: see :func:`tolerances_of`.
+        nsd_tolerance: see :func:`tolerances_of`; `None` measures no surfaces, as in validations while training.
 
     Raises:
         InputError: for a wrong tolerance; on call, if a map holds a value that has no name.
@@ -213,10 +214,11 @@ class OrganMetric(CumulativeIterationMetric):
         >>> metric([prediction], [truth])  # each [1, X, Y, Z], the truth a MetaTensor  # doctest: +SKIP
     """
 
-    def __init__(self, label_names: Sequence[str], nsd_tolerance: float | Mapping[str, float] = 2.0) -> None:
+    def __init__(self, label_names: Sequence[str], nsd_tolerance: float | Mapping[str, float] | None = 2.0) -> None:
         super().__init__()
         self.label_names = list(label_names)
-        self.tolerances = tolerances_of(self.label_names[1:], nsd_tolerance)
+        organs = self.label_names[1:]
+        self.tolerances = None if nsd_tolerance is None else list(tolerances_of(organs, nsd_tolerance).values())
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
         if not isinstance(y, MetaTensor):
@@ -228,9 +230,8 @@ class OrganMetric(CumulativeIterationMetric):
             )
         # Not `y.pixdim`, which after batches of one and their decollation knows the first axis only (monai 1.6).
         affines = np.broadcast_to(convert_to_numpy(y.affine).reshape(-1, 4, 4), (len(y), 4, 4))
-        tolerances = list(self.tolerances.values())
         cases = [
-            organ_measures(prediction, truth, voxel_sizes(affine).tolist(), len(self.label_names), tolerances)
+            organ_measures(prediction, truth, voxel_sizes(affine).tolist(), len(self.label_names), self.tolerances)
             for prediction, truth, affine in zip(self._labels(y_pred), self._labels(y), affines, strict=True)
         ]
         return torch.from_numpy(np.stack(cases))

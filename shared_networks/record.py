@@ -216,6 +216,16 @@ def _digest(file: str, *_version: int) -> str:
     return digest.hexdigest()
 
 
+def model_facts(checkpoint: str | Path) -> dict[str, Any]:
+    """Return what a report says of a model: its file, digest, data set, split and number of cases that trained it."""
+    record = read_record(checkpoint)
+    facts: dict[str, Any] = {"file": str(checkpoint), "weights_sha256": file_digest(checkpoint)}
+    if record is not None:
+        facts |= {key: record[key] for key in ("dataset", "split")}
+        facts["trained_on"] = len(seen_cases(record, "train"))
+    return facts
+
+
 def trained_labels(record: Record) -> list[str]:
     """Return the label names of a record in order of value, background first; none for pre-training."""
     return sorted(record["labels"], key=record["labels"].__getitem__)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +19,7 @@ from monai.handlers import IgniteMetricHandler, from_engine
 from shared_networks.errors import InputError
 from shared_networks.evaluation import EvaluationReport
 from shared_networks.figures import dice_boxplot, label_colour
-from shared_networks.metrics import OrganMetric
+from shared_networks.metrics import OrganMetric, organ_measures
 
 from .conftest import ROOT
 
@@ -204,3 +205,88 @@ def test_evaluate_config_reports_on_the_scans_grid(tmp_path: Path, datasets: dic
         assert float(line[5]) == pytest.approx((np.asanyarray(truth.dataobj) == value).sum() * ml, abs=0.006)
     for rank in ("best", "median", "worst"):
         assert (imread(tmp_path / f"{rank}_overlay.png") == imread(tmp_path / "test_000_overlay.png")).all()
+
+
+def bundle_flow(bundle: str, data: Path, *configs: str, **settings: Any) -> ConfigWorkflow:
+    root = ROOT / bundle
+    return ConfigWorkflow(
+        config_file=[str(root / "configs" / f"{name}.json") for name in (*configs, "tiny")],
+        workflow_type="infer" if configs == ("inference",) else "train",
+        logging_file=False,
+        bundle_root=str(root),
+        dataset_dir=str(data),
+        **settings,
+    )
+
+
+def test_evaluation_scores_what_inference_writes(tmp_path: Path, datasets: dict[str, Path]) -> None:
+    """With settings other than the defaults, each of which changes the labels of random networks."""
+    bundle, data = "hi_end_mae_btcv_seg", datasets["btcv"]
+    weights = [str(tmp_path / f"fold_{fold}.pt") for fold in range(2)]
+    network = bundle_flow(bundle, data, "train").parser.get_parsed_content("network_def")
+    for seed, file in enumerate(weights):
+        torch.manual_seed(seed)
+        for parameter in network.parameters():
+            parameter.data.normal_(0, 0.3)
+        torch.save(network.state_dict(), file)
+    settings = {
+        "checkpoints": weights,
+        "overlap": 0.25,
+        "blending": "gaussian",
+        "tta_flip_axes": [1],
+        "largest_component": True,
+        "amp": True,
+    }
+    maps = {}
+    for name, given in (("default", {"checkpoint": weights[0]}), ("other", settings)):
+        out = tmp_path / name
+        segmentation = bundle_flow(bundle, data, "inference", output_dir=str(out), **given)
+        segmentation.initialize()
+        segmentation.run()
+        evaluation = bundle_flow(bundle, data, "train", "evaluate", output_dir=str(out / "report"), **given)
+        evaluation.initialize()
+        evaluation.run()
+        maps[name] = np.asanyarray(nib.load(out / "test_000_seg.nii.gz").dataobj)
+        truth = np.asanyarray(nib.load(data / "labelsTs" / "test_000.nii.gz").dataobj)
+        expected = organ_measures(maps[name], truth, (1, 1, 1), 14, None)[:, 0]
+        written = [float(cell) if cell else np.nan for cell in read(out / "report" / "dice.csv")[1][1:14]]
+        np.testing.assert_allclose(written, expected, atol=6e-5)
+        content = json.loads((out / "report" / "metrics.json").read_text())["made_with"]
+        assert [model["file"] for model in content["models"]] == (weights if name == "other" else weights[:1])
+        assert {**content["settings"], "checkpoints": settings["checkpoints"]}.items() >= (
+            settings.items() if name == "other" else {"overlap": 0.5, "blending": "constant"}.items()
+        )
+    assert (maps["default"] != maps["other"]).mean() > 0.1
+
+
+@pytest.mark.parametrize("bundle", ["hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"])
+def test_evaluation_and_inference_share_settings_and_parts(bundle: str) -> None:
+    """So that neither can be changed alone."""
+    configs = ROOT / bundle / "configs"
+    evaluation, inference = (json.loads((configs / f"{name}.json").read_text()) for name in ("evaluate", "inference"))
+    for setting in ("checkpoints", "overlap", "blending", "tta_flip_axes", "largest_component"):
+        assert evaluation[setting] == inference[setting]
+    scoring = {"organ", "label_names", "_target_", "_desc_"}
+    ours, theirs = ({k: v for k, v in part.items() if k not in scoring}
+                    for part in (evaluation["validate#inferer"], inference["inferer"]))  # fmt: skip
+    assert ours == theirs
+    assert evaluation["validate#postprocessing"]["transforms"][0] == inference["postprocessing"]["transforms"][0]
+    saved = {key: value for key, value in inference["saver"]["settings"].items() if key != "organ_probability"}
+    (report,) = (part for part in evaluation["validate#handlers"] if part["_target_"].endswith("EvaluationReport"))
+    assert report["settings"] == saved
+
+
+def test_training_selects_by_what_evaluation_reports(datasets: dict[str, Path]) -> None:
+    """An organ that is made up counts 0 in both, so that the mean of a perfect organ and a made-up one is 0.5."""
+    truth = MetaTensor(torch.zeros(1, 6, 5, 4), affine=torch.diag(torch.tensor([-2.0, 2.0, 5.0, 1.0])))
+    truth[:, :2] = 1
+    made_up = truth.clone()
+    made_up[:, 4:] = 2
+    values = {}
+    for configs in (("train",), ("train", "evaluate")):
+        flow = bundle_flow("hi_end_mae_btcv_seg", datasets["btcv"], *configs, device="cpu")
+        handlers = flow.parser.get_parsed_content("validate#key_metric")
+        metric = handlers["val_mean_dice"].metric_fn
+        metric([made_up], [truth])
+        values[configs] = float(metric.aggregate())
+    assert set(values.values()) == {0.5}

@@ -35,8 +35,8 @@ TINY: dict[str, Any] = {
 }
 
 
-def workflow(**settings: Any) -> ConfigWorkflow:
-    files = [str(BUNDLE / "configs" / f"{name}.json") for name in ("inference", "features", "tiny")]
+def workflow(overlay: str = "features", **settings: Any) -> ConfigWorkflow:
+    files = [str(BUNDLE / "configs" / f"{name}.json") for name in ("inference", overlay, "tiny")]
     return ConfigWorkflow(files, workflow_type="infer", logging_file=False, bundle_root=str(BUNDLE), **settings)
 
 
@@ -170,6 +170,38 @@ def test_overflow_and_wrong_types_are_refused(tmp_path: Path) -> None:
         assert (file["tap_3"] == -70000).all()
     with pytest.raises(InputError, match="feature_dtype is 'bfloat16': give float16 or float32"):
         SaveFeaturesd("pred", 2, tmp_path, "bfloat16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_features_that_are_not_finite_are_refused(value: float, dtype: str, tmp_path: Path) -> None:
+    case = features_case(1.0)
+    case["pred"]["tap_3"][1] = value
+    with pytest.raises(InputError, match="ct_1: tap_3 is NaN or infinite: give --amp False"):
+        SaveFeaturesd("pred", 2, tmp_path, dtype)(case)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overlay", ["tiny", "features", "attention"])
+def test_mixed_precision_is_that_of_training(
+    overlay: str, model: Path, datasets: dict[str, Path], tmp_path: Path
+) -> None:
+    """Bfloat16, also on the CPU; MONAI's evaluator, which knows float16 on a GPU alone, is not asked."""
+    seen: list[torch.dtype] = []
+    settings = {
+        "checkpoint": str(model),
+        "output_dir": str(tmp_path),
+        "amp": True,
+        "dataset_dir": str(datasets["btcv"]),
+    }
+    more = {"voxel": [20, 20, 20]} if overlay == "attention" else {}
+    flow = workflow(overlay=overlay, **settings, **more)
+    flow.initialize()
+    network: HiEndMAE = flow.parser.get_parsed_content("network_def")
+    network.vit.blocks[0].mlp.linear1.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    flow.run()
+    assert set(seen) == {torch.bfloat16}
+    assert flow.parser.get_parsed_content("evaluator").amp is False
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import MeanDice, from_engine
+from monai.handlers import IgniteMetricHandler, from_engine
 from monai.inferers import SimpleInferer
 from monai.transforms import AsDiscreted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from shared_networks.metrics import OrganMetric
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.training.batches import PrepareBatchSelfSupervised
 from shared_networks.training.losses import MaskedPatchLoss
@@ -128,20 +129,24 @@ def test_a_validation_draws_one_panel_at_its_epoch(tmp_path: Path) -> None:
 
 def test_organs_get_curves_and_the_first_case_a_picture(tmp_path: Path) -> None:
     names = ["background", "left kidney", "liver", "spleen"]
-    truth = torch.zeros(1, 12, 10, 8)
+    image = MetaTensor(torch.rand(1, 12, 10, 8), affine=torch.diag(torch.tensor([2.0, 2.0, 5.0, 1.0])))
+    truth = MetaTensor(torch.zeros(1, 12, 10, 8), affine=image.affine)
     truth[:, 2:6, 2:6, 2:6] = 1
     truth[:, 8:, 2:6, 2:6] = 2
     answer = truth.clone()
     answer[:, 4:6] = 0  # half of the kidney is missed: Dice 2/3
-    image = MetaTensor(torch.rand(1, 12, 10, 8), affine=torch.diag(torch.tensor([2.0, 2.0, 5.0, 1.0])))
-    logits = torch.nn.functional.one_hot(answer.long(), 4).movedim(-1, 1)[0].float()
+    logits = torch.nn.functional.one_hot(answer.as_tensor().long(), 4).movedim(-1, 1)[0].float()
     engine = SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(Dataset([{"image": image, "label": truth}]), batch_size=1),
         network=nn.Identity(),
         inferer=Answer(logits),
-        postprocessing=AsDiscreted(keys=["pred", "label"], argmax=[True, False], to_onehot=4),
-        key_val_metric={"val_mean_dice": MeanDice(False, output_transform=from_engine(["pred", "label"]))},
+        postprocessing=AsDiscreted(keys="pred", argmax=True),
+        key_val_metric={
+            "val_mean_dice": IgniteMetricHandler(
+                metric_fn=OrganMetric(names, None), output_transform=from_engine(["pred", "label"])
+            )
+        },
         val_handlers=[OrganDice(names), OverlayPanel(tmp_path, names)],
     )
     engine.run(3)

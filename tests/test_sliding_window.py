@@ -30,6 +30,7 @@ from shared_networks.errors import InputError
 from shared_networks.inference import sliding_window
 from shared_networks.inference.resample import ScanGrid, Spacingd, resample_linear
 from shared_networks.inference.sliding_window import Members, SlidingWindowLabels, organ_value, window_slices
+from shared_networks.inference.uncertainty import UncertaintyInferer
 
 CLASSES = 5
 ROI = (16, 20, 12)
@@ -53,10 +54,15 @@ SCANS = {
 
 
 class Net(nn.Module):
-    """Random smooth logits, the same for the same input."""
+    """Random smooth logits, the same for the same input.
 
-    def __init__(self) -> None:
+    Args:
+        knows_air: whether air is background to it.
+    """
+
+    def __init__(self, knows_air: bool = True) -> None:
         super().__init__()
+        self.knows_air = knows_air
         torch.manual_seed(0)
         self.first, self.last = nn.Conv3d(1, 8, 5, padding=2), nn.Conv3d(8, CLASSES, 3, padding=1)
         self.windows = 0
@@ -65,7 +71,8 @@ class Net(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         self.windows += len(image)
         out = 8 * self.last(torch.tanh(3 * self.first(image)))
-        out[:, :1] += 50 * (F.max_pool3d(image, 3, 1, 1) == 0)  # it knows air
+        if self.knows_air:
+            out[:, :1] += 50 * (F.max_pool3d(image, 3, 1, 1) == 0)
         self.dtype = out.dtype
         return out
 
@@ -132,6 +139,36 @@ def test_labels_are_those_of_monais_slow_way(name: str, overlap: float, mode: st
     assert (labels[0] == expected.argmax(0))[some].float().mean() > 0.9999
     assert not labels[0][~some].any()
     torch.testing.assert_close(infer.organ_probability.float(), expected[4], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["LPS", "oblique"])
+def test_of_a_network_that_has_not_learnt_air_labels_differ_in_windows_of_air_alone(name: str, tmp_path: Path) -> None:
+    """Where no window of air alone reaches, so in all tissue, labels are MONAI's; what only these cover is air."""
+    axes, spacing, shape = SCANS[name]
+    file = write(tmp_path / "scan.nii.gz", axes, spacing, tuple(2 * size for size in shape))
+    values = np.asanyarray(nib.load(file).dataobj).copy()
+    values[shape[0] // 2 :, shape[1] // 2 :] = -1000
+    values[-1, -1] = 100  # so that no crop takes the air away
+    nib.save(nib.Nifti1Image(values, nib.load(file).affine), file)
+    network, image = Net(knows_air=False), prepared(file)
+    expected = stock_probabilities(file, network, 0.5, "constant")
+
+    in_air, in_others = torch.zeros_like(image[0]), torch.zeros_like(image[0])
+    for window in window_slices(image.shape[2:], ROI, 0.5):
+        (in_others if (image[0, 0][window] > 0).any() else in_air)[(0, *window)] = 1
+    assert in_air.mean() > 0.1
+    assert not (in_air.bool() & (image[0] > 0)).any()
+    transform = preparation(MonaiSpacingd)
+    own = transform({"image": str(file)})
+    on_scan = Invertd(["air", "others"], transform, "image", nearest_interp=False)
+    masks = on_scan({**own, "air": own["image"] * 0 + in_air, "others": own["image"] * 0 + in_others})
+    air, others = masks["air"][0].as_tensor(), masks["others"][0].as_tensor()
+
+    labels = SlidingWindowLabels(ROI, 2)(image, network)[0, 0]
+    same = (air == 0) & (expected.sum(dim=0) > 1e-6)
+    assert (labels == expected.argmax(0))[same].float().mean() > 0.9999
+    assert same.float().mean() > 0.2
+    assert (expected.argmax(0) > 0)[others == 0].any() and not labels[others == 0].any()
 
 
 def test_the_real_ct(tmp_path: Path) -> None:
@@ -233,9 +270,34 @@ def test_weights_are_read_only_where_others_are_loaded(tmp_path: Path, monkeypat
     monkeypatch.setattr(sliding_window, "read_weights", lambda file: [read.append(file.name), read_weights(file)][1])
     network, members = nn.Linear(1, 1), Members(files)
     assert [network.weight.item() for _ in range(3) for _ in members.in_turn(network)] == [0, 1, 1, 0, 0, 1]
-    assert read == ["a.pt", "b.pt", "a.pt", "b.pt"]
+    assert read == ["a.pt", "b.pt"]
     assert len(members) == 2
     assert [network.weight.item() for _ in Members([]).in_turn(network)] == [1]  # as it is
+
+
+def test_weights_are_read_once_a_scan(scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many windows there are, and once more for the next scan, as the files may have changed."""
+    files, read = [tmp_path / "a.pt", tmp_path / "b.pt"], []
+    for file in files:
+        torch.save(Net().state_dict(), file)
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **kwargs: [read.append(Path(file)), load(file, **kwargs)][1])
+    image, ensemble = prepared(scan), SlidingWindowLabels(ROI, checkpoints=files)
+    unsure = UncertaintyInferer(ROI, "ensemble", checkpoints=files, overlap=0.5)
+    for infer in (ensemble, ensemble, unsure):
+        read.clear()
+        infer(image, Net().eval())
+        assert read == files
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_that_is_not_finite_is_refused(value: float, scan: Path) -> None:
+    network = Net()
+    with torch.no_grad():
+        network.last.bias[2] = value
+    for infer in (SlidingWindowLabels(ROI), UncertaintyInferer(ROI, "tta", samples=2)):
+        with pytest.raises(InputError, match="the network's output is NaN or infinite: give --amp False"):
+            infer(prepared(scan), network.eval())
 
 
 def test_mixed_precision_on_the_cpu(scan: Path) -> None:

@@ -57,7 +57,8 @@ def ramp() -> Tensor:
 
 
 def unsure(network: nn.Module, image: Tensor | None = None, **settings: object) -> Tensor:
-    inferer = UncertaintyInferer((8, 8, 8), **{"overlap": 0.25, "sw_batch_size": 3, **settings})  # type: ignore[arg-type]
+    usual = {"method": "dropout", "overlap": 0.25, "sw_batch_size": 3}
+    inferer = UncertaintyInferer((8, 8, 8), **{**usual, **settings})  # type: ignore[arg-type]
     with torch.no_grad():
         return inferer(ramp() if image is None else image, network.eval())
 
@@ -198,6 +199,8 @@ def test_an_ensemble_is_unsure_where_its_networks_differ(tmp_path: Path) -> None
     expected = torch.stack(probabilities).var(dim=0, correction=0).sum(dim=1, keepdim=True) / (1 - 1 / 2)
     torch.testing.assert_close(out[:, :1], expected, atol=1e-5, rtol=1e-4)
     assert out[0, 0, 8:16].min() > 0.9 > 0.1 > out[0, 0, :8].max()
+    once = unsure(Segmenter(1e-12), image, checkpoints=files, method="ensemble", measure="variance", overlap=0.0)
+    assert torch.equal(once, out)  # one prediction of each, whatever the number of samples
 
 
 def test_each_network_of_an_ensemble_contributes_its_samples(tmp_path: Path) -> None:
@@ -212,7 +215,8 @@ def test_each_network_of_an_ensemble_contributes_its_samples(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "ensemble"}, "uncertainty is 'ensemble': give --uncertainty dropout or tta"),
+        ({"method": "folds"}, "uncertainty is 'folds': give --uncertainty tta or ensemble or dropout"),
+        ({"method": "ensemble", "checkpoints": ["a.pt"]}, r"is 'ensemble' of 1 checkpoint\(s\): give several, --check"),
         ({"measure": "std"}, "measure is 'std': give --measure entropy or variance"),
         ({"samples": 1}, "samples is 1: give --samples 2 or more"),
         ({"samples": 2.5}, "samples is 2.5: give --samples 2 or more"),
@@ -329,14 +333,29 @@ def workflow(bundle: str, folder: Path, **settings: object) -> ConfigWorkflow:
 
 
 @pytest.mark.parametrize(
-    ("bundle", "method", "members"),
-    [("hi_end_mae_btcv_seg", "dropout", ["model.pt"]), ("hi_end_mae_flare_seg", "tta", ["model.pt", "fold_1.pt"])],
+    ("bundle", "given", "method", "members"),
+    [
+        ("hi_end_mae_btcv_seg", {"uncertainty": "dropout"}, "dropout", ["model.pt"]),
+        ("hi_end_mae_btcv_seg", {}, "tta", ["model.pt"]),
+        ("hi_end_mae_flare_seg", {}, "ensemble", ["model.pt", "fold_1.pt"]),
+    ],
 )
-def test_overlay_writes_a_map_on_the_scans_grid(bundle: str, method: str, members: list[str], tmp_path: Path) -> None:
+def test_overlay_writes_a_map_on_the_scans_grid(
+    bundle: str,
+    given: dict[str, str],
+    method: str,
+    members: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     weights = [str(tmp_path / member) for member in members]
-    flow = workflow(bundle, tmp_path, uncertainty=method, checkpoints=weights)
+    flow = workflow(bundle, tmp_path, checkpoints=weights, **given)
     flow.initialize()
     flow.run()
+    assert flow.parser.get_parsed_content("inferer").method == method
+    assert ("dropout tells how sure a network is that was trained with dropout" in caplog.text) == (method == "dropout")
+    layers = flow.parser.get_parsed_content("network_def").modules()
+    assert any(layer.p > 0 for layer in layers if isinstance(layer, nn.Dropout)) == (method == "dropout")
 
     scan = nib.load(tmp_path / "scans" / "ct_0000.nii.gz")
     result = nib.load(tmp_path / "out" / "ct_uncertainty.nii.gz")
@@ -356,7 +375,7 @@ def test_overlay_writes_a_map_on_the_scans_grid(bundle: str, method: str, member
 
 
 def test_overlay_without_dropout_says_what_to_give(tmp_path: Path) -> None:
-    flow = workflow("hi_end_mae_btcv_seg", tmp_path, dropout=0.0)
+    flow = workflow("hi_end_mae_btcv_seg", tmp_path, uncertainty="dropout", dropout=0.0)
     flow.initialize()
     with pytest.raises(RuntimeError) as caught:
         flow.run()

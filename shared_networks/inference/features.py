@@ -14,7 +14,7 @@ from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from torch import Tensor, nn
 
 from shared_networks.data.datalist import case_name
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, not_finite
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR, tokens_to_volume
 from shared_networks.reports import source_file, written_whole
@@ -101,7 +101,7 @@ class SaveFeaturesd(MapTransform):
         image_key: key of the image [C, H, W, D] that was encoded, whose file names the case.
 
     Raises:
-        InputError: for another dtype; on call, if a feature is too large for float16.
+        InputError: for another dtype; on call, if a feature is not finite, or too large for float16.
         ValueError: on call, if the image does not know its file.
 
     Example:
@@ -132,6 +132,8 @@ class SaveFeaturesd(MapTransform):
         case = case_name(source_file(image))
         features = {name: convert_to_numpy(volume) for key in self.keys for name, volume in data[key].items()}
         for name, volume in features.items():
+            if not np.isfinite(volume).all():
+                raise not_finite(f"{case}: {name}")
             if (largest := float(np.abs(volume).max())) > float(np.finfo(self.dtype).max):
                 raise InputError(
                     f"{case}: {name} reaches {largest:g}, beyond {self.dtype}: give --feature_dtype float32"

@@ -9,7 +9,9 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
+from shared_networks.errors import not_finite
 from shared_networks.networks.hi_end_mae import restore_intensities
+from shared_networks.reports import source_file
 
 
 class RestoreReconstructiond(MapTransform):
@@ -27,7 +29,8 @@ class RestoreReconstructiond(MapTransform):
         The data with ``reconstruction`` [C, H, W, D] in the image's intensities and ``mask`` [1, H, W, D], 1 = hidden.
 
     Raises:
-        ValueError: if the image does not divide into patches.
+        InputError: on call, if the prediction is not finite.
+        ValueError: on call, if the image does not divide into patches.
     """
 
     def __init__(self, keys: KeysCollection, patch_size: Sequence[int] | int, image_key: str = "image") -> None:
@@ -41,6 +44,8 @@ class RestoreReconstructiond(MapTransform):
         image = out[self.image_key]
         for key in self.key_iterator(out):
             output = convert_to_tensor(out[key])  # its own metadata, if any, must not outdo the image's
+            if not output.isfinite().all():
+                raise not_finite(f"{source_file(image)}: the reconstruction")
             prediction, mask = output[:-1], output[-1:]
             restored = restore_intensities(prediction[None], image[None], self.patch_size)[0]
             out["reconstruction"] = convert_to_dst_type(image + (restored - image) * mask, image)[0]

@@ -227,9 +227,10 @@ Rectangle = tuple[int, int, int, int]
 class LabelPlanes:
     """Turns planes of logits on the prepared grid, as they come, into labels on the scan's grid.
 
-    The labels are those of MONAI's chain softmax, `Invertd` (linear, of all classes), argmax, and outside of the box
-    background, as after the inverse of `CropForegroundd`. Where the corners of a cell agree in their largest class, no
-    convex combination of them has another; so all classes are interpolated only in cells whose corners differ.
+    Of the planes given, labels are those of MONAI's chain softmax, `Invertd` (linear, of all classes), argmax, and
+    outside of the box background, as after the inverse of `CropForegroundd`. Where the corners of a
+    cell agree in their largest class, no convex combination of them has another; so all classes are interpolated only
+    in cells whose corners differ.
 
     Args:
         grid: where the scan's voxels lie.

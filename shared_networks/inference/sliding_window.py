@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared_networks.checkpoints import read_weights
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, not_finite
 from shared_networks.inference.resample import LabelPlanes, Plane, ScanGrid
 from shared_networks.training.steps import AutocastInferer
 
@@ -32,7 +32,9 @@ class SlidingWindowLabels(Inferer):
     Windows lie where `monai.inferers.SlidingWindowInferer` has them, and are weighted alike. They go along the longest
     axis first: logits are summed in a slab as thick as a window, and planes that no later window reaches become labels
     at once (:class:`LabelPlanes`). Memory so grows with the scan's cross-section, not with its length times the number
-    of classes. Windows of nothing but the floor of the intensity range (air) are background and skipped.
+    of classes. Windows of nothing but the floor of the intensity range (air) are not shown to the network and count as
+    background. Labels are those of MONAI's chain wherever no such window reaches, so in all tissue; and everywhere, if
+    the network has learnt that air is background.
 
     With test-time flips or several checkpoints the mean of probabilities is taken, in each window and of the windows.
 
@@ -116,7 +118,7 @@ class SlidingWindowLabels(Inferer):
         grid = ScanGrid(grid.axes, tuple(p + b for p, b in zip(grid.positions, before, strict=True)))
         foreground = (volume[0] > 0).any(dim=0)
         self.organ_probability = None
-        self.members.loaded = None
+        self.members.start()
         if not foreground.any():
             shape = [grid.shape[axis] for axis in grid.axes]
             labels = torch.zeros(shape, dtype=torch.uint8)
@@ -193,11 +195,22 @@ class SlidingWindowLabels(Inferer):
                 for flip in self.flips:
                     dims = [axis + 2 for axis in flip]
                     # torch copies even where there is nothing to flip
-                    output = self.predict(batch.flip(dims) if flip else batch, network, *args, **kwargs).float()
+                    output = finite(self.predict(batch.flip(dims) if flip else batch, network, *args, **kwargs).float())
                     output = output.flip(dims) if flip else output
                     total = total + output.softmax(1) / len(self.flips) if self.averages_probabilities else output
                 yield from zip(some, total, strict=True)
                 bar.update(len(some))
+
+
+def finite(output: Tensor) -> Tensor:
+    """Return a network's output if it is finite: labels of NaN would be those of any class.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not bool(output.sum().isfinite()):  # no mask of the output's size: NaN and infinity pass through a sum
+        raise not_finite("the network's output")
+    return output
 
 
 _PLANES = 16  # turned at a time, so that they fit a processor's cache
@@ -279,16 +292,21 @@ def organ_value(organ: str | int, label_names: Sequence[str]) -> int:
 class Members:
     """The weights of an ensemble, one network of which is in memory at a time.
 
+    Each file is opened once a scan and mapped: what the network takes over comes from memory as long as there is room
+    for all files, and the system drops their pages where there is none.
+
     Args:
         checkpoints: files; none stands for the network as it is.
-
-    Attributes:
-        loaded: the file that the network has its weights from, `None` where that is not known.
     """
 
     def __init__(self, checkpoints: Sequence[str | Path]) -> None:
         self.checkpoints: list[str | Path | None] = [*checkpoints] or [None]
+        self.start()
+
+    def start(self) -> None:
+        """Forget the scan before: files may have changed, and the network's weights may be any."""
         self.loaded: str | Path | None = None
+        self.mapped: dict[str | Path, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -300,6 +318,8 @@ class Members:
         """
         for checkpoint in sorted(self.checkpoints, key=lambda checkpoint: checkpoint != self.loaded):
             if checkpoint is not None and checkpoint != self.loaded:
-                network.load_state_dict(read_weights(checkpoint))
+                if checkpoint not in self.mapped:
+                    self.mapped[checkpoint] = read_weights(checkpoint)
+                network.load_state_dict(self.mapped[checkpoint])
                 self.loaded = checkpoint
             yield

@@ -9,6 +9,7 @@ ensembles", NIPS 2017 (several checkpoints).
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,11 +30,13 @@ from torch import Tensor, nn
 from shared_networks.errors import InputError
 from shared_networks.inference.export import SaveSegmentationd, label_image
 from shared_networks.inference.resample import resample_linear
-from shared_networks.inference.sliding_window import Members, scan_grid
+from shared_networks.inference.sliding_window import Members, finite, scan_grid
 from shared_networks.reports import source_file, write_csv, write_json, written_whole
 from shared_networks.training.steps import AutocastInferer
 
-METHODS = ("dropout", "tta")
+logger = logging.getLogger(__name__)
+
+METHODS = ("tta", "ensemble", "dropout")
 MEASURES = ("entropy", "variance")
 INTENSITY_CHANGE = 0.1  # as the published recipe augments: scale by 0.9 to 1.1, shift by -0.1 to 0.1
 
@@ -134,10 +137,11 @@ class UncertaintyInferer(SlidingWindowInferer):
 
     Args:
         roi_size: window in voxels, a multiple of the patch size.
-        method: ``dropout`` leaves the network's dropout on (Monte-Carlo dropout); ``tta`` mirrors the image and changes
-            its intensities.
+        method: ``tta`` mirrors the image and changes its intensities; ``ensemble`` takes one prediction of each of
+            several checkpoints; ``dropout`` leaves the network's dropout on (Monte-Carlo dropout), which says something
+            of networks trained with dropout only.
         measure: ``entropy`` or ``variance``, see :func:`uncertainty_of_samples`.
-        samples: predictions a window and network, at least 2 in all.
+        samples: predictions a window and network, at least 2 in all; an ensemble has one a network.
         flip_axes: axes that ``tta`` may mirror. Mirroring left-right would swap sided organs.
         seed: of the draws.
         checkpoints: files of the weights of an ensemble, whose networks all contribute their samples; one is in memory
@@ -152,7 +156,7 @@ class UncertaintyInferer(SlidingWindowInferer):
     def __init__(
         self,
         roi_size: Sequence[int] | int,
-        method: str = "dropout",
+        method: str = "tta",
         measure: str = "entropy",
         samples: int = 8,
         flip_axes: Sequence[int] = (1, 2),
@@ -166,12 +170,23 @@ class UncertaintyInferer(SlidingWindowInferer):
             raise InputError(f"uncertainty is {method!r}: give --uncertainty {' or '.join(METHODS)}")
         if measure not in MEASURES:
             raise InputError(f"measure is {measure!r}: give --measure {' or '.join(MEASURES)}")
+        if method == "ensemble" and len(checkpoints) < 2:
+            raise InputError(
+                f"uncertainty is 'ensemble' of {len(checkpoints)} checkpoint(s): give several, --checkpoints "
+                "\"['fold_0/model.pt','fold_1/model.pt']\", or --uncertainty tta"
+            )
+        if method == "dropout":
+            logger.warning(
+                "dropout tells how sure a network is that was trained with dropout (--network_def#dropout); of another "
+                "it tells how sensitive it is"
+            )
         fewest = 1 if len(checkpoints) > 1 else 2
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < fewest:
             raise InputError(f"samples is {samples!r}: give --samples {fewest} or more; one has nothing to differ from")
         self.method = method
         self.measure = measure
-        self.views = draw_views(samples, flip_axes, seed) if method == "tta" else [View()] * samples
+        drawn = {"tta": draw_views(samples, flip_axes, seed), "ensemble": [View()]}
+        self.views = drawn.get(method, [View()] * samples)
         self.seed = seed
         self.members = Members(checkpoints)
         self.predict = AutocastInferer(SimpleInferer(), dtype)
@@ -188,8 +203,8 @@ class UncertaintyInferer(SlidingWindowInferer):
         Returns:
             [B, 2, H, W, D], both from 0 to 1: the uncertainty, and the share of windows that see an organ there.
         """
-        self.members.loaded = None
-        if self.method == "tta":
+        self.members.start()
+        if self.method != "dropout":
             return super().__call__(inputs, partial(self.look, network), *args, **kwargs)
         devices = [inputs.device] if inputs.device.type == "cuda" else []
         with torch.random.fork_rng(devices), dropout_on(network):
@@ -199,7 +214,7 @@ class UncertaintyInferer(SlidingWindowInferer):
     def look(self, network: Callable[..., Tensor], window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Look at windows [B, C, H, W, D]; see :meth:`__call__`."""
         samples = (
-            view.mirror(self.predict(view.of(window), network, *args, **kwargs).softmax(dim=1))
+            view.mirror(finite(self.predict(view.of(window), network, *args, **kwargs)).softmax(dim=1))
             for _ in self.members.in_turn(network)
             for view in self.views
         )

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from shared_networks.figures import overlay_figure, reconstruction_figure
+from shared_networks.metrics import MEASURES
 from shared_networks.networks.hi_end_mae import HiEndMAE, restore_intensities
 
 
@@ -167,12 +168,12 @@ class OrganDice:
         self.organs = label_names[1:]
 
     def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator whose key metric is :class:`monai.handlers.MeanDice` without background."""
+        """Attach to an evaluator whose key metric is a :class:`shared_networks.metrics.OrganMetric`."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        """Add the metrics, of organs that some case has."""
-        dice = engine.state.metric_details[engine.state.key_metric_name]
+        """Add the metrics, of organs that some case has, in truth or in prediction."""
+        dice = engine.state.metric_details[engine.state.key_metric_name][..., MEASURES.index("dice")]
         for organ, value in zip(self.organs, dice.nanmean(dim=0).tolist(), strict=True):
             if not math.isnan(value):
                 engine.state.metrics[f"dice_{organ.replace(' ', '_')}"] = value
@@ -191,7 +192,7 @@ class OverlayPanel:
         self.label_names = label_names
 
     def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator whose post-processing makes `pred` and `label` one-hot."""
+        """Attach to an evaluator whose `pred` and `label` are label maps after post-processing."""
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
@@ -200,7 +201,7 @@ class OverlayPanel:
             return
         case = engine.state.output[0]
         image = np.asarray(case["image"][0].cpu())
-        labels, truth = (np.asarray(case[key].argmax(0).cpu(), dtype=np.int16) for key in ("pred", "label"))
+        labels, truth = (np.asarray(case[key][0].cpu(), dtype=np.int16) for key in ("pred", "label"))
         affine = np.asarray(getattr(case["image"], "affine", np.eye(4)), dtype=float)
         title = f"epoch {engine.state.epoch}"
         figure = overlay_figure(image, labels, affine, self.label_names, truth=truth, window=(0.0, 1.0), title=title)

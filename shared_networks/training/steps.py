@@ -48,13 +48,20 @@ class AutocastInferer(Inferer):
         self.dtype = dtype
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the network's output in float32, so that losses and metrics are computed in it."""
+        """Return the network's output, a tensor or a dict of them, in float32, in which losses and metrics are."""
         if inputs.device.type == "cpu":
             keep_freed_memory()
         plain = convert_to_tensor(inputs)  # torch.compile cannot follow MONAI's tensors
         with torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             output = self.inferer(plain, network, *args, **kwargs)
-        return output if self.dtype is None else output.float()
+        return output if self.dtype is None else _in_float32(output)
+
+
+def _in_float32(output: Any) -> Any:
+    """A tensor, or the tensors of a mapping, in float32."""
+    if isinstance(output, Mapping):
+        return {name: _in_float32(value) for name, value in output.items()}
+    return output.float()
 
 
 class SeedIterations:
