@@ -28,7 +28,8 @@ Name = tuple[str, ...]
 """What a case is matched by: its name, or what stands for the wildcards of a pattern."""
 
 _SUFFIXES = (".nii.gz", ".nii")
-_OTHER_SUFFIXES = (".mhd", ".mha", ".nrrd", ".hdr", ".dcm", ".mgz")
+_OTHER_SUFFIXES = (".mhd", ".mha", ".nrrd", ".hdr", ".img", ".dcm", ".mgz")
+_LISTED = 10  # files in a warning
 _LISTS = {"training": "", "validation": "validation", "test": "test"}
 # A wildcard, and what it matches: `**/` folders, `*` within a name, `?` a character, `[ab]` one of some.
 _WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]]+\]": ""}
@@ -47,6 +48,12 @@ class UnpairedError(InputError):
     def __init__(self, problems: list[str], pairs: list[dict[str, Any]]) -> None:
         super().__init__("\n".join([f"images and labels do not pair, {len(problems)} problem(s):", *problems]))
         self.problems, self.pairs = problems, pairs
+
+
+def nifti_suffix(file: str | Path) -> str:
+    """Returns `.nii.gz` or `.nii`, in the letters, small or capital, that the file's name ends in; else nothing."""
+    name = os.path.basename(file)
+    return next((name[-len(suffix) :] for suffix in _SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def case_name(image: str | Sequence[str]) -> str:
@@ -189,7 +196,7 @@ def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name
     files = [file for file in glob.glob(whole, recursive=True) if os.path.isfile(file)]
     if not files:
         raise InputError(f"{setting}: {pattern!r} finds no file in {root}; give a pattern such as 'volume-*.nii.gz'")
-    if others := [file for file in files if not file.endswith(_SUFFIXES)]:
+    if others := [file for file in files if not nifti_suffix(file)]:
         raise InputError(
             f"{setting}: {pattern!r} finds {len(others)} file(s) that are no NIfTI, such as {min(others)}; "
             "end the pattern with .nii.gz, and convert the files to .nii.gz first if they are scans"
@@ -454,8 +461,7 @@ def _relative_to(file: str | Path, path: str) -> str:
 
 def _stem(file: str) -> str:
     name = Path(file).name
-    suffixes = (*_SUFFIXES, ".npy")  # the last is the prepared store's
-    return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
+    return name.removesuffix(nifti_suffix(file) or ".npy")  # the last is the prepared store's
 
 
 def _dataset_folder(dataset_dir: str | Path | None) -> Path:
@@ -468,12 +474,21 @@ def _dataset_folder(dataset_dir: str | Path | None) -> Path:
 
 def _nifti_files(directory: Path, layout: str) -> list[str]:
     # Names with a leading dot are what macOS leaves in archives beside each file.
-    names = sorted(p.name for p in directory.iterdir() if p.name.endswith(_SUFFIXES) and not p.name.startswith("."))
+    found = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
+    names = [name for name in found if nifti_suffix(name)]
+    others = [name for name in found if Path(name).suffix.lower() in _OTHER_SUFFIXES]
     if not names:
-        suffixes = {p.suffix for p in directory.iterdir()}.intersection(_OTHER_SUFFIXES)
-        others = f"; convert its {', '.join(sorted(suffixes))} files to .nii.gz" if suffixes else ""
+        suffixes = {Path(name).suffix for name in others}
+        convert = f"; convert its {', '.join(sorted(suffixes))} files to .nii.gz" if suffixes else ""
         raise InputError(
             f"{directory}: no NIfTI file (.nii.gz or .nii); the layouts read are {layout} in the data set "
-            f"and, for images, a flat folder of scans{others}"
+            f"and, for images, a flat folder of scans{convert}"
+        )
+    if others:
+        logger.warning(
+            "%s: passed over, as they are not .nii.gz or .nii: %s%s; convert them",
+            directory,
+            ", ".join(others[:_LISTED]),
+            f" and {len(others) - _LISTED} more" if len(others) > _LISTED else "",
         )
     return [str(directory / name) for name in sorted(names, key=lambda name: (_stem(name), name))]
