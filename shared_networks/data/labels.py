@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from shared_networks.errors import InputError, report_in_one_line
+from shared_networks.settings import PATH, call_with_options
 
 LABELS_FILE = "labels.json"
 """Beside `model.pt`: the names that it was trained on, as nnU-Net v2 writes them into `dataset.json`."""
@@ -249,7 +251,5 @@ def _plain(name: str) -> str:
 
 
 if __name__ == "__main__":
-    import fire
-
     report_in_one_line()
-    fire.Fire(relabel)
+    call_with_options(relabel, {"bundle": PATH, "labels": PATH}, sys.argv[1:])

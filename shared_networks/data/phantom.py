@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from shared_networks.data.anatomy import (
     ABSENT,
+    LABEL_SETS,
     ORGANS,
     TISSUE_ID,
     TISSUES,
@@ -34,11 +36,22 @@ from shared_networks.data.anatomy import (
     anatomy,
     label_names,
 )
+from shared_networks.errors import report_in_one_line
+from shared_networks.settings import NOT_NEGATIVE, PATH, SEED, call_with_options, choice, number
 
 Box = tuple[slice, ...]
 
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "LPI", "PIR", "ASL")
 FAR = 1e3  # mm; a distance that is not worth computing
+OPTIONS = {
+    "out": PATH,
+    "label_set": choice(*LABEL_SETS),
+    "train": NOT_NEGATIVE,
+    "test": NOT_NEGATIVE,
+    "seed": SEED,
+    "voxel_mm": number("a size from 0.4 to 6 mm", lambda size: 0.4 <= size <= 6),
+}
+"""What the options of the command line take."""
 
 
 def pieces(shape: Shape) -> Array:
@@ -353,6 +366,5 @@ def write_dataset(
 
 
 if __name__ == "__main__":
-    import fire
-
-    fire.Fire(write_dataset)
+    report_in_one_line()
+    call_with_options(write_dataset, OPTIONS, sys.argv[1:])
