@@ -122,9 +122,7 @@ def _flag(value: Any) -> bool:
 def _path(value: Any) -> str:
     if isinstance(value, (bool, list, tuple, dict, type(None))):
         raise ValueError
-    return (
-        _unquoted(value) if isinstance(value, str) else os.fspath(value) if hasattr(value, "__fspath__") else str(value)
-    )
+    return _unquoted(value) if isinstance(value, str) else str(value)
 
 
 def _device(value: Any) -> torch.device:
@@ -428,7 +426,9 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
     from fire.parser import DefaultParseValue  # only here: in process, fire is not needed
 
     options = command_line_options(arguments)
-    passed = {key: DefaultParseValue(value) if isinstance(value, str) else value for key, value in options.items()}
+    passed: dict[str, Any] = {
+        key: DefaultParseValue(value) if isinstance(value, str) else value for key, value in options.items()
+    }
     file = passed.get("args_file")
     defaults = ConfigParser.load_config_file(file) if file else {}
     of_monai = {**defaults, **passed}
@@ -441,12 +441,12 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
         *(Given(name, value, value, str(file)) for name, value in defaults.items()),
         *(Given(name, value, passed[name]) for name, value in options.items()),
     ]
+    to_run = [*positional_words(arguments), *([of_monai["run_id"]] if "run_id" in of_monai else ())]
     problems = [
-        f"{word}: is no option and no value; give a list as [a,b,c]" for word in positional_words(arguments)[1:]
+        f"{word}: is neither an option nor its value, and nothing of this name can be run; give a list as [a,b,c]"
+        for word in to_run
+        if str(word) not in config
     ]
-    for run_id in [*positional_words(arguments)[:1], *({of_monai["run_id"]} if "run_id" in of_monai else ())]:
-        if str(run_id) not in config:
-            problems.append(f"{run_id}: is no option and no value, and the config has nothing of this name to run")
     try:
         settings = read_settings(config, given, beside, str(files))
     except InputError as error:

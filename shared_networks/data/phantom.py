@@ -351,8 +351,8 @@ def write_dataset(
         raise FileExistsError(f"{folder} already holds other scans, such as {min(others)}; choose an empty folder")
     for kind in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    for (split, number), paths in tqdm(planned.items(), desc="phantoms", unit="case"):
-        image, label, affine = phantom_case(np.random.default_rng([seed, split, number]), label_set, voxel_mm)
+    for (split, index), paths in tqdm(planned.items(), desc="phantoms", unit="case"):
+        image, label, affine = phantom_case(np.random.default_rng([seed, split, index]), label_set, voxel_mm)
         for path, volume in zip(paths, (image, label), strict=True):
             write_whole(path, gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), 1, mtime=0))
     summary = {

@@ -248,7 +248,9 @@ def main(arguments: Sequence[str]) -> None:
 
     words = ["--config_file", "configs/train.json", *arguments]
     options = command_line_options(words)
-    passed = {key: DefaultParseValue(value) if isinstance(value, str) else value for key, value in options.items()}
+    passed: dict[str, Any] = {
+        key: DefaultParseValue(value) if isinstance(value, str) else value for key, value in options.items()
+    }
     files = passed.pop("config_file")
     try:
         config = ConfigParser(ConfigParser.load_config_files(files))
