@@ -354,6 +354,9 @@ SETTINGS: dict[str, Kind] = {
     "flip_axes": AXES,
     "rotate_prob": SHARE,
     "resume": FLAG,
+    "overwrite": FLAG,
+    "continues": FLAG,
+    "in_place": FLAG,
     "save_minutes": AMOUNT,
     # evaluation and inference
     "nsd_tolerance": AMOUNT,
@@ -451,6 +454,10 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
         settings = read_settings(config, given, beside, str(files))
     except InputError as error:
         problems.append(str(error))
+    if of_monai.get("tracking") and "#" in str(options.get("output_dir", "")):
+        problems.append(
+            f"--output_dir {options['output_dir']}: MONAI's --tracking cannot take a # there; name it without"
+        )
     if problems:
         raise InputError("\n".join(problems))
     return settings
@@ -588,7 +595,7 @@ def _found(config: ConfigParser, name: str, one: Given) -> tuple[Any, str]:
     value, annotation = config.get(), ""
     *path, last = name.split("#")
     for depth, key in enumerate([*path, last]):
-        if isinstance(value, list) and re.fullmatch(r"-?\d+", key) and -len(value) <= int(key) < len(value):
+        if isinstance(value, list) and re.fullmatch(r"\d+", key) and int(key) < len(value):
             value = value[int(key)]
             continue
         if not isinstance(value, (dict, list)):
