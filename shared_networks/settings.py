@@ -196,12 +196,12 @@ def ascending(expected: str, fits: Callable[[float], bool] = math.isfinite) -> K
     return Kind(read, expected, (list, tuple))
 
 
-def list_of(item: Kind, expected: str, distinct: bool = False) -> Kind:
+def list_of(item: Kind, expected: str, distinct: bool = False, least: int = 0) -> Kind:
     """A list, or one item for a list of it."""
 
     def read(value: Any) -> list[Any]:
         values = [item.read(part) for part in _items(value)]
-        if distinct and len(set(values)) < len(values):
+        if len(values) < least or (distinct and len(set(values)) < len(values)):
             raise ValueError
         return values
 
@@ -281,7 +281,9 @@ AXES = list_of(
     "axes out of 0 (left-right), 1 (back-front) and 2 (foot-head), such as [1,2], or [] for none",
     distinct=True,
 )
-NAMES = list_of(Kind(_name, "a name", (str,)), "a list of names, such as \"['liver','spleen']\"")
+NAME = Kind(_name, "a name", (str,))
+NAMES = list_of(NAME, "a list of names, such as [case_1,case_2]")
+LABELS = list_of(NAME, "a list of two names or more, such as \"['background','liver']\"", least=2)
 NUMBER_TYPE = Kind(_number_type, "bfloat16, float16 or float32", ())
 
 SETTINGS: dict[str, Kind] = {
@@ -296,7 +298,7 @@ SETTINGS: dict[str, Kind] = {
     "labels": optional(FILES),
     "exclude": PATH_OR_NONE,
     "modality": choice("CT", "MR"),
-    "label_names": NAMES,
+    "label_names": LABELS,
     "num_classes": COUNT,
     "check_voxels": FLAG,
     "check_sides": FLAG,
@@ -455,9 +457,7 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
     except InputError as error:
         problems.append(str(error))
     if of_monai.get("tracking") and "#" in str(options.get("output_dir", "")):
-        problems.append(
-            f"--output_dir {options['output_dir']}: MONAI's --tracking cannot take a # there; name it without"
-        )
+        problems.append(f"--output_dir {options['output_dir']}: MONAI's --tracking cannot take a # there")
     if problems:
         raise InputError("\n".join(problems))
     return settings
@@ -483,8 +483,8 @@ def read_settings(
     settings: dict[str, Any] = {}
     problems = []
     for one in given:
-        name = re.sub("::", "#", one.name.removeprefix("+"))
-        top = name.partition("#")[0]
+        one = one._replace(name=one.name.removeprefix("+").replace("::", "#"))
+        name, top = one.name, one.name.partition("#")[0]
         if top in beside and top not in config.get():
             continue
         if one.value is False and not one.file and top[:1] == "_" and top[1:] in config:
@@ -494,15 +494,22 @@ def read_settings(
             problems += [f"{line} ({f'{one.file}; ' if one.file else ''}config: {files})" for line in unknown]
             continue
         try:
-            value = _checked(config, name, one)
+            value = _checked(config, one)
         except InputError as error:
             problems.append(str(error))
             continue
         settings.pop(top, None)
         if name == top and name in SETTINGS and not _is_expression(value, one) and not isinstance(value, dict):
             settings[name] = value
+        before = config.get(name)
         if name in config or name.rpartition("#")[0] in config:
             config[name] = one.passed
+        if name != top and top in SETTINGS and not isinstance(config[top], dict):
+            try:
+                _read(SETTINGS[top], Given(top, config[top], config[top], "the config"))
+            except InputError as error:
+                problems.append(f"{one}: {top} would be {config[top]}; {str(error).rpartition(': ')[2]}")
+                config[name] = before
     for name, kind in SETTINGS.items():
         if name in settings or name not in config:
             continue
@@ -555,8 +562,9 @@ def _read(kind: Kind, one: Given) -> Any:
         raise InputError(f"{one}: give {expected}") from None
 
 
-def _checked(config: ConfigParser, name: str, one: Given) -> Any:
+def _checked(config: ConfigParser, one: Given) -> Any:
     """The value of one setting that exists at its first level, checked against the config as far as it is known."""
+    name = one.name
     if _is_expression(one.value, one):
         _check_reference(config, one)
         return one.value
@@ -564,7 +572,7 @@ def _checked(config: ConfigParser, name: str, one: Given) -> Any:
         return one.passed
     if "#" not in name and name in SETTINGS:
         return one.value if isinstance(one.value, dict) and one.file else _read(SETTINGS[name], one)
-    current, annotation = _found(config, name, one)
+    current, annotation = _found(config, name)
     if not one.file and isinstance(one.value, str) and "#" in one.value:
         raise InputError(f"{one}: MONAI cannot take a # in this setting; give a value or a path without")
     if "#" not in name:
@@ -590,7 +598,7 @@ def _check_reference(config: ConfigParser, one: Given) -> None:
         raise InputError(f"{one}: there is no {found[1]!r}; {fix}")
 
 
-def _found(config: ConfigParser, name: str, one: Given) -> tuple[Any, str]:
+def _found(config: ConfigParser, name: str) -> tuple[Any, str]:
     """What a config has under a name, else the default of the component that takes it; with its annotation."""
     value, annotation = config.get(), ""
     *path, last = name.split("#")
@@ -599,7 +607,7 @@ def _found(config: ConfigParser, name: str, one: Given) -> tuple[Any, str]:
             value = value[int(key)]
             continue
         if not isinstance(value, (dict, list)):
-            raise InputError(f"--{one.name}: {'#'.join([*path, last][:depth])} has no parts")
+            raise InputError(f"--{name}: {'#'.join([*path, last][:depth])} has no parts")
         known = [str(k) for k in value] if isinstance(value, dict) else [str(index) for index in range(len(value))]
         parameters = _parameters(value) if depth == len(path) else {}
         if key in parameters:
@@ -615,7 +623,7 @@ def _found(config: ConfigParser, name: str, one: Given) -> tuple[Any, str]:
             nearest = difflib.get_close_matches(key, choices, n=1)
             prefix = "".join(f"{part}#" for part in [*path, last][:depth])
             fix = f"did you mean --{prefix}{nearest[0]}?" if nearest else f"there are {', '.join(choices)}"
-            raise InputError(f"--{one.name}: there is no setting {prefix + key!r}; {fix}")
+            raise InputError(f"--{name}: there is no setting {prefix + key!r}; {fix}")
     return value, annotation
 
 

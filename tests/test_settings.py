@@ -176,7 +176,7 @@ def test_what_is_made_from_a_setting_gets_it_as_typed(command_line, tmp_path) ->
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([-2, 2, 3, 1])), scan)
     words = ("--dataset_dir", "scans#1/20261125", "--spacing", "3", "--checkpoints", "m#1/model.pt", "--amp", "no")
     parser = command_line(INFERENCE, *words, "--intensity_range", "-100,200").parser
-    assert [case["image"] for case in parser.get_parsed_content("datalist")] == ["scans#1/20261125/case#2.nii.gz"]
+    assert [source.files for source in parser.get_parsed_content("datalist")] == [(str(scan),)]
     assert parser.get_parsed_content("checkpoint") == "m#1/model.pt"
     assert parser.get_parsed_content("precision") is None
     transforms = parser.get_parsed_content("preprocessing").transforms
@@ -227,6 +227,7 @@ REFUSED = [
     (TRAIN, "output_dir", "", "give a path"),
     (TRAIN, "layer_decay", "0", "give a number above 0 and at most 1"),
     (TRAIN, "modality", "PET", "give CT or MR"),
+    (TRAIN, "label_names", "liver", "give a list of two names or more"),
     (TRAIN, "label_names", "@dataset_lables", "did you mean @dataset_labels?"),
     (INFERENCE, "overlap", "1", "give a number of at least 0 and below 1"),
     (INFERENCE, "blending", "linear", "give constant or gaussian"),
@@ -301,7 +302,7 @@ NESTED_REFUSED = [
     ("train#dataset#data", "a#b.json", "MONAI cannot take a # in this setting"),
     ("validate#dataloader#batch_size", "2.5", "give a whole number"),
     ("spacing#2", "x", "give a number"),
-    ("spacing#2", "0", "spacing = [1.5, 1.5, 0] in"),
+    ("spacing#2", "0", "--spacing#2 0: spacing would be [1.5, 1.5, 0]; give three numbers above 0"),
     ("loss", "5", "set its parts, as --loss#PART VALUE"),
     ("datset_dir", "x", "--datset_dir: there is no setting 'datset_dir'; did you mean --dataset_dir?"),
 ]
@@ -329,9 +330,9 @@ def test_all_that_is_wrong_is_said_at_once(command_line) -> None:
 
 
 def test_a_stray_word_is_refused() -> None:
-    with pytest.raises(InputError, match="^5: is neither an option nor its value.*give a list as"):
+    with pytest.raises(InputError, match=r"^5: is neither an option nor its value.*give a list as"):
         command_line_settings(["--config_file", files_of(TRAIN), "--spacing", "4", "5"])
-    with pytest.raises(InputError, match="^runn: "):
+    with pytest.raises(InputError, match=r"^runn: "):
         command_line_settings(["--config_file", files_of(TRAIN), "--run_id", "runn"])
 
 
@@ -477,7 +478,7 @@ def test_the_phantom_writes_to_the_folder_that_is_named(tmp_path, monkeypatch) -
     assert (tmp_path / "p#1" / "20261125" / "imagesTs" / "test_000_0000.nii.gz").is_file()
     with pytest.raises(InputError, match="already holds other scans"):
         call_with_options(phantom.write_dataset, phantom.OPTIONS, ["--out", "p#1/20261125", "--test", "0"])
-    with pytest.raises(InputError, match="^--voxel_mm 9: give a size from 0.4 to 6 mm$"):
+    with pytest.raises(InputError, match=r"^--voxel_mm 9: give a size from 0\.4 to 6 mm$"):
         call_with_options(phantom.write_dataset, phantom.OPTIONS, ["--out", "q", "--voxel_mm", "9"])
 
 
