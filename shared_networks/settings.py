@@ -15,7 +15,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from typing import Any, NamedTuple
 
 import torch
@@ -631,11 +631,11 @@ def _parameters(component: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of what a component of a config makes."""
     if not isinstance(component, dict) or not isinstance(component.get("_target_"), str):
         return {}
-    target: Any = locate(str(ConfigComponent(component).resolve_module_name()))
     try:
+        target: Any = locate(str(ConfigComponent(component).resolve_module_name()))
         return inspect.signature(target).parameters
-    except (TypeError, ValueError):  # not found, or written in C
-        return {}
+    except (TypeError, ValueError, ErrorDuringImport):  # not found, or written in C: it may take anything
+        return inspect.signature(lambda **anything: anything).parameters
 
 
 def _kind_of(current: Any, annotation: str) -> Kind | None:

@@ -435,6 +435,19 @@ def test_what_monai_reads_itself_is_known() -> None:
         command_line_settings([*config, "--tracking", "mlflow", "--output_dir", "a#b"])
 
 
+def test_the_device_of_each_process_is_left_to_the_overlay_for_several_gpus() -> None:
+    files = files_of((BTCV, "train.json", "multi_gpu_train.json"))
+    assert "device" not in command_line_settings(["--config_file", files])
+    with pytest.raises(InputError, match="--device cuda:99: give a device of this machine"):
+        command_line_settings(["--config_file", files, "--device", "cuda:99"])
+
+
+def test_what_a_component_takes_is_not_guessed_where_it_cannot_be_known() -> None:
+    config = ConfigParser({"a": {"_target_": "no.such.module.Thing"}, "b": {"_target_": "builtins.dict", "x": 1}})
+    assert read_settings(config, [Given("a#anything", "x", "x"), Given("b#y", "2", 2)]) == {}
+    assert config["a"]["anything"] == "x" and config["b"] == {"_target_": "builtins.dict", "x": 1, "y": 2}
+
+
 def test_settings_of_a_config_in_python() -> None:
     config = ConfigParser({"spacing": [1, 1, 1], "net": {"width": 4}, "epochs": "$1 + 1"})
     given = [Given("spacing", "2", 2), Given("net#width", "8", 8)]
