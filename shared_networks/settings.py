@@ -537,8 +537,8 @@ def _misfits(settings: Mapping[str, Any]) -> list[str]:
     if not any(n % p for n, p in zip(size, patches, strict=True)):
         return []
     nearest = [max(round(n / p), 1) * p for n, p in zip(size, patches, strict=True)]
-    shown = ",".join(map(str, nearest))
-    return [f"--img_size {size} is no multiple of --patch_size {patch}; give such as --img_size [{shown}]"]
+    line = f"--img_size {size} is no multiple of --patch_size {patch}; give such as --img_size {nearest}"
+    return [line.replace(", ", ",")]
 
 
 def _is_expression(value: Any, one: Given) -> bool:

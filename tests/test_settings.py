@@ -169,6 +169,15 @@ def test_a_path_is_the_text_as_typed(command_line, text) -> None:
     assert flow.parser.get_parsed_content("output_dir") == flow.parser.get_parsed_content("ckpt_dir") == typed
 
 
+@pytest.mark.parametrize("text", ["20261125", "bundle#1"])
+def test_the_bundles_folder_is_the_text_as_typed(command_line, monkeypatch, tmp_path, text) -> None:
+    """Its copy of the package is looked for there, and nowhere else."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    parser = command_line(TRAIN, "--bundle_root", text).parser
+    assert parser.get_parsed_content("ckpt_dir") == f"{text}/models"
+    assert sys.path[0] == str(tmp_path / text) and sys.path[-1] == str(tmp_path)
+
+
 def test_what_is_made_from_a_setting_gets_it_as_typed(command_line, tmp_path) -> None:
     """References in components, expressions and lists: all stand for the value that was taken."""
     scan = tmp_path / "scans#1" / "20261125" / "case#2.nii.gz"
