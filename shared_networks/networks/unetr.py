@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
+from shared_networks.errors import InputError
 from shared_networks.networks.vit import ViTEncoder, change_class, linear, on_cpu_for_inference
 
 
@@ -108,7 +109,7 @@ class HiEndUNETR(nn.Module):
     ) -> None:
         super().__init__()
         if len(tap_layers) != 3:
-            raise ValueError(f"tap layers {list(tap_layers)} must be three, one for each skip of the UNETR.")
+            raise InputError(f"tap layers {list(tap_layers)} must be three, one for each skip of the UNETR.")
         self.vit = ViTEncoder(
             in_channels=in_channels,
             img_size=img_size,
