@@ -18,20 +18,25 @@ from monai.data.utils import correct_nifti_header_if_necessary
 from monai.utils import ensure_tuple
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from tqdm import tqdm
 
 from shared_networks.data.free_memory import free_memory
 from shared_networks.errors import InputError
 
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
 _AFFINE_TOLERANCE = 1e-3  # of the smallest voxel size
 _SHEAR_TOLERANCE = 0.1  # voxels over the whole scan, as in inference
 _WORKERS = 4  # inflating gzip releases the GIL: two threads on two cores take 0.6 of the time of one
 _FEW_FILES = 20  # checked before a progress bar is any use
 _SIDE_MARGIN = 10  # mm: where organs are cut off by the scan's edge, centres tell no more than this
 _COARSE = 64  # voxels an axis from which an organ's centre is estimated
+_SAMPLE = 1 << 20  # voxels from which it is told whether values are HU
+_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+_MOST_LABELS = 512  # different values from which integers are no longer taken for labels
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +79,17 @@ def check_cases(
     sides: bool = True,
     modality: str | None = None,
     intensity_range: Sequence[float] | None = None,
+    in_channels: int | None = None,
 ) -> Sequence[dict[str, Any]]:
     """Checks that scans can be read and make sense, each file once.
 
-    Refused are: files that are missing, truncated, damaged or no NIfTI; images that are not 3D (a fourth axis of length
-    1 is accepted, because MONAI's `EnsureChannelFirstd` makes it the channel; a longer one would silently become
-    channels and a fifth axis a spatial one); spacings that are not positive and affines that are singular; headers
-    whose two affines differ; channels or labels on another grid than the image; NaN and infinite voxels; images of one
-    value, of another modality or all below the intensities that are told apart; label values that are not integers or
-    not classes; labelled images that are one another's copy or whose axes are not at right angles; and labels whose
-    left and right are swapped. A label that is all background, and an organ that is in no label, only give a
-    warning.
+    Refused are: files that are missing, truncated, damaged or no NIfTI; images that are not 3D (further axes of length
+    1 are left out); spacings that are not positive, affines that are singular and headers without orientation; headers
+    whose affines differ; channels or labels on another grid than the image; another number of channels than the
+    network's; NaN and infinite voxels; images of one value, of another modality, of values that are no HU, or all below
+    the intensities that are told apart; label values that are not integers or not classes; labelled images that are one
+    another's copy or whose axes are not at right angles; and labels whose left and right are swapped. A label that is
+    all background, and an organ that is in no label, only give a warning.
 
     Args:
         cases: dicts with `image` (a file or a list of files, one a channel) and optionally `label`.
@@ -96,6 +101,7 @@ def check_cases(
             Not so in situs inversus.
         modality: `"CT"`, whose values must be HU, or `"MR"`, whose values must not; `None` accepts either.
         intensity_range: values that become 0 and 1; `None` accepts any.
+        in_channels: files that the network takes of each case; `None` accepts any number.
 
     Returns:
         `cases` themselves, so that a config can use the result in their place.
@@ -126,6 +132,8 @@ def check_cases(
         found = dict(zip(jobs, tqdm(scans, "checking", len(jobs), unit="file", disable=hidden), strict=True))
 
     problems = [f"{file}: {problem}" for (file, _), finding in found.items() for problem in finding.scan.problems]
+    if in_channels is not None:
+        problems += [channel_problem(files, in_channels) for files, _ in unique if len(files) != in_channels]
     for files, label in unique:
         others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
         for other in others:
@@ -177,32 +185,66 @@ def side_problems(
     ]
 
 
-def read_nifti(file: str, voxels: bool = True) -> Nifti:
+def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
     """Reads a file to its last byte, once; what is wrong with it is returned and not raised.
 
     Args:
-        file: `.nii.gz` or `.nii`.
+        file: `.nii.gz` or `.nii`, in small or capital letters.
         voxels: with `False` only the header is read.
+        is_label: whether it holds labels, for advice.
+
+    Returns:
+        The affine in mm, whatever the unit in the header; axes of length 1 beyond the third are left out.
     """
     try:
-        scan = nib.load(file)
-        if not isinstance(scan, nib.Nifti1Image):
-            raise ImageFileError(f"{type(scan).__name__} is not NIfTI")
+        if problem := _disguise(file):
+            return Nifti([problem], None)
+        scan = _open_nifti(file)
         with scan.file_map["image"].get_prepare_fileobj() as stream:
             # unchecked: nibabel turns a spacing of 0 into 1 and a negative one into its absolute value
             pixdim = type(scan.header).from_fileobj(stream, check=False)["pixdim"][1:4].astype(float)
             if voxels and (problem := _memory_problem(scan)):
                 return Nifti([problem], None)
             values = _read_voxels(scan, stream) if voxels else None
-        shape, affine = scan.shape, scan.affine.copy()  # the next line writes into it
+        header, shape, affine = scan.header.copy(), scan.shape, scan.affine.copy()  # the next line writes into it
         used_affine = correct_nifti_header_if_necessary(scan).affine
     except FileNotFoundError:
         return Nifti(["no such file; correct the path or remove the case"], None)
     except _UNREADABLE as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Nifti([f"cannot be read ({reason}); copy or download it again"], None)
-    problems = _shape_problems(shape) + _header_problems(pixdim, affine, used_affine)
-    return Nifti(problems, None if problems else (shape, affine), values)
+    problems = _shape_problems(shape, is_label) + _header_problems(pixdim, affine, used_affine, header)
+    affine[:3] *= _MM[header.get_xyzt_units()[0]]
+    flat = None if problems or values is None else values.reshape(shape[:3])
+    return Nifti(problems, None if problems else (shape[:3], affine), values if problems else flat)
+
+
+def _open_nifti(file: str) -> nib.Nifti1Image:
+    """Opens a file by its content; nibabel goes by the name, in which it knows small letters or capitals alone."""
+    with ImageOpener(file) as stream:
+        size = stream.read(4)
+    kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+    kind = kinds.get(int.from_bytes(size, "little")) or kinds.get(int.from_bytes(size, "big"))
+    scan = kind.from_file_map({"image": FileHolder(file)}) if kind else None
+    if scan is None:
+        raise ImageFileError("empty file" if not size else "its content is not NIfTI")
+    if not scan.header["magic"].item().startswith(b"n+"):
+        raise ImageFileError("half of a pair of .hdr and .img, which are not read; convert it to .nii.gz")
+    return scan
+
+
+def _disguise(file: str) -> str:
+    """Why a file is not what its name says, if so."""
+    with open(file, "rb") as stream:
+        start = stream.read(352)
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS and no scan; get the file itself with git lfs pull"
+    zipped, named = start[:2] == b"\x1f\x8b", file.casefold().endswith(".gz")
+    if zipped and not named:
+        return f"is gzipped, though its name says that it is not; rename it to {os.path.basename(file)}.gz"
+    if start and named and not zipped and start[344:347] in (b"n+1", b"ni1"):
+        return f"is not gzipped, though its name says so; rename it to {os.path.basename(file)[:-3]}"
+    return ""
 
 
 def _check_image(file: str, voxels: bool, modality: str | None, floor: float) -> Finding:
@@ -219,13 +261,12 @@ def _check_image(file: str, voxels: bool, modality: str | None, floor: float) ->
 def _check_label(
     file: str, voxels: bool, num_classes: int | None, label_names: Sequence[str], pairs: Sequence[tuple[int, int]]
 ) -> Finding:
-    problems, grid, values = read_nifti(file, voxels)
+    problems, grid, values = read_nifti(file, voxels, is_label=True)
     if values is None:
         return Finding(Nifti(problems, grid))
     more = _label_problems(file, values, num_classes)
     if problems or more or grid is None:
         return Finding(Nifti(problems + more, grid))
-    values = values.reshape(values.shape[:3])
     coarse, steps = _coarse(values)
     there = set(np.unique(coarse).tolist())  # the whole volume is searched for the few that this missed
     present = frozenset(v for v in range(len(label_names)) if v in there or (values == v).any())
@@ -286,18 +327,36 @@ def _read_voxels(scan: nib.Nifti1Image, stream: ImageOpener) -> np.ndarray:
     return values
 
 
-def _shape_problems(shape: tuple[int, ...]) -> list[str]:
-    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+def _shape_problems(shape: tuple[int, ...], is_label: bool) -> list[str]:
+    if len(shape) >= 3 and set(shape[3:]) <= {1}:
         return []
+    if is_label and len(shape) == 4:
+        return [
+            f"shape {shape} is not 3D; if its last axis has a volume for each class (one-hot), take the argmax over it "
+            "and save that, one integer a voxel"
+        ]
     return [f"shape {shape} is not 3D; save each volume as a file of its own (channels as NAME_0000, NAME_0001, ...)"]
 
 
-def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.ndarray) -> list[str]:
+def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.ndarray, header: Any) -> list[str]:
     problems = []
+    sform, qform = (int(header[code]) > 0 for code in ("sform_code", "qform_code"))
+    if not sform and not qform:
+        problems.append(
+            "the header has no orientation (sform and qform codes are 0), so that left, right, head and feet are "
+            "unknown; write the true affine into it, or export the scan again"
+        )
+    elif sform and qform and all(map(_regular, affines := (header.get_sform(), header.get_qform()))):
+        ours, theirs = ("".join(nib.aff2axcodes(each)) for each in affines)
+        if ours != theirs:
+            problems.append(
+                f"the header holds two orientations, {ours} in the sform and {theirs} in the qform, of which programs "
+                "use one or the other; write the true one into both"
+            )
     if not (pixdim > 0).all() or not np.isfinite(pixdim).all():
         spacing = tuple(round(value, 4) for value in pixdim.tolist())
         problems.append(f"spacing {spacing} mm in pixdim is not positive; write the true one into the header")
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+    if not _regular(affine):
         problems.append(f"affine {_rows(affine)} is singular or not finite; write the true one into the header")
     if not problems and not _same(affine, used_affine):
         # MONAI's reader then takes the qform, even where its code says that there is none.
@@ -306,6 +365,18 @@ def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.nda
             f"{_rows(used_affine)}; write the true one into both sform and qform"
         )
     return problems
+
+
+def _regular(affine: np.ndarray) -> bool:
+    return bool(np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3)
+
+
+def channel_problem(files: Sequence[str], in_channels: int) -> str:
+    """Returns the line for a case of another number of channels than the network takes."""
+    return (
+        f"{files[0]}: has {len(files)} channel(s), one a file, and the network takes {in_channels}; pass "
+        f"--network_def#in_channels {len(files)}, or leave the other files out"
+    )
 
 
 def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]:
@@ -329,12 +400,80 @@ def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]
         return [
             f"wrong modality: {share:.0%} of voxels are below -500, as in HU; pass --modality CT or remove the case"
         ]
+    if (count := _label_count(values)) and modality is not None:
+        return [
+            f"looks like a label map, as it holds {count} whole numbers from {low:g} to {high:g}; remove it from the "
+            "images, or name a folder that holds images alone"
+        ]
     if modality == "CT" and np.count_nonzero(values < -50) <= 1e-3 * values.size:
         return [
             f"wrong modality: values from {low:g} to {high:g} are not HU, as hardly any is below -50; "
             "put the rescale intercept right, or pass --modality MR"
         ]
-    return []
+    return _scale_problems(values) if modality == "CT" else []
+
+
+def _label_count(values: np.ndarray) -> int:
+    """How many labels an image holds that is a label map; 0 if it is none."""
+    if values.min() < 0 or values.max() > _MOST_LABELS:
+        return 0
+    found = np.unique(_sample(values))
+    return len(found) if (found == np.rint(found)).all() and _is_patchy(values) else 0
+
+
+def _is_patchy(values: np.ndarray) -> bool:
+    """Whether nearly all neighbours are equal, as in label maps and not in scans, which are noisy."""
+    middle = values[values.shape[0] // 2]
+    return bool((middle[1:] == middle[:-1]).mean() > 0.9)
+
+
+def _sample(values: np.ndarray) -> np.ndarray:
+    """Some voxels, evenly spread in memory."""
+    flat = values.ravel(order="K")
+    return flat[:: max(1, flat.size // _SAMPLE)]
+
+
+def _scale_problems(values: np.ndarray) -> list[str]:
+    """A line for values that are HU but for a factor or an offset.
+
+    Measured on nine real CTs (abdomen, chest, low dose) and on crops of them: of the voxels above -500, so of all but
+    air and lung, at least 62 % lie from -200 to 300, at most 4 % above 500; of CTs in tenths of HU, shifted by 1024 or
+    inverted 40 % and more lie above 500.
+    """
+    sample = _sample(values)
+    low, high = np.percentile(sample, [0.1, 99.9])
+    reason = ""
+    if high - low < 250:
+        reason = f"nearly all lie from {low:g} to {high:g}, closer together than fat, soft tissue and bone"
+    else:
+        dense = sample[sample > -500]
+        bright, usual = float((dense > 500).mean()), float(((dense > -200) & (dense < 300)).mean())
+        inside = np.clip(sample[sample > sample.min()], -4000, 2000)  # without padding, and metal not so far off
+        threshold = otsu_threshold(inside)
+        air, tissue = (float(np.median(part)) for part in (inside[inside <= threshold], inside[inside > threshold]))
+        if bright > 0.25:
+            reason = f"{bright:.0%} of what is not air lies above 500, where only bone and metal are"
+        elif usual < 0.4:
+            reason = f"only {usual:.0%} of what is not air lies from -200 to 300, where fat and soft tissue are"
+        elif tissue > 600 or air < -1500:
+            reason = f"tissue lies at about {tissue:.0f} and air at {air:.0f}, where 0 and -1000 are due"
+    if not reason:
+        return []
+    return [f"values are not HU: {reason}; put the rescale slope and intercept right, or export the scan again"]
+
+
+def otsu_threshold(values: np.ndarray) -> float:
+    """Returns the value that parts two classes best (Otsu, IEEE Transactions on Systems, Man, and Cybernetics 1979).
+
+    Args:
+        values: of any shape, at least two different ones.
+    """
+    counts, edges = np.histogram(values, 256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight, total = np.cumsum(counts), np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (total[-1] * weight / weight[-1] - total) ** 2 / (weight * (weight[-1] - weight))
+    return float(edges[1 + int(np.nanargmax(between[:-1]))])
 
 
 def _shear_problems(scan: Nifti) -> list[str]:
