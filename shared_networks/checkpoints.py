@@ -369,8 +369,8 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
     if part == "segmenter":
         head = [name for name in own if name.startswith("out.") and name in weights.keys() - fits.keys()]
         if head:
-            classes, wanted = len(weights[head[0]]), len(own[head[0]])
-            print(f"{checkpoint}: has {classes} classes, not {wanted}: its head is left out and starts anew", flush=True)
+            found, wanted = len(weights[head[0]]), len(own[head[0]])
+            print(f"{checkpoint}: has {found} classes, not {wanted}: its head is left out and starts anew", flush=True)
             kept += tuple(head)
     report = LoadReport(
         source=str(checkpoint),

@@ -100,6 +100,9 @@ def read_volume(file: str | Path, shape: Sequence[int]) -> NDArray[np.float32]:
 
     Returns:
         `[C, H, W, D]` in [0, 1].
+
+    Raises:
+        InputError: the file is missing, unreadable or not of this shape.
     """
     with _opened(file, shape) as volume:
         return _box(volume, (0, 0, 0), shape[1:]) * np.float32(1 / LEVELS)
@@ -233,7 +236,8 @@ class RandReadCropsd(Randomizable, MapTransform):
     It stands for `RandCropByPosNegLabeld`, three `RandFlipd`, `RandRotate90d`, `RandScaleIntensityd` and
     `RandShiftIntensityd` of train.json, with the same distributions. Crops lie inside the volume; a volume that is
     smaller than the crop gets zeros on both sides. All is drawn from `self.R`, so `set_random_state` decides the crops.
-    No file stays open between calls.
+    No file stays open between calls. A file that is missing, unreadable or cut short, even while it is read, raises an
+    `InputError`.
 
     Args:
         keys: of the file in the item of :func:`read_manifest`, `"image"`.
@@ -336,6 +340,7 @@ class ReadCentralCropd(MapTransform):
 class _Volume(NamedTuple):
     """An open file of `[channels, *grid]` blocks."""
 
+    file: str | Path
     descriptor: int
     channels: int
     grid: tuple[int, ...]
@@ -349,18 +354,37 @@ def _grid(shape: Sequence[int]) -> tuple[int, ...]:
 def _opened(file: str | Path, shape: Sequence[int]) -> Iterator[_Volume]:
     try:
         descriptor = os.open(file, os.O_RDONLY)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; prepare again, which makes only what is missing") from None
-    try:
-        if (size := os.fstat(descriptor).st_size) != volume_bytes(shape):
-            raise InputError(f"{file}: {size} bytes are not {volume_bytes(shape)}; prepare again")
-        yield _Volume(descriptor, shape[0], _grid(shape))
-    finally:
-        os.close(descriptor)
+        try:
+            if (size := os.fstat(descriptor).st_size) != volume_bytes(shape):
+                raise InputError(f"{file}: {size} bytes are not {volume_bytes(shape)}; prepare again")
+            yield _Volume(file, descriptor, shape[0], _grid(shape))
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError as error:
+        lost = error.filename or file
+        raise InputError(f"{lost}: no such file; prepare again, which makes only what is missing") from None
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or file}: cannot be read ({error.strerror}); look at disk and permissions, or "
+            "prepare again"
+        ) from None
 
 
 def _read_centres(file: str | Path) -> NDArray[np.int16]:
-    return np.fromfile(centres_file(file), np.int16, offset=_PAGE).reshape(2, -1, 3)
+    try:
+        return np.load(centres_file(file)).reshape(2, -1, 3)
+    except (ValueError, EOFError):  # np.load says so of a file that is cut short
+        raise InputError(f"{centres_file(file)}: is damaged or cut short; remove it and prepare again") from None
+
+
+def _read_on(volume: _Volume, run: NDArray[np.uint16], offset: int, count: int) -> None:
+    """Fills the rest of a run of blocks that begins at an offset and of which the system gave `count` bytes at first."""
+    rest = memoryview(run.reshape(-1).view(np.uint8))
+    while count < len(rest):
+        if not (more := os.preadv(volume.descriptor, [rest[count:]], offset + count)):
+            end = f"{volume.file}: ends at byte {offset + count}"
+            raise InputError(f"{end}, {len(rest) - count} short: it was cut while it was read; prepare again")
+        count += more
 
 
 def _block_range(start: Sequence[int], size: Sequence[int], grid: Sequence[int]) -> list[tuple[int, int]]:
@@ -393,7 +417,8 @@ def _box(volume: _Volume, start: Sequence[int], size: Sequence[int]) -> NDArray[
     blocks = np.empty((volume.channels, h1 - h0, w1 - w0, d1 - d0, *_BLOCK), "<u2")
     # Read and not mapped: faults of mapped pages take longer, above all at one crop a volume.
     for run, offset in zip(blocks.reshape(-1, d1 - d0, *_BLOCK), _runs(volume, ranges), strict=True):
-        os.preadv(volume.descriptor, [run], offset)
+        if (count := os.preadv(volume.descriptor, [run], offset)) < run.nbytes:
+            _read_on(volume, run, offset, count)
     # 32 voxels as one item of 64 bytes: half the time of copying them one by one.
     runs = blocks.view("V64")[..., 0].transpose(0, 1, 4, 2, 5, 3)
     bh, bw, bd = _BLOCK
