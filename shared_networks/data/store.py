@@ -378,8 +378,8 @@ def _read_centres(file: str | Path) -> NDArray[np.int16]:
 
 
 def _read_on(volume: _Volume, run: NDArray[np.uint16], offset: int, count: int) -> None:
-    """Fills the rest of a run of blocks that begins at an offset and of which the system gave `count` bytes at first."""
-    rest = memoryview(run.reshape(-1).view(np.uint8))
+    """Fills the rest of a run of blocks that begins at an offset, of which the system gave `count` bytes at first."""
+    rest: Any = run.reshape(-1).view(np.uint8)
     while count < len(rest):
         if not (more := os.preadv(volume.descriptor, [rest[count:]], offset + count)):
             end = f"{volume.file}: ends at byte {offset + count}"
