@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shared_networks.networks.unetr import Convolution, HiEndUNETR, InstanceNorm, ResizeUpBlock, tokens_to_volume
+from shared_networks.networks.unetr import (
+    Convolution,
+    HiEndUNETR,
+    InstanceNorm,
+    ResizeUpBlock,
+    strict_segmenter,
+    tokens_to_volume,
+)
 from shared_networks.networks.vit import attention_maps, interpolate_positions
 from tests.benchmarks.window import PublishedUNETR
 
@@ -235,11 +243,29 @@ def test_torchscript_gives_the_same_logits():
         torch.testing.assert_close(scripted(image), network(image))
 
 
-def test_weights_are_loaded_whole_or_not_at_all():
-    network = tiny()
-    half = dict(list(network.state_dict().items())[::2])
+def test_loading_is_as_strict_as_asked():
+    network, other = tiny(), tiny()
+    weights = network.state_dict()
+    half = {name: tensor + 1 for name, tensor in list(weights.items())[::2]} | {"extra": torch.zeros(1)}
+    keys = other.load_state_dict(half, strict=False)
+    assert keys.missing_keys == list(weights)[1::2] and keys.unexpected_keys == ["extra"]
+    for number, (name, tensor) in enumerate(other.state_dict().items()):
+        torch.testing.assert_close(tensor, weights[name] + (number + 1) % 2)
     with pytest.raises(RuntimeError, match="Missing key"):
-        network.load_state_dict(half, strict=False)
+        other.load_state_dict(half)
+
+
+@pytest.mark.parametrize(("change", "message"), [({}, "Missing key"), ({"extra": torch.zeros(1)}, "Unexpected key")])
+def test_a_served_network_is_never_loaded_in_part(change, message):
+    network = strict_segmenter(**TINY)
+    weights = network.state_dict()
+    part = {**weights, **change} if change else dict(list(weights.items())[::2])
+    with pytest.raises(RuntimeError, match=message):
+        copy.deepcopy(network).load_state_dict(part, strict=False)
+    copy.deepcopy(network).load_state_dict(weights, strict=False)
+    image = draw(1, 2, 12, 18, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(network)(image), network(image))
 
 
 @pytest.mark.parametrize("taps", [(0, 1), (0, 1, 2, 3), ()])

@@ -7,7 +7,7 @@ fine-tunes it: the token grid is doubled three times, and a trilinear resize clo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,10 +149,6 @@ class HiEndUNETR(nn.Module):
         if norm_name == "instance":
             change_class(self, nn.InstanceNorm3d, InstanceNorm)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load all weights or none: MONAI Label does not ask to be strict, and would segment with half a network."""
-        return super().load_state_dict(state_dict, strict=True, assign=assign)
-
     def forward(self, image: Tensor) -> Tensor:
         """Segment an image.
 
@@ -173,3 +169,27 @@ class HiEndUNETR(nn.Module):
         x = self.decoder3(x, self.encoder2(tokens_to_volume(taps[0], grid)))
         x = self.decoder2(x, self.encoder1(image))
         return self.out(x).contiguous()
+
+
+def strict_segmenter(**network: Any) -> HiEndUNETR:
+    """Make a segmenter that loads all weights or none, for programs that do not ask to be strict.
+
+    MONAI Label loads with `strict=False`, and would segment with half a network without a word.
+
+    Args:
+        network: arguments of :class:`HiEndUNETR`.
+    """
+    segmenter = HiEndUNETR(**network)
+    segmenter.register_load_state_dict_post_hook(refuse_parts)
+    return segmenter
+
+
+def refuse_parts(network: nn.Module, keys: Any) -> None:
+    """Raise if a state_dict did not have exactly the network's names: a hook of `load_state_dict`.
+
+    Raises:
+        RuntimeError: as `load_state_dict` itself if strict.
+    """
+    problems = {"Missing key(s)": keys.missing_keys, "Unexpected key(s)": keys.unexpected_keys}
+    if found := [f"{what} in state_dict: {', '.join(names)}." for what, names in problems.items() if names]:
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(network).__name__}: {' '.join(found)}")
