@@ -360,12 +360,17 @@ def report_cases(
         The test cases; without any, `imagesTs` with `labelsTs`; without these, with a warning, the validation cases.
 
     Raises:
-        InputError: there is neither a data set nor a test case, or `imagesTs` and `labelsTs` do not pair.
+        InputError: there is neither a data set nor a case to report on, or `imagesTs` and `labelsTs` do not pair.
     """
     if test:
         return test
     if Path(dataset_dir or "").suffix != ".json" and (_dataset_folder(dataset_dir) / "labelsTs").is_dir():
         return pair_cases(find_images(dataset_dir, "imagesTs"), find_labels(dataset_dir, "labelsTs"))
+    if not validation:
+        raise InputError(
+            f"{dataset_dir}: no case to report on: it has no labelsTs, and no case was held out or validates "
+            "(val_fraction is 0); give the test cases as imagesTs and labelsTs"
+        )
     logger.warning(
         "%s has no labelsTs: reporting on the validation cases, which chose the model, so that the figures are too "
         "good; hold cases out, in training and here, with --fold 0 --num_folds 5 or --test_fraction 0.2",
