@@ -10,15 +10,15 @@ body is stored, padded with zeros to whole blocks; its shape is in the manifest.
 page of 4096 bytes, and so is the header in front of them.
 
 Chosen by measurement, on one core of a cloud server with AVX-512, 233 x 167 x 267 voxels a volume, 96^3 crops, all in
-the page cache; `python -m tests.benchmarks.loader` repeats the first two rows:
+the page cache; `python -m tests.benchmarks.loader` measures the first two rows, and `docs/results/speed.md` has them:
 
-| | crops/s | MB read a crop: 8, 1 a volume | size |
+| | times as fast | MB read a crop: 8, 1 a volume | size |
 |---|---|---|---|
-| this, augmented, 8 or 1 a volume | 1110, 1130 | 1.6, 2.5 | 1 |
-| torch.load of float32 and MONAI, augmented, 8 a volume | 95 | 5.2 | 2 |
-| this, mapped and not read, augmented, 8 or 1 a volume | 1080, 600 | 1.6, 2.5 | 1 |
-| memory map in the order of the voxels, not augmented | 3700 | 2.2, 5.3 | 1 |
-| blosc2, 32^3 zstd or 16^3 LZ4, not augmented | 470 or 940 | | 1/1.8 or 1/1.6 |
+| this, augmented, 8 or 1 a volume | 12, 12 | 1.6, 2.5 | 1 |
+| torch.load of float32 and MONAI, augmented, 8 a volume | 1 | 5.2 | 2 |
+| this, mapped and not read, augmented, 8 or 1 a volume | 11, 6 | 1.6, 2.5 | 1 |
+| memory map in the order of the voxels, not augmented | 39 | 2.2, 5.3 | 1 |
+| blosc2, 32^3 zstd or 16^3 LZ4, not augmented | 5 or 10 | | 1/1.8 or 1/1.6 |
 
 In the order of the voxels a crop drags in the rows beside it, which costs more than it saves as soon as a store is
 larger than the memory; compression costs a dependency, and time once crops are augmented too.
