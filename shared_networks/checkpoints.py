@@ -231,7 +231,7 @@ def token_grid(positions: Tensor, expected: Sequence[int]) -> list[int] | None:
 
 def _is_sincos(positions: Tensor, grid: Sequence[int]) -> bool:
     """Whether a table [1, L, E] is the fixed one of its grid."""
-    return torch.allclose(positions.float(), sincos_positions(grid, positions.shape[2]), rtol=0, atol=1e-3)
+    return torch.allclose(positions.float(), sincos_positions(grid, positions.shape[2]), rtol=0, atol=1e-5)
 
 
 def _grid_text(grid: Sequence[int] | None) -> str:

@@ -181,6 +181,14 @@ def test_what_is_missing_is_said(tmp_path):
         RandReadCropsd("image", SIZE)(item)
 
 
+@pytest.mark.parametrize("lack", [{"shape": None}, {"shape": [1]}, {"shape": "abc"}, {"centres": None}])
+def test_an_entry_that_is_not_whole_is_prepared_again(tmp_path, lack):
+    add_case(tmp_path)
+    append_entry(tmp_path, {**manifest_entries(tmp_path)["set/a"], **lack})
+    with pytest.raises(InputError, match=r"files of 1 of 1 cases are missing or cut short \(set/a\)"):
+        read_manifest(tmp_path)
+
+
 class Shortened(RandReadCropsd):
     """Another program cuts the file after it was opened and before its voxels are read."""
 

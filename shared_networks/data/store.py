@@ -196,12 +196,12 @@ def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:
 
 
 def is_complete(prepared_dir: str | Path, entry: Mapping[str, Any]) -> bool:
-    """Returns whether the files of an entry are there at their full size."""
+    """Returns whether an entry is whole, and its files are there at their full size."""
     file = volume_file(prepared_dir, entry["id"])
-    sizes = {file: volume_bytes(entry["shape"]), centres_file(file): _PAGE + 12 * entry["centres"]}
     try:
+        sizes = {file: volume_bytes(entry["shape"]), centres_file(file): _PAGE + 12 * entry["centres"]}
         return all(path.stat().st_size == size for path, size in sizes.items())
-    except FileNotFoundError:
+    except (OSError, LookupError, TypeError, ValueError):  # no such file; an entry without shape or centres
         return False
 
 
