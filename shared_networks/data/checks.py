@@ -112,6 +112,7 @@ def check_cases(
     if not cases:
         raise InputError(
             "no case to check; look at dataset_dir: it must hold at least one image (pass --dataset_dir FOLDER)"
+            ", and with val_fraction 0 none validates"
         )
     unique = dict.fromkeys((ensure_tuple(case["image"]), case.get("label")) for case in cases)
     images = dict.fromkeys(file for files, _ in unique for file in files)

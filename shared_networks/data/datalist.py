@@ -299,11 +299,12 @@ def split_cases(
         cases: dicts with `image`.
         val_cases: names of the validation cases, such as BTCV's `img0035` to `img0040`. Where none of them occurs
             (it is another data set), they are drawn.
-        val_fraction: the share to draw, of which there is at least one and never all.
+        val_fraction: the share to draw, of which there is at least one and never all; 0 for none.
         seed: of the draw.
 
     Returns:
-        `{"train": cases, "validation": cases}`, each sorted by case name. A single case serves for both.
+        `{"train": cases, "validation": cases}`, each sorted by case name. A single case serves for both, unless
+        `val_fraction` is 0.
 
     Raises:
         InputError: there is no case, `val_cases` leaves none for training, or `val_fraction` is not in [0, 1).
@@ -314,7 +315,7 @@ def split_cases(
         raise InputError(f"val_fraction is {val_fraction}; give a share of the cases from 0 to below 1")
     ordered = sorted(cases, key=lambda case: (case_name(case["image"]), str(case["image"])))
     names = [case_name(case["image"]) for case in ordered]
-    if len(ordered) == 1:
+    if len(ordered) == 1 and val_fraction:
         logger.warning("%s is the only case: it trains and validates, so Dice measures memorisation", names[0])
         return {"train": ordered, "validation": list(ordered)}
 
@@ -327,13 +328,16 @@ def split_cases(
         if len(chosen) == len(ordered):
             raise InputError(f"val_cases names all {len(ordered)} cases, so none is left for training; name fewer")
     else:
-        count = min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)
+        count = min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1) if val_fraction else 0
         # RandomState and not default_rng or random: only its stream is promised never to change.
         chosen = set(np.random.RandomState(seed).permutation(len(ordered))[:count].tolist())
         drawn = ", ".join(names[index] for index in sorted(chosen))
         if wanted:
             logger.warning("none of val_cases (%s) is in the data set", ", ".join(wanted))
-        logger.info("validation cases, %d of %d drawn with seed %d: %s", count, len(ordered), seed, drawn)
+        if count:
+            logger.info("validation cases, %d of %d drawn with seed %d: %s", count, len(ordered), seed, drawn)
+        else:
+            logger.warning("val_fraction is 0: no case validates, so the last weights become the model")
     return {
         "train": [case for index, case in enumerate(ordered) if index not in chosen],
         "validation": [case for index, case in enumerate(ordered) if index in chosen],
@@ -357,12 +361,17 @@ def report_cases(
         warning, the validation cases.
 
     Raises:
-        InputError: there is neither a data set nor a test case, or `imagesTs` and `labelsTs` do not pair.
+        InputError: there is neither a data set nor a case to report on, or `imagesTs` and `labelsTs` do not pair.
     """
     if test:
         return test
     if Path(dataset_dir or "").suffix != ".json" and _has_files(_dataset_folder(dataset_dir) / "labelsTs"):
         return pair_cases(find_images(dataset_dir, "imagesTs"), find_labels(dataset_dir, "labelsTs"))
+    if not validation:
+        raise InputError(
+            f"{dataset_dir}: no case to report on: it has no labelsTs, and no case was held out or validates "
+            "(val_fraction is 0); give the test cases as imagesTs and labelsTs"
+        )
     logger.warning(
         "%s has no labels in labelsTs: reporting on the validation cases, which chose the model: the figures are too "
         "good; hold cases out, in training and here, with --fold 0 --num_folds 5 or --test_fraction 0.2",
