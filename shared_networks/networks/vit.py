@@ -80,7 +80,7 @@ def sincos_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
     """
     if hidden_size % 6:
         raise InputError(
-            f"hidden size {hidden_size} is not divisible by 6, as 3D sine-cosine positions need; give a multiple."
+            f"hidden size {hidden_size} is not divisible by 6, as sine-cosine positions in 3D need; give a multiple."
         )
     width = hidden_size // 6
     frequencies = 10000.0 ** (-torch.arange(width, dtype=torch.float64) / width)
