@@ -410,7 +410,10 @@ def take_settings(resolved: dict[str, Any]) -> None:
     main = getattr(sys.modules["__main__"], "__spec__", None)
     if getattr(main, "name", None) != "monai.bundle.__main__" or sys.argv[1:2] not in (["run"], ["run_workflow"]):
         return
-    settings = command_line_settings(sys.argv[2:])
+    words = sys.argv[2:]
+    if sys.argv[1] == "run_workflow" and words[:1] and not _FLAG.match(words[0]):  # the workflow's class
+        words = words[1:]
+    settings = command_line_settings(words)
     if settings.get("bundle_root", resolved.get("bundle_root")) != resolved.get("bundle_root"):
         check_copy(settings["bundle_root"])
     resolved.update(settings)

@@ -79,7 +79,9 @@ def sincos_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
         ValueError: if E is not a multiple of 6.
     """
     if hidden_size % 6:
-        raise InputError(f"hidden size {hidden_size} is not divisible by 6, as 3D sine-cosine positions need.")
+        raise InputError(
+            f"hidden size {hidden_size} is not divisible by 6, as sine-cosine positions in 3D need; give a multiple."
+        )
     width = hidden_size // 6
     frequencies = 10000.0 ** (-torch.arange(width, dtype=torch.float64) / width)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
@@ -189,7 +191,7 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise InputError(f"hidden size {hidden_size} is not divisible by {num_heads} heads.")
+            raise InputError(f"hidden size {hidden_size} is not divisible by {num_heads} heads; change one of them.")
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
@@ -212,7 +214,7 @@ class CrossAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise InputError(f"hidden size {hidden_size} is not divisible by {num_heads} heads.")
+            raise InputError(f"hidden size {hidden_size} is not divisible by {num_heads} heads; change one of them.")
         self.num_heads = num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.networks import vit
-from shared_networks.settings import Given, command_line_options, positional_words, read_settings
+from shared_networks.settings import FILES, Given, command_line_options, positional_words, read_settings
 
 GIB = 2**30
 CARDS = (8, 16, 24, 80)
@@ -251,12 +251,13 @@ def main(arguments: Sequence[str]) -> None:
     passed: dict[str, Any] = {
         key: DefaultParseValue(value) if isinstance(value, str) else value for key, value in options.items()
     }
-    files = passed.pop("config_file")
+    del passed["config_file"]
+    files = options["config_file"]
     try:
-        config = ConfigParser(ConfigParser.load_config_files(files))
-    except OSError as error:
-        fix = "run from a bundle's folder or give --config_file"
-        raise InputError(f"{files}: {error.strerror or error}; {fix}") from error
+        config = ConfigParser(ConfigParser.load_config_files(FILES.read(files)))
+    except (OSError, ValueError) as error:
+        fix = "run from a bundle's folder or give --config_file FILE"
+        raise InputError(f"{files}: {getattr(error, 'strerror', None) or error or 'no file'}; {fix}") from error
     needed = {"network_def", "loss", "img_size", *CROPS}
     if "labels" in config or needed - set(config.get()):
         raise InputError(f"{files} is no pre-training config: it must have {', '.join(sorted(needed))}, and no labels")
