@@ -184,12 +184,12 @@ def three(item: Kind, expected: str, repeat: bool = True) -> Kind:
     return Kind(read, expected, (list, tuple))
 
 
-def ascending(expected: str, fits: Callable[[float], bool] = math.isfinite) -> Kind:
+def ascending(expected: str) -> Kind:
     """Two numbers, the lower one first."""
 
     def read(value: Any) -> list[float]:
         values = [_number(part) for part in _items(value)]
-        if len(values) != 2 or not values[0] < values[1] or not all(map(fits, values)):
+        if len(values) != 2 or not values[0] < values[1]:
             raise ValueError
         return values
 
@@ -334,9 +334,6 @@ SETTINGS: dict[str, Kind] = {
     # input
     "spacing": three(POSITIVE, "three numbers above 0, or one for all three, such as [1.5,1.5,1.5]"),
     "intensity_range": ascending("two numbers, the lower one first, such as [-175,250]"),
-    "percentiles": ascending(
-        "two numbers from 0 to 100, the lower one first, such as [0.5,99.5]", lambda x: 0 <= x <= 100
-    ),
     "img_size": three(COUNT, "three whole numbers of at least 1, or one for all three, such as [96,96,96]"),
     "patch_size": Kind(_patch, "a whole number of at least 1, or three", (int, list, tuple)),
     # training

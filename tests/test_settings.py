@@ -135,7 +135,6 @@ VALUES: list[tuple[tuple[str, ...], str, str, Any]] = [
     (INFERENCE, "organ_probability", "6", 6),
     (ATTENTION, "voxel", "(30, 60, 10)", [30, 60, 10]),
     (PREPARE, "num_workers", "0", 0),
-    (PREPARE, "percentiles", "1,99", [1, 99]),
 ]
 PATHS = [
     "20261125",
@@ -243,7 +242,6 @@ REFUSED = [
     (UNCERTAINTY, "dropout", "1", "give a number of at least 0 and below 1"),
     (UNCERTAINTY, "measure", "std", "give entropy or variance"),
     (ATTENTION, "voxel", "30", "give three whole numbers"),
-    (PREPARE, "percentiles", "[1,101]", "give two numbers from 0 to 100"),
 ]
 
 

@@ -119,7 +119,7 @@ def check_cases(
     labels = dict.fromkeys(label for _, label in unique if label is not None)
     pairs = sided_pairs(label_names) if sides else []
     jobs = [(file, False) for file in images] + [(file, True) for file in labels]
-    floor = intensity_range[0] if intensity_range else -math.inf
+    floor = intensity_range[0] if intensity_range and modality != "MR" else -math.inf
 
     def check(job: tuple[str, bool]) -> Finding:
         file, is_label = job
@@ -200,7 +200,7 @@ def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
     try:
         if problem := _disguise(file):
             return Nifti([problem], None)
-        scan = _open_nifti(file)
+        scan = open_nifti(file)
         with scan.file_map["image"].get_prepare_fileobj() as stream:
             # unchecked: nibabel turns a spacing of 0 into 1 and a negative one into its absolute value
             pixdim = type(scan.header).from_fileobj(stream, check=False)["pixdim"][1:4].astype(float)
@@ -220,7 +220,7 @@ def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
     return Nifti(problems, None if problems else (shape[:3], affine), values if problems else flat)
 
 
-def _open_nifti(file: str) -> nib.Nifti1Image:
+def open_nifti(file: str) -> nib.Nifti1Image:
     """Opens a file by its content; nibabel goes by the name, in which it knows small letters or capitals alone."""
     with ImageOpener(file) as stream:
         size = stream.read(4)

@@ -28,7 +28,7 @@ Name = tuple[str, ...]
 """What a case is matched by: its name, or what stands for the wildcards of a pattern."""
 
 _SUFFIXES = (".nii.gz", ".nii")
-_OTHER_SUFFIXES = (".mhd", ".mha", ".nrrd", ".hdr", ".dcm", ".mgz")
+_OTHER_SUFFIXES = (".mhd", ".mha", ".nrrd", ".hdr", ".img", ".dcm", ".mgz")
 _LISTS = {"training": "", "validation": "validation", "test": "test"}
 # A wildcard, and what it matches: `**/` folders, `*` within a name, `?` a character, `[ab]` one of some.
 _WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]]+\]": ""}
@@ -49,6 +49,11 @@ class UnpairedError(InputError):
         self.problems, self.pairs = problems, pairs
 
 
+def is_nifti(file: str) -> bool:
+    """Return whether a file is NIfTI by its name, in small or capital letters."""
+    return file.casefold().endswith(_SUFFIXES)
+
+
 def case_name(image: str | Sequence[str]) -> str:
     """Returns the name of an image's case.
 
@@ -61,6 +66,11 @@ def case_name(image: str | Sequence[str]) -> str:
         `"img0001"` for `"imagesTr/img0001_0000.nii.gz"` and for `"img0001.nii"`.
     """
     return _stem(ensure_tuple(image)[0]).removesuffix("_0000")
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    """Returns the name of a case: its own, where files alone do not tell cases apart, else :func:`case_name`."""
+    return str(case["case"]) if "case" in case else case_name(case["image"])
 
 
 def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> list[Image]:
@@ -189,7 +199,7 @@ def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name
     files = [file for file in glob.glob(whole, recursive=True) if os.path.isfile(file)]
     if not files:
         raise InputError(f"{setting}: {pattern!r} finds no file in {root}; give a pattern such as 'volume-*.nii.gz'")
-    if others := [file for file in files if not file.endswith(_SUFFIXES)]:
+    if others := [file for file in files if not is_nifti(file)]:
         raise InputError(
             f"{setting}: {pattern!r} finds {len(others)} file(s) that are no NIfTI, such as {min(others)}; "
             "end the pattern with .nii.gz, and convert the files to .nii.gz first if they are scans"
@@ -278,13 +288,37 @@ def find_cases(
     except UnpairedError as error:
         problems = [*error.problems, *_problems_of(error.pairs, check)]
         raise InputError("\n".join([f"{dataset_dir}: {len(problems)} problem(s):", *problems])) from None
+    return named_apart(cases, dataset_dir)
+
+
+def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[dict[str, Any]]:
+    """Gives cases whose files have one name, as `case_00000/imaging.nii.gz`, the names of their folders.
+
+    Args:
+        cases: dicts with `image`.
+        source: of the cases, for the message.
+
+    Returns:
+        `cases`, with their name as `case` where that of the file is not unique.
+
+    Raises:
+        InputError: folders do not tell them apart either.
+    """
+    if len({case_name(case["image"]) for case in cases}) == len(cases):
+        return cases
+    paths = [Path(ensure_tuple(case["image"])[0]) for case in cases]
+    common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+    folders = ["_".join(Path(os.path.abspath(path.parent)).relative_to(common).parts) for path in paths]
+    whole = ["_".join(filter(None, (folder, _stem(str(path))))) for folder, path in zip(folders, paths, strict=True)]
+    for names in (folders, whole):
+        if all(names) and len({name.casefold() for name in names}) == len(names):
+            return [{**case, "case": name} for case, name in zip(cases, names, strict=True)]
     files_of: dict[str, list[str]] = {}
-    for case in cases:
-        files_of.setdefault(case_name(case["image"]), []).append(ensure_tuple(case["image"])[0])
-    if double := {name: files for name, files in files_of.items() if len(files) > 1}:
-        lines = [f"{', '.join(files)}: all are the case {name}; name each apart" for name, files in double.items()]
-        raise InputError("\n".join([f"{dataset_dir}: {len(lines)} problem(s):", *lines]))
-    return cases
+    for name, path in zip(whole, paths, strict=True):
+        files_of.setdefault(name, []).append(str(path))
+    double = {name: files for name, files in files_of.items() if len(files) > 1}
+    lines = [f"{', '.join(files)}: all are the case {name}; name each apart" for name, files in double.items()]
+    raise InputError("\n".join([f"{source}: {len(lines)} problem(s):", *lines]))
 
 
 def split_cases(
@@ -313,8 +347,8 @@ def split_cases(
         raise InputError("no case to split; look at dataset_dir: it must hold at least one image")
     if not 0 <= val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}; give a share of the cases from 0 to below 1")
-    ordered = sorted(cases, key=lambda case: (case_name(case["image"]), str(case["image"])))
-    names = [case_name(case["image"]) for case in ordered]
+    ordered = sorted(cases, key=lambda case: (name_of(case), str(case["image"])))
+    names = [name_of(case) for case in ordered]
     if len(ordered) == 1 and val_fraction:
         logger.warning("%s is the only case: it trains and validates, so Dice measures memorisation", names[0])
         return {"train": ordered, "validation": list(ordered)}
@@ -464,7 +498,7 @@ def _relative_to(file: str | Path, path: str) -> str:
 def _stem(file: str) -> str:
     name = Path(file).name
     suffixes = (*_SUFFIXES, ".npy")  # the last is the prepared store's
-    return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
+    return next((name[: -len(suffix)] for suffix in suffixes if name.casefold().endswith(suffix)), name)
 
 
 def _dataset_folder(dataset_dir: str | Path | None) -> Path:
@@ -477,12 +511,19 @@ def _dataset_folder(dataset_dir: str | Path | None) -> Path:
 
 def _nifti_files(directory: Path, layout: str) -> list[str]:
     # Names with a leading dot are what macOS leaves in archives beside each file.
-    names = sorted(p.name for p in directory.iterdir() if p.name.endswith(_SUFFIXES) and not p.name.startswith("."))
+    files = [p for p in directory.iterdir() if not p.name.startswith(".")]
+    names = sorted(p.name for p in files if is_nifti(p.name))
+    others = sorted(p.name for p in files if p.suffix.casefold() in _OTHER_SUFFIXES)
+    if names and others:
+        logger.warning(
+            "%s: %d file(s) passed over, such as %s, as they are no NIfTI; convert them to .nii.gz if they are scans",
+            directory, len(others), others[0],
+        )  # fmt: skip
     if not names:
-        suffixes = {p.suffix for p in directory.iterdir()}.intersection(_OTHER_SUFFIXES)
-        others = f"; convert its {', '.join(sorted(suffixes))} files to .nii.gz" if suffixes else ""
+        suffixes = {Path(name).suffix for name in others}
+        advice = f"; convert its {', '.join(sorted(suffixes))} files to .nii.gz" if suffixes else ""
         raise InputError(
             f"{directory}: no NIfTI file (.nii.gz or .nii); the layouts read are {layout} in the data set "
-            f"and, for images, a flat folder of scans{others}"
+            f"and, for images, a flat folder of scans{advice}"
         )
     return [str(directory / name) for name in sorted(names, key=lambda name: (_stem(name), name))]

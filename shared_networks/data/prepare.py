@@ -29,6 +29,7 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from shared_networks.data.intensity import PERCENTILES
 from shared_networks.data.sources import (
     BadScanError,
     Scan,
@@ -83,7 +84,6 @@ def prepare(
     modality: str,
     spacing: Sequence[float],
     intensity_range: Sequence[float],
-    percentiles: Sequence[float],
     exclude: str = "",
     num_workers: int = 1,
     max_failed: float = 0.05,
@@ -99,7 +99,6 @@ def prepare(
         modality: `"CT"` or `"MR"`.
         spacing: in mm, as `preprocessing` makes it.
         intensity_range: HU that become 0 and 1 (CT).
-        percentiles: that become 0 and 1 (MR).
         exclude: a file with names of cases to leave out, and to remove if they are in the store.
         num_workers: processes; 0 prepares in this one.
         max_failed: the share of the cases that may fail.
@@ -114,8 +113,9 @@ def prepare(
         raise InputError("prepared_dir is not set; pass --prepared_dir FOLDER, the folder to write the store to")
     if modality not in ("CT", "MR"):
         raise InputError(f"modality is {modality!r}; pass --modality CT or --modality MR")
-    scaling = {"intensity_range": intensity_range} if modality == "CT" else {"percentiles": percentiles}
-    scaling = {name: [float(value) for value in values] for name, values in scaling.items()}
+    scaling: dict[str, Any] = {"intensity_range": [float(value) for value in intensity_range]}
+    if modality == "MR":
+        scaling = {"percentiles": list(PERCENTILES), "foreground": "Otsu"}
     settings = {
         "modality": modality,
         "spacing": [float(size) for size in spacing],

@@ -206,7 +206,11 @@ def is_complete(prepared_dir: str | Path, entry: Mapping[str, Any]) -> bool:
 
 
 def check_prepared(
-    prepared_dir: str | Path, spacing: Sequence[float], intensity_range: Sequence[float] | None = None
+    prepared_dir: str | Path,
+    spacing: Sequence[float],
+    intensity_range: Sequence[float] | None = None,
+    modality: str | None = None,
+    cases: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Checks that a store was prepared as training expects its images.
 
@@ -214,12 +218,19 @@ def check_prepared(
         prepared_dir: the store.
         spacing: voxel size in mm.
         intensity_range: HU that become 0 and 1; not compared for MR, whose scans are scaled by their percentiles.
+        modality: that scans are scaled by.
+        cases: not used; what overlays give to the check of scans that are not prepared.
 
     Raises:
         InputError: a case has other settings.
     """
     for case, entry in manifest_entries(prepared_dir).items():
         settings = entry["settings"]
+        if modality is not None and settings["modality"] != modality:
+            raise InputError(
+                f"{prepared_dir}: {case} was prepared as {settings['modality']}, training has modality {modality}; "
+                f"prepare another store, or train with --modality {settings['modality']}"
+            )
         wanted = {"spacing": spacing, "intensity_range": intensity_range}
         for name in ("spacing", "intensity_range") if settings["modality"] == "CT" else ("spacing",):
             expected = wanted[name]

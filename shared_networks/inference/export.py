@@ -26,7 +26,8 @@ from scipy import ndimage
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from shared_networks.data.datalist import Image
+from shared_networks.data.checks import open_nifti
+from shared_networks.data.datalist import Image, case_name, is_nifti
 from shared_networks.data.free_memory import free_memory
 from shared_networks.data.sources import BadScanError, Scan, Source, file_source, find_sources, read_grid, read_scan
 from shared_networks.errors import InputError
@@ -35,8 +36,6 @@ from shared_networks.inference.sliding_window import SlidingWindowLabels, scan_g
 from shared_networks.reports import source_file, written_whole
 
 _TORCH_TYPES = ("int8", "uint8", "int16", "int32", "float32")
-_NIFTI = (".nii.gz", ".nii")
-
 logger = logging.getLogger(__name__)
 
 
@@ -54,9 +53,8 @@ def find_scans(dataset_dir: str | Path | None, images_glob: str | None = None) -
     root = Path(dataset_dir or "")
     if images_glob:
         return find_sources(dataset_dir, images_glob)
-    if dataset_dir and root.is_file() and root.name.endswith(_NIFTI):
-        stem = root.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-        return [Source(stem, (str(root.resolve()),))]
+    if dataset_dir and root.is_file() and is_nifti(root.name):
+        return [Source(case_name(root.name), (str(root.resolve()),))]
     return find_sources(root / "imagesTs" if (root / "imagesTs").is_dir() else dataset_dir)
 
 
@@ -199,7 +197,7 @@ class Scans(IterableDataset):
         start = 1 if isinstance(self.transform.transforms[0], LoadImaged) else 0
         item: Any = self.transform({"image": MetaTensor(scan), "scan": scan}, start=start)
         if not min(item["image"].shape) or not (item["image"] > 0).any():
-            raise BadScanError("no voxel is above the floor of the intensity window; is it a CT in HU?")
+            raise BadScanError("no voxel is above the floor of the intensity window; is it a CT in HU, or an MR?")
         scan_grid(item["image"][None])
         return item
 
@@ -252,24 +250,25 @@ def label_image(labels: np.ndarray, affine: np.ndarray, file: str) -> nib.Nifti1
     """Labels with the geometry of the scan's file: affine, units and the codes of sform and qform.
 
     Args:
-        labels: [X, Y, Z].
+        labels: [X, Y, Z], in the type that is written.
         affine: [4, 4] of the scan.
         file: of the scan; of a DICOM series the affine is all there is.
     """
-    if not file.endswith(_NIFTI):
-        image = nib.Nifti1Image(labels.astype(np.uint8, copy=False), affine)
+    if not is_nifti(file):
+        image = nib.Nifti1Image(labels, affine)
         image.set_sform(affine, 1)
         image.set_qform(affine, 1)
         image.header.set_xyzt_units("mm")
         return image
-    source: Any = nib.load(file)
+    source: Any = open_nifti(file)
     header = source.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(labels.dtype)
+    header.set_data_shape(labels.shape)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
     header["descrip"] = b"labels"
     header.extensions.clear()
-    return nib.Nifti1Image(labels.astype(np.uint8, copy=False), source.affine, header)
+    return nib.Nifti1Image(labels, source.affine, header)
 
 
 def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -291,7 +290,7 @@ class SaveSegmentationd(SaveImaged):
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.
         label_names: names in order of label value, background first.
         output_dir: folder of the results, created if need be.
-        window: Hounsfield units shown as black and as white.
+        window: intensities shown as black and as white; `None` takes percentiles, for MR.
         overlay: whether to draw the figure.
         inferer: with the `organ_probability` of the last scan.
         checkpoints: files of the weights.
@@ -307,7 +306,7 @@ class SaveSegmentationd(SaveImaged):
         *,
         label_names: Sequence[str],
         output_dir: str | Path,
-        window: Sequence[float] = (-175.0, 250.0),
+        window: Sequence[float] | None = (-175.0, 250.0),
         overlay: bool = True,
         inferer: SlidingWindowLabels | None = None,
         checkpoints: Sequence[str | Path] = (),
@@ -316,7 +315,7 @@ class SaveSegmentationd(SaveImaged):
         MapTransform.__init__(self, keys)
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
-        self.window = (float(window[0]), float(window[1]))
+        self.window = window
         self.overlay = overlay
         self.inferer = inferer
         self.checkpoints = [str(file) for file in checkpoints]
