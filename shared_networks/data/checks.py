@@ -452,9 +452,9 @@ def _scale_problems(values: np.ndarray) -> list[str]:
         inside = np.clip(sample[sample > sample.min()], -4000, 2000)  # without padding, and metal not so far off
         threshold = otsu_threshold(inside)
         air, tissue = (float(np.median(part)) for part in (inside[inside <= threshold], inside[inside > threshold]))
-        if bright > 0.25:
+        if bright > 0.38:
             reason = f"{bright:.0%} of what is not air lies above 500, where only bone and metal are"
-        elif usual < 0.4:
+        elif usual < 0.3:
             reason = f"only {usual:.0%} of what is not air lies from -200 to 300, where fat and soft tissue are"
         elif tissue > 600 or air < -1500:
             reason = f"tissue lies at about {tissue:.0f} and air at {air:.0f}, where 0 and -1000 are due"

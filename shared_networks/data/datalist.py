@@ -90,25 +90,45 @@ def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> lis
     root = _dataset_folder(dataset_dir)
     has_folder = (root / folder).is_dir()
     files = _nifti_files(root / folder if has_folder else root, f"{folder}/NAME_0000.nii.gz")
-    stems = {_stem(file) for file in files}
-    groups: dict[str, list[str]] = {}
-    for file in files:
-        base = re.sub(r"_\d{4}$", "", _stem(file))
-        # Numbers of four digits also end the names of cases; they count channels where there is a channel 0.
-        is_channel = has_folder and f"{base}_0000" in stems
-        groups.setdefault(base if is_channel else case_name(file), []).append(file)
-
+    groups = channel_groups(files, has_folder)
     most = max(map(len, groups.values()))
     problems = []
     for name, group in sorted(groups.items()):
-        channels = [f"{name}_{channel:04d}" for channel in range(len(group))]
-        if len(group) > 1 and [_stem(file) for file in group] != channels:
-            problems.append(f"{', '.join(group)}: one case needs one file a channel, named {', '.join(channels)}")
+        if problem := numbering_problem(name, group):
+            problems.append(f"{', '.join(group)}: {problem}")
         elif len(group) < most:
             problems.append(f"{group[0]}: {len(group)} of {most} channels; add the others or remove the case")
     if problems:
         raise InputError("\n".join(problems))
     return [group[0] if most == 1 else group for _, group in sorted(groups.items())]
+
+
+def channel_groups(files: Sequence[str], numbered: bool) -> dict[str, list[str]]:
+    """Groups files by case.
+
+    Args:
+        files: of one folder.
+        numbered: whether names end with the number of the channel, `_0000` and on, as in nnU-Net's folders.
+
+    Returns:
+        The files of each case by its name, in order of their names.
+    """
+    stems = {_stem(file) for file in files}
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files, key=lambda file: (_stem(file), file)):
+        base = re.sub(r"_\d{4}$", "", _stem(file))
+        # Numbers of four digits also end the names of cases; they count channels where there is a channel 0.
+        is_channel = numbered and f"{base}_0000" in stems
+        groups.setdefault(base if is_channel else case_name(file), []).append(file)
+    return groups
+
+
+def numbering_problem(name: str, files: Sequence[str]) -> str:
+    """Returns what is wrong with the names of a case's files, nothing if they are its channels 0, 1, ..."""
+    channels = [f"{name}_{channel:04d}" for channel in range(len(files))]
+    if len(files) == 1 or [_stem(file) for file in files] == channels:
+        return ""
+    return f"one case needs one file a channel, named {', '.join(channels)}"
 
 
 def find_labels(dataset_dir: str | Path | None, folder: str = "labelsTr") -> list[str]:
