@@ -47,6 +47,8 @@ from shared_networks.record import file_digest
 from shared_networks.reports import source_file, written_whole
 
 _TORCH_TYPES = ("int8", "uint8", "int16", "int32", "float32")
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
+
 logger = logging.getLogger(__name__)
 
 
@@ -201,8 +203,11 @@ class Scans(IterableDataset):
         """
         self.start()
         while self.next < len(self.data):
+            at = self.next
             try:
                 evaluator.run()
+                if self.next == at:
+                    evaluator.run()  # ignite's engine first ends the run that failed
             except Exception as error:
                 if self.current is None or is_unwritable(error):
                     raise
@@ -210,6 +215,8 @@ class Scans(IterableDataset):
                 self.current = None
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()  # the next scan may fit
+            if self.next == at:
+                raise RuntimeError(f"the evaluator asks for no scan after {at} of {len(self.data)}")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield what is left to be segmented, in order, with a progress bar over all cases."""
@@ -249,9 +256,9 @@ class Scans(IterableDataset):
             BadScanError: it is of no use, or too large for the memory.
             InputError: its axes are not at right angles.
         """
-        if self.in_channels is not None and not source.problem and not source.series:
-            if len(source.files) != self.in_channels:
-                raise BadScanError(channel_problem(source.files, self.in_channels).partition(": ")[2])
+        channels = 1 if source.series else len(source.files)
+        if not source.problem and self.in_channels not in (None, channels):
+            raise BadScanError(channel_problem(source.files, self.in_channels or 1).partition(": ")[2])
         if (grid := read_grid(source)) is not None and (free := free_memory()) is not None:
             needed = memory_estimate(*grid, self.spacing, self.classes)
             size = " x ".join(map(str, grid[0]))
@@ -470,13 +477,7 @@ def is_unwritable(error: BaseException) -> bool:
     """Return whether an error is that results cannot be written, as none of the scans after it could."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EFBIG,
-        ):
+        if isinstance(seen, OSError) and seen.errno in _UNWRITABLE:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
