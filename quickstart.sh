@@ -7,15 +7,26 @@
 #          --epochs N to fine-tune for longer; --spacing MM for finer voxels than the tiny setting's 4 mm;
 #          -- SETTINGS for the fine-tuning alone, such as -- --background_weight 0.05
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")"
 root=$PWD out=$PWD/outputs/quickstart data="" bundle=hi_end_mae_btcv_seg epochs="" spacing=""
+fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
-        --data) data=$(realpath -- "$2") ;;
-        --bundle) bundle=${2%/} ;;
-        --epochs) epochs=$2 ;;
-        --spacing) spacing=[$2,$2,$2] ;;
         --) shift; break ;;
+        --data | --bundle | --epochs | --spacing)
+            case ${2---} in --*) fail "$1: has no value; give one after it" ;; esac ;;
+    esac
+    case $1 in
+        --data) case $2 in /*) data=$2 ;; *) data=$here/$2 ;; esac
+            [ -n "$2" ] && [ -d "$data" ] || fail "--data $2: no such folder"
+            data=$(realpath -- "$data") ;;
+        --bundle) bundle=${2%/}
+            grep -qs '"label_names"' "$bundle/configs/train.json" || fail "--bundle $2: no segmentation bundle in $PWD" ;;
+        --epochs) [[ $2 =~ ^0*[1-9][0-9]{0,8}$ ]] || fail "--epochs $2: give a whole number of at least 1"
+            epochs=$((10#$2)) ;;
+        --spacing) [[ $2 =~ ^[0-9]*\.?[0-9]*$ && $2 =~ [1-9] ]] || fail "--spacing $2: give a number of mm above 0"
+            spacing=$2 ;;
         *) sed -n '2,8s/^# \?//p' "$0" >&2; exit 2 ;;
     esac
     shift 2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from shared_networks.errors import InputError
 from shared_networks.files import replaced_when_whole
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
+from shared_networks.networks.vit import interpolate_positions, sincos_positions
 from shared_networks.record import check_preparation, read_record
 
 logger = logging.getLogger(__name__)
 
 OFFICIAL_PREFIX = "module."
+POSITIONS = "position_embeddings"
 PATCH_WEIGHT = "vit.patch_embedding.patch_embeddings.1.weight"
 
 # Published name -> ours, of modules that hold a weight and a bias; {i} counts blocks.
@@ -175,14 +178,16 @@ def check_weights(
         preparation: what scans go through, see :func:`shared_networks.record.check_preparation`; None where no scan is.
 
     Raises:
-        InputError: if a file is missing or unreadable, its names or shapes differ from the network's, it is not the
-            file that its record is of, or it was trained on scans prepared otherwise.
+        InputError: if a file is missing or unreadable, its names or shapes differ from the network's, its positions
+            are of another token grid that has as many tokens, it is not the file that its record is of, or it was
+            trained on scans prepared otherwise.
     """
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     for checkpoint in ensure_tuple(checkpoints):
         if not Path(checkpoint).is_file():
             raise InputError(f"{checkpoint}: no trained weights there. Train first, or give --checkpoint a model.pt.")
-        found = {name: list(tensor.shape) for name, tensor in read_weights(checkpoint).items()}
+        weights = read_weights(checkpoint)
+        found = {name: list(tensor.shape) for name, tensor in weights.items()}
         names = found.keys() | wanted.keys()
         wrong = sorted(name for name in names if found.get(name) != wanted.get(name))
         if wrong:
@@ -192,8 +197,68 @@ def check_weights(
                 f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was "
                 "trained with (such as tiny.json), or the weights of this network."
             )
+        if isinstance(network, HiEndUNETR | HiEndMAE):
+            _check_grids(checkpoint, weights, network)
         if preparation is not None:
             check_preparation(checkpoint, preparation)
+
+
+def _check_grids(checkpoint: str | Path, weights: Mapping[str, Tensor], network: HiEndUNETR | HiEndMAE) -> None:
+    own = network.vit.grid
+    for name, tensor in weights.items():
+        if name.endswith(POSITIONS) and (grid := token_grid(tensor, own)) != own:
+            raise InputError(
+                f"{checkpoint}: its positions are of {_grid_text(grid)} tokens, img_size and patch_size make "
+                f"{_grid_text(own)}. Give the img_size that it was trained with."
+            )
+
+
+def token_grid(positions: Tensor, expected: Sequence[int]) -> list[int] | None:
+    """Tell the token grid of a position table, which a checkpoint does not hold.
+
+    Fixed tables are the sine-cosine table of their grid, and learned ones start there and stay near it. So a table is
+    of the expected grid unless that of another one is clearly nearer (three quarters of the squared distance), and else
+    of the grid whose table is clearly nearer than all others. Where neither tells, a cubic number of tokens is a cube.
+
+    Args:
+        positions: [1, L, E].
+        expected: (h, w, d), the network's own grid.
+
+    Returns:
+        (h, w, d), or none where it cannot be told.
+    """
+    length, hidden_size = positions.shape[1:]
+    table = positions[0].detach().float()
+    if length == math.prod(expected) and _is_sincos(positions, expected):
+        return list(expected)
+    divisors = [n for n in range(1, length + 1) if length % n == 0]
+    fast = max(hidden_size // 24, 4)  # of slow frequencies the tables of all grids are alike
+    lines = {n: sincos_positions((n, 1, 1), hidden_size)[0].unflatten(1, (6, -1))[:, :2, :fast] for n in divisors}
+    table = table.unflatten(1, (6, -1))[..., :fast]
+    distances = {}
+    for h in divisors:
+        for w in (n for n in divisors if length // h % n == 0):
+            grid = (h, w, length // h // w)
+            axes = table.reshape(*grid, 3, 2, -1).unbind(3)
+            views = (lines[n].reshape(*(n if a == axis else 1 for a in range(3)), 2, -1) for axis, n in enumerate(grid))
+            distances[grid] = sum(float((a - v).square().sum()) for a, v in zip(axes, views, strict=True))
+    nearest, *others = sorted(distances, key=lambda grid: distances[grid])
+    own = tuple(expected)
+    if own in distances and distances[nearest] >= 0.75 * distances[own]:
+        return list(expected)
+    if not others or distances[nearest] < 0.75 * distances[others[0]]:
+        return list(nearest)
+    cube = (round(length ** (1 / 3)),) * 3
+    return list(cube) if cube in distances and distances[nearest] >= 0.75 * distances[cube] else None
+
+
+def _is_sincos(positions: Tensor, grid: Sequence[int]) -> bool:
+    """Whether a table [1, L, E] is the fixed one of its grid."""
+    return torch.allclose(positions.float(), sincos_positions(grid, positions.shape[2]), rtol=0, atol=1e-5)
+
+
+def _grid_text(grid: Sequence[int] | None) -> str:
+    return " x ".join(map(str, grid)) if grid else "an unknown grid of"
 
 
 @dataclass(frozen=True)
@@ -205,8 +270,10 @@ class LoadReport:
         landed: names copied into the network.
         missing: names that the network has and the checkpoint has not, or has in another shape.
         unexpected: names that the checkpoint has and the network has not.
-        kept: left as they were, because the checkpoint's are for another grid of tokens or number of classes.
+        kept: left as they were, because the checkpoint's are for another number of classes, or are the fixed positions
+            of another token grid, of which the network computes its own.
         part: what was loaded.
+        interpolated: learned positions that were resampled to the network's token grid: the two grids, by name.
     """
 
     source: str
@@ -215,11 +282,13 @@ class LoadReport:
     unexpected: tuple[str, ...]
     kept: tuple[str, ...] = ()
     part: str = "encoder"
+    interpolated: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.landed)} tensors landed in the {self.part}"]
         lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
         lines += [f"  unexpected, not used: {', '.join(summarise(self.unexpected)) or 'none'}"]
+        lines += [f"  interpolated from {grids} tokens: {name}" for name, grids in self.interpolated.items()]
         lines += [f"  kept as it was, of another size there: {name}" for name in self.kept]
         return "\n".join(lines)
 
@@ -237,14 +306,16 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
 
     Args:
         network: whose ``vit`` is to be loaded.
-        checkpoint: our pre-training ``model.pt``, the published ``hi_end_mae_10k.pth``, or an empty string to start
-            from scratch.
+        checkpoint: our pre-training ``model.pt``, the published ``hi_end_mae_10k.pth``, a segmenter's ``model.pt``, or
+            an empty string to start from scratch. At another ``img_size`` positions that were learned are interpolated;
+            of fixed ones the network has its own.
 
     Returns:
         The report, None from scratch.
 
     Raises:
-        InputError: if the file is missing or unreadable, or does not cover the whole encoder.
+        InputError: if the file is missing or unreadable, does not cover the whole encoder, or the token grid of its
+            learned positions cannot be told.
     """
     if not checkpoint:
         print("pretrained_encoder is empty: the encoder starts from scratch", flush=True)
@@ -279,13 +350,15 @@ def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | 
 
     Args:
         network: to be loaded.
-        checkpoint: a ``model.pt`` of a segmentation bundle, or an empty string for none.
+        checkpoint: a ``model.pt`` of a segmentation bundle, or an empty string for none. At another ``img_size`` its
+            learned positions are interpolated.
 
     Returns:
         The report, None for none.
 
     Raises:
-        InputError: if the file is missing or unreadable, or anything but the head is not the network's.
+        InputError: if the file is missing or unreadable, if anything but head and positions is not the network's, or
+            if the token grid of its positions cannot be told.
     """
     return _load(network, checkpoint, "segmenter") if checkpoint else None
 
@@ -297,27 +370,47 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
     weights = read_weights(checkpoint)
     prefix = "vit." if part == "encoder" else ""
     own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}
+    kept: tuple[str, ...] = ()
+    interpolated = {}
+    for name in (name for name in own if name.endswith(POSITIONS) and name in weights):
+        table, here = weights[name], network.vit.grid
+        if table.ndim != 3 or table.shape[::2] != own[name].shape[::2]:
+            continue  # of another width, so it is missing
+        there = token_grid(table, here)
+        if there == here:
+            continue
+        if "vit.cls_token" in weights or (there and _is_sincos(table, there)):  # pre-training never trains them
+            kept += (name,)
+            del weights[name]
+        elif there:
+            interpolated[name] = f"{_grid_text(there)} to {_grid_text(here)}"
+            weights[name] = interpolate_positions(table.float(), there, here)
+        else:
+            raise InputError(
+                f"{checkpoint}: the token grid of its {table.shape[1]} learned positions cannot be told, to "
+                f"interpolate them to {_grid_text(here)} tokens. Give the img_size that it was trained with."
+            )
     fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
-    kept = tuple(name for name in own if name.endswith("position_embeddings") and name in weights.keys() - fits.keys())
     if part == "segmenter":
         head = [name for name in own if name.startswith("out.") and name in weights.keys() - fits.keys()]
         if head:
-            there, here = len(weights[head[0]]), len(own[head[0]])
-            print(f"{checkpoint}: has {there} classes, not {here}: its head is left out and starts anew", flush=True)
+            found, wanted = len(weights[head[0]]), len(own[head[0]])
+            print(f"{checkpoint}: has {found} classes, not {wanted}: its head is left out and starts anew", flush=True)
             kept += tuple(head)
     report = LoadReport(
         source=str(checkpoint),
-        landed=tuple(fits),
+        landed=tuple(name for name in fits if name not in kept and name not in interpolated),
         missing=tuple(name for name in own if name not in fits and name not in kept),
         unexpected=tuple(name for name in weights if name not in own),
         kept=kept,
         part=part,
+        interpolated=interpolated,
     )
     print(report, flush=True)
     if report.missing:
         wrong = [
             f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
-            for name in report.missing
+            for name in sorted(report.missing, key=lambda name: name.endswith(POSITIONS))
             if name in weights
         ]
         detail = wrong[0] if wrong else f"{report.missing[0]} is not there"

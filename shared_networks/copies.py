@@ -20,7 +20,7 @@ def check_copy(bundle_root: str | Path) -> None:
     Raises:
         InputError: the versions differ.
     """
-    own, running = Path(bundle_root).absolute() / _VERSION, Path(__file__).with_name(_VERSION.name)
+    own, running = Path(str(bundle_root)).absolute() / _VERSION, Path(__file__).with_name(_VERSION.name)
     if own.is_file() and own.read_bytes() != running.read_bytes():
         raise InputError(
             f"{own}: another version than {running}, which is loaded already; "

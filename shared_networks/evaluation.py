@@ -84,7 +84,8 @@ class EvaluationReport(MetricsSaver):
             metrics=None,
             metric_details=metric,
             batch_transform=lambda batch: [
-                {ImageMetaKey.FILENAME_OR_OBJ: source_file(item[image_key])} for item in batch
+                {ImageMetaKey.FILENAME_OR_OBJ: item.get("case") or case_name(source_file(item[image_key]))}
+                for item in batch
             ],
         )
         self.organs = list(label_names)[1:]
@@ -112,9 +113,9 @@ class EvaluationReport(MetricsSaver):
         Args:
             engine: the evaluator, at the end of its epoch.
         """
-        files = self._filenames
+        cases = self._filenames
         if idist.get_world_size() > 1:
-            files = string_list_all_gather(files)
+            cases = string_list_all_gather(cases)
         if idist.get_rank() != self.save_rank:
             return
         details: dict[str, torch.Tensor] = getattr(engine.state, "metric_details", {})
@@ -126,9 +127,9 @@ class EvaluationReport(MetricsSaver):
                 f"metric '{self.metric}' holds {list(measures.shape[1:])} numbers a case, not {len(self.organs)} "
                 f"organs by {len(MEASURES)} measures: attach an OrganMetric with the same label_names."
             )
-        by_file = dict(zip(files, measures, strict=True))
-        files = sorted(by_file, key=case_name)
-        self._write([case_name(file) for file in files], torch.stack([by_file[file] for file in files]))
+        by_case = dict(zip(cases, measures, strict=True))
+        cases = sorted(by_case)
+        self._write(cases, torch.stack([by_case[case] for case in cases]))
 
     def _write(self, cases: list[str], measures: torch.Tensor) -> None:
         dice = measures[..., MEASURES.index("dice")]

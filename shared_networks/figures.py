@@ -113,13 +113,19 @@ def label_colour(value: int) -> str:
     return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
 
 
+def display_window(image: np.ndarray, window: Sequence[float] | None) -> tuple[float, float]:
+    """Return the intensities to show as black and as white: those given, or else percentiles of the image."""
+    low, high = np.percentile(image, (0.5, 99.5)) if window is None else window
+    return float(low), max(float(high), float(low) + 1e-6)
+
+
 def overlay_figure(
     image: np.ndarray,
     prediction: np.ndarray,
     affine: np.ndarray,
     label_names: Sequence[str],
     truth: np.ndarray | None = None,
-    window: tuple[float, float] = (-175.0, 250.0),
+    window: Sequence[float] | None = (-175.0, 250.0),
     title: str = "",
 ) -> Figure:
     """Draw predicted organs over a CT in three planes, below the truth or, without one, below the bare image.
@@ -133,7 +139,7 @@ def overlay_figure(
         affine: ``[4, 4]``, from voxel indices to RAS millimetres.
         label_names: names in order of label value, background first.
         truth: ``[X, Y, Z]`` integers.
-        window: Hounsfield units shown as black and as white.
+        window: intensities shown as black and as white; `None` takes percentiles, for MR.
         title: heading of the figure, such as the name of the case.
 
     Raises:
@@ -151,7 +157,8 @@ def overlay_figure(
 
     slices = orthogonal_planes(image, affine, centre)
     names = [plane.name for plane in slices]
-    figure, panels = _panels([slices] * 2, list(rows), names, window, (0.3, 2.3, 0.5, 0.1), "bilinear")
+    shown = display_window(image, window)
+    figure, panels = _panels([slices] * 2, list(rows), names, shown, (0.3, 2.3, 0.5, 0.1), "bilinear")
     for row, labels in zip(panels, rows.values(), strict=True):
         if labels is not None:
             for panel, plane in zip(row, orthogonal_planes(labels, affine, centre), strict=True):
@@ -195,7 +202,7 @@ def reconstruction_figure(
 def attention_figure(
     image: Plane,
     maps: Mapping[str, Mapping[str, Plane]],
-    window: tuple[float, float] = (-175.0, 250.0),
+    window: Sequence[float] | None = (-175.0, 250.0),
     title: str = "",
 ) -> Figure:
     """Draw attention maps over a slice through the query, which is marked: a row for each kind, a column for each tap.
@@ -207,12 +214,13 @@ def attention_figure(
         image: the slice, in Hounsfield units.
         maps: attention in that slice by kind and by tap, the same taps for every kind; 0 outside the window that the
             network saw.
-        window: Hounsfield units shown as black and as white.
+        window: intensities shown as black and as white; `None` takes percentiles, for MR.
         title: heading of the figure, such as the name of the case.
     """
     taps = list(next(iter(maps.values())))
+    shown = display_window(image.pixels, window)
     figure, panels = _panels(
-        [[image] * len(taps)] * len(maps), list(maps), taps, window, (0.3, 0.1, 0.5, 0.55), "bilinear"
+        [[image] * len(taps)] * len(maps), list(maps), taps, shown, (0.3, 0.1, 0.5, 0.55), "bilinear"
     )
     for row, kind in zip(panels, maps.values(), strict=True):
         for panel, plane in zip(row, kind.values(), strict=True):
@@ -315,7 +323,9 @@ def _draw_labels(panel: Axes, plane: Plane, num_labels: int) -> None:
 
 def _add_title(figure: Figure, title: str) -> None:
     y = 1 - 0.15 / figure.get_figheight()
-    figure.text(0.3 / figure.get_figwidth(), y, title, fontsize=9, color=TEXT_COLOUR, va="center", weight="bold")
+    x = 0.3 / figure.get_figwidth()
+    heading = figure.text(x, y, title, fontsize=9, color=TEXT_COLOUR, va="center", weight="bold")
+    heading.set_parse_math(False)  # a name may hold $
 
 
 def _add_caption(figure: Figure, caption: str) -> None:
@@ -341,6 +351,8 @@ def _add_legend(figure: Figure, beside: Axes, heading: str, entries: Mapping[int
         title_fontsize=8,
         labelcolor=TEXT_COLOUR,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     legend.get_title().set_color(TEXT_COLOUR)
 
 
@@ -373,7 +385,7 @@ class SaveOverlayd(MapTransform):
         label_key: key of the true label map ``[1, X, Y, Z]`` on the same grid, if there is one.
         label_names: names in order of label value, background first.
         output_dir: folder of the figures, created if need be.
-        window: Hounsfield units shown as black and as white.
+        window: intensities shown as black and as white; `None` takes percentiles, for MR.
 
     Raises:
         InputError: on call, if the figure cannot be written.
@@ -388,7 +400,7 @@ class SaveOverlayd(MapTransform):
         *,
         label_names: Sequence[str],
         output_dir: str | Path,
-        window: tuple[float, float] = (-175.0, 250.0),
+        window: Sequence[float] | None = (-175.0, 250.0),
     ) -> None:
         super().__init__(keys)
         self.image_key = image_key
@@ -401,7 +413,7 @@ class SaveOverlayd(MapTransform):
         """Write the figure of one decollated case."""
         maps = [self.keys[0], *([] if self.label_key is None else [self.label_key])]
         image = data[self.image_key]
-        case = case_name(source_file(image))
+        case = str(data.get("case") or case_name(source_file(image)))
         _require_same_grid(data, [self.image_key, *maps])
         prediction, *truth = (convert_to_numpy(data[key][0]).astype(np.int16) for key in maps)
         figure = overlay_figure(
@@ -444,7 +456,7 @@ class SaveReconstructiond(MapTransform):
         """Write the figure of one decollated case."""
         keys = (self.image_key, self.mask_key, self.keys[0])
         image = data[self.image_key]
-        case = case_name(source_file(image))
+        case = str(data.get("case") or case_name(source_file(image)))
         _require_same_grid(data, keys)
         original, mask, reconstruction = (convert_to_numpy(data[key][0]) for key in keys)
         masked = np.where(mask, np.nan, original)
@@ -484,6 +496,8 @@ def dice_boxplot(organs: Sequence[str], dice: np.ndarray, overall: Mapping[str, 
     counts = (~np.isnan(dice)).sum(axis=0)
     names = [f"{name} (n={count})" for name, count in zip(organs, counts, strict=True)]
     panel.set_xticks(range(1, len(organs) + 1), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    for label in panel.get_xticklabels():
+        label.set_parse_math(False)
     panel.set(ylim=(-0.03, 1.03), xlim=(0.4, len(organs) + 0.6), ylabel="Dice")
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)

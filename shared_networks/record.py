@@ -19,7 +19,7 @@ import torch
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from shared_networks.data.datalist import case_name
+from shared_networks.data.datalist import name_of
 from shared_networks.errors import InputError
 from shared_networks.files import explain_unwritable, replaced_when_whole
 from shared_networks.version import __version__
@@ -90,7 +90,7 @@ def dataset_name(dataset_dir: str | Path | None) -> str:
 
 def case_digests(cases: Sequence[Case]) -> dict[str, str]:
     """Return the names of cases, each with a digest of its scan, which is empty for a case without label."""
-    return {case_name(case["image"]): _scan_digest(case) for case in cases}
+    return {name_of(case): _scan_digest(case) for case in cases}
 
 
 def seen_cases(record: Record, part: str) -> dict[str, str]:

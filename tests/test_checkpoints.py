@@ -32,11 +32,12 @@ from shared_networks.checkpoints import (
     summarise,
     to_monai_vit,
     to_official,
+    token_grid,
 )
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
-from shared_networks.networks.vit import ViTEncoder, patchify
+from shared_networks.networks.vit import ViTEncoder, patchify, sincos_positions
 
 from .conftest import ROOT
 
@@ -310,6 +311,90 @@ def test_another_token_grid_keeps_its_own_positions(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"\n  kept as it was, of another size there: {POSITIONS}\n")
     assert torch.equal(segmenter.get_parameter(POSITIONS), own)
     assert torch.equal(segmenter.get_parameter("vit.norm.weight"), mae.get_parameter("vit.norm.weight"))
+
+
+def trained(drift: float = 0.2, **changes: Any) -> HiEndUNETR:
+    """A segmenter whose positions have moved from the table that they started from."""
+    segmenter = tiny_segmenter(**changes)
+    with torch.no_grad():
+        segmenter.get_parameter(POSITIONS).add_(drift * torch.randn(segmenter.get_parameter(POSITIONS).shape))
+    return segmenter
+
+
+@pytest.mark.parametrize("load", [load_segmenter, load_encoder])
+@pytest.mark.parametrize(
+    ("there", "here", "grids"),
+    [
+        ((4, 6, 12), (8, 6, 16), "2 x 2 x 3 to 4 x 2 x 4"),
+        ((4, 6, 8), (6, 9, 12), "2 x 2 x 2 to 3 x 3 x 3"),
+        ((4, 6, 12), (6, 6, 8), "2 x 2 x 3 to 3 x 2 x 2"),  # as many tokens
+        ((2, 12, 8), (4, 6, 8), "1 x 4 x 2 to 2 x 2 x 2"),  # as many tokens as a cube
+    ],
+)
+def test_learned_positions_are_interpolated_to_another_token_grid(load, there, here, grids, tmp_path, capsys):
+    source, target = trained(img_size=there), tiny_segmenter(img_size=here)
+    file = save(source.state_dict(), tmp_path)
+    report = load(target, file)
+    assert report.interpolated == {POSITIONS: grids}
+    assert not report.missing and not report.kept and POSITIONS not in report.landed
+    assert f"\n  interpolated from {grids} tokens: {POSITIONS}\n" in capsys.readouterr().out
+    image = torch.rand(1, 2, *here, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(target.vit.embed(image), source.vit.embed(image))  # as the source does at that size
+    assert target.get_parameter(POSITIONS).requires_grad
+
+
+@pytest.mark.parametrize("source", [tiny_mae, tiny_segmenter])
+def test_fixed_positions_of_another_grid_of_as_many_tokens_are_not_taken(source, tmp_path):
+    checkpoint = source()
+    with torch.no_grad():
+        checkpoint.get_parameter(POSITIONS).copy_(sincos_positions((2, 2, 3), 24))
+    target = tiny_segmenter(img_size=(6, 6, 8))
+    report = load_encoder(target, save(checkpoint.state_dict(), tmp_path))
+    assert report.kept == (POSITIONS,) and not report.interpolated
+    assert torch.equal(target.get_parameter(POSITIONS), sincos_positions((3, 2, 2), 24))
+
+
+def test_positions_whose_grid_cannot_be_told_are_refused_in_one_line(tmp_path):
+    source, target = tiny_segmenter(), tiny_segmenter(img_size=(8, 6, 12))
+    nn.init.normal_(source.get_parameter(POSITIONS))
+    file = save(source.state_dict(), tmp_path)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(InputError) as error:
+        load_segmenter(target, file)
+    assert str(error.value) == (
+        f"{file}: the token grid of its 12 learned positions cannot be told, to interpolate them to 4 x 2 x 3 tokens. "
+        "Give the img_size that it was trained with."
+    )
+    assert_same_weights(target.state_dict(), before)
+    load_segmenter(same := tiny_segmenter(), file)  # nothing speaks against the grid that the network expects
+    assert_same_weights(same.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("grid", [(4, 4, 4), (2, 4, 8), (8, 4, 2), (1, 1, 64), (5, 7, 1), (1, 1, 1)])
+def test_the_token_grid_is_told_by_its_table(grid, drift):
+    torch.manual_seed(0)
+    table = sincos_positions(grid, 96)
+    table += drift * torch.randn_like(table)
+    for expected in ([3, 3, 3], list(grid), list(grid[::-1])):
+        assert token_grid(table, expected) == list(grid)
+
+
+def test_an_unknown_table_of_a_cubic_number_is_of_a_cube():
+    torch.manual_seed(0)
+    assert token_grid(torch.randn(1, 27, 24), [2, 2, 2]) == [3, 3, 3]
+    assert token_grid(torch.randn(1, 28, 24), [2, 2, 2]) is None
+
+
+def test_check_refuses_positions_of_another_grid_of_as_many_tokens(tmp_path):
+    file = save(trained().state_dict(), tmp_path)
+    check_weights(file, tiny_segmenter())
+    with pytest.raises(InputError) as error:
+        check_weights(file, tiny_segmenter(img_size=(6, 6, 8)))
+    assert str(error.value) == (
+        f"{file}: its positions are of 2 x 2 x 3 tokens, img_size and patch_size make 3 x 2 x 2. "
+        "Give the img_size that it was trained with."
+    )
 
 
 def test_no_checkpoint_means_from_scratch(capsys):

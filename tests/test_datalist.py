@@ -200,7 +200,7 @@ def test_draw_is_fixed_by_the_seed_and_free_of_the_input_order(caplog):
     assert "validation cases, 2 of 10 drawn with seed 0: c, i" in caplog.text
 
 
-@pytest.mark.parametrize(("count", "fraction", "expected"), [(2, 0.0, 1), (2, 0.99, 1), (3, 0.2, 1), (10, 0.35, 4)])
+@pytest.mark.parametrize(("count", "fraction", "expected"), [(2, 0.99, 1), (3, 0.2, 1), (99, 0.001, 1), (10, 0.35, 4)])
 def test_size_of_the_draw(count, fraction, expected):
     split = split_cases(cases(*map(str, range(count))), val_fraction=fraction)
     assert (len(split["validation"]), len(split["train"])) == (expected, count - expected)
@@ -215,6 +215,17 @@ def test_a_single_case_serves_for_both(caplog):
     split = split_cases(cases("a"), ["a"])
     assert split == {"train": cases("a"), "validation": cases("a")}
     assert "a is the only case" in caplog.text and "memorisation" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_no_case_validates_at_a_fraction_of_0_unless_it_is_named(count, caplog):
+    given = cases(*map(str, range(count)))
+    for val_cases in ((), ["img0035"]):
+        assert split_cases(given, val_cases, val_fraction=0) == {"train": given, "validation": []}
+    assert "val_fraction is 0: no case validates, so the last weights become the model" in caplog.text
+    assert "only case" not in caplog.text
+    if count > 1:
+        assert names(split_cases(given, ["1"], val_fraction=0), "validation") == ["1"]
 
 
 def test_splits_that_cannot_be():
@@ -240,6 +251,8 @@ def test_report_cases_are_those_held_out_and_else_the_test_set(tmp_path, caplog)
         in caplog.text
     )
     assert report_cases(tmp_path / "list.json", cases("a")) == cases("a")
+    with pytest.raises(InputError, match=rf"{tmp_path}: no case to report on: .*\(val_fraction is 0\)"):
+        report_cases(tmp_path, [])
     caplog.clear()
     touch(tmp_path, "labelsTs/t.nii.gz")
     expected = {"image": str(tmp_path / "imagesTs/t_0000.nii.gz"), "label": str(tmp_path / "labelsTs/t.nii.gz")}

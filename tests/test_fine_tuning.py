@@ -9,6 +9,8 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
+from shared_networks.networks.vit import interpolate_positions
+
 from .conftest import ROOT
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
@@ -56,6 +58,21 @@ def test_a_frozen_encoder_stays_as_it_was(datasets: dict[str, Path], tmp_path: P
     trained = again.parser.get_parsed_content("network_def").state_dict()
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, trained[name]) == name.startswith("vit."), name
+
+
+def test_training_goes_on_at_another_crop_size_with_the_positions_that_were_learned(
+    datasets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(datasets["btcv"], tmp_path / "first", epochs=1, warmup_epochs=0)
+    name = "vit.patch_embedding.position_embeddings"
+    learned = first.parser.get_parsed_content("network_def").state_dict()[name]
+    for option in ("init_weights", "pretrained_encoder"):
+        settings = {"img_size": [24, 48, 36], "epochs": 1, "warmup_epochs": 0, "learning_rate": 0.0}
+        model = {option: str(tmp_path / "first" / "model.pt")}
+        again = train(datasets["btcv"], tmp_path / option, **settings, **model)
+        assert f"interpolated from 4 x 4 x 4 to 2 x 4 x 3 tokens: {name}" in capsys.readouterr().out
+        found = again.parser.get_parsed_content("network_def").state_dict()[name]
+        torch.testing.assert_close(found, interpolate_positions(learned, [4, 4, 4], [2, 4, 3]))
 
 
 @pytest.mark.slow

@@ -58,3 +58,54 @@ def test_this_system_says_how_much_is_free() -> None:
     free = free_memory()
     assert free is not None
     assert 0 < free < 2**50
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["limit", "taken", "stat"])
+@pytest.mark.parametrize(
+    "content", ["", "\n", "max\n", "garbage\n", "12 34\n", "-1\n", "²\n", b"\xff\xfe\n", "9" * 5000, None]
+)
+def test_files_of_a_control_group_that_cannot_be_used_raise_nothing(
+    tmp_path: Path, version: int, name: str, content: str | bytes | None
+) -> None:
+    own = {"proc__self__cgroup": ("4:memory:/job\n", "0::/job\n")[version - 1]}
+    folder = ("__memory__job", "__job")[version - 1]
+    root = system(tmp_path, **own, **group(folder, "5000000\n", "3000000\n", 1_000_000, version))
+    assert free_memory(root) == 3_000_000
+    files = {"limit": ("memory.limit_in_bytes", "memory.max"), "taken": ("memory.usage_in_bytes", "memory.current")}
+    file = (
+        root / "sys/fs/cgroup" / ("memory/job", "job")[version - 1] / files.get(name, ["memory.stat"] * 2)[version - 1]
+    )
+    file.unlink()
+    if content is None:
+        file.mkdir()  # there, but not to be read, not even by root
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert free_memory(root) == {"limit": 9000 * KB, "taken": 5_000_000, "stat": 2_000_000}[name]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "garbage\n", "0:\n", "0::/../..\n", "1:name=systemd:/x\n\n0::", "0::/a\0b\n", None]
+)
+def test_a_process_whose_control_group_cannot_be_told_has_what_the_system_has(
+    tmp_path: Path, content: str | None
+) -> None:
+    root = system(tmp_path)
+    file = root / "proc/self/cgroup"
+    if content is None:
+        file.mkdir(parents=True)
+    else:
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+    assert free_memory(root) == 9000 * KB
+
+
+@pytest.mark.parametrize("content", ["", "MemAvailable:\n", "MemAvailable: many kB\n", "MemTotal: 5 kB\n", None])
+def test_a_system_that_does_not_say_is_none(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "proc" / "meminfo"
+    file.parent.mkdir()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    assert free_memory(tmp_path) is None

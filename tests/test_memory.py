@@ -184,6 +184,12 @@ def test_what_does_not_fit_says_so():
             ["--config_file", str(PRETRAIN), "--img_sise", "9"],
             "img_size",
         ),
+        (["--config_file"], "give --config_file FILE"),
+        (["--config_file", "a#b.json"], "a#b.json: No such file"),
+        (["--config_file", __file__], "unknown file input"),
+        (["--config_file", str(PRETRAIN), "--batch_size", "0"], "--batch_size 0: give a whole number of at least 1"),
+        (["--config_file", str(PRETRAIN), "--network_def#hidden_size", "x"], "give a whole number of at least 1"),
+        (["--config_file", str(PRETRAIN), "--batch_size", "1", "2"], "2: is no option"),
     ],
 )
 def test_wrong_options_are_named(arguments, message):

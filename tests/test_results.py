@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from .benchmarks import quoted, scaling
+from .benchmarks.transfer import results
+from .benchmarks.transfer.settings import SIZES
 from .conftest import BUNDLES, ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -33,6 +35,46 @@ def test_cards_have_the_figures_of_the_files() -> None:
     for bundle in BUNDLES[1:]:
         assert quoted.window_line() in CARDS[bundle]
         assert quoted.memory_line() in CARDS[bundle]
+
+
+def test_crops_a_second_have_one_source() -> None:
+    measured = {f"{quoted.crops(row)['crops/s a core']:.0f}" for row in (quoted.STORE, quoted.WHOLE_VOLUMES)}
+    said: dict[str, set[str]] = {}
+    for folder in (".", "docs", *BUNDLES, "shared_networks", "tests/benchmarks"):
+        for file in (ROOT / folder).glob("*" if folder == "." else "**/*"):
+            if file.suffix in (".md", ".py", ".json", ".sh") and "outputs" not in file.parts:
+                text = re.sub(r"\s+", " ", file.read_text())
+                figures = re.findall(r"(\d[\d,.]*)\+? (?:augmented )?crops(?: of [\d^³]+)?(?:/s| a second)", text)
+                said.setdefault(str(file.relative_to(ROOT)), set()).update(figures)
+    assert {file: figures for file, figures in said.items() if figures - measured} == {}
+    assert said["README.md"] and said["hi_end_mae_pretrain/docs/README.md"]
+    assert quoted.crops_line() in CARDS["hi_end_mae_pretrain"]
+    assert quoted.crops(quoted.STORE)["crops/s a core"] == scaling.CROPS_A_CORE
+    assert not re.findall(r"crops/s\b.*\n", (ROOT / "shared_networks" / "data" / "store.py").read_text())
+
+
+def test_tables_and_intervals_are_those_of_the_raw_numbers() -> None:
+    dice = results.read_dice(quoted.RESULTS / "transfer.csv")
+    text = (quoted.RESULTS / "transfer.md").read_text()
+    for data in dict.fromkeys(cell.data for cell in dice):
+        read = {cell: found for cell, found in dice.items() if cell.data == data}
+        section = results.data_section(data, read, {}, SIZES["cpu"]["arms"])
+        blocks = [block for block in section.split("\n\n") if "training crops" not in block]
+        assert len(blocks) >= 8
+        for block in blocks:
+            assert block in text
+
+
+def test_no_p_value_is_given_and_what_the_intervals_cover_is_said() -> None:
+    section = README.split("**Does pre-training pay?**")[1].split("**What do ten thousand CTs cost?**")[0]
+    for text in (section, (quoted.RESULTS / "transfer.md").read_text()):
+        assert not re.search(r"\bp\s*[<=|]|Wilcoxon|Holm|significan", text)
+        assert "one pre-training" in text
+    figure = section.index("docs/results/transfer.png")
+    assert "one pre-training an arm" in section[:figure].splitlines()[-3]
+    quotes = re.findall(r"[+-]\d\.\d+ to\s[+-]\d\.\d+", section)
+    assert len(quotes) >= 10
+    assert {" ".join(quote.split()) for quote in quotes} <= quoted.differences()
 
 
 def test_means_of_the_table_are_those_of_the_raw_numbers() -> None:

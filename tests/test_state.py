@@ -282,6 +282,26 @@ def test_more_epochs_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "resuming from" in capsys.readouterr().out
 
 
+def test_more_epochs_and_another_epoch_length_begin_at_the_rate_of_their_schedule(tmp_path: Path) -> None:
+    run(training(tmp_path / "a", epochs=2))
+    longer = training(tmp_path / "a", epochs=4)
+    rates: list[float] = []
+    longer.trainer.add_event_handler(
+        Events.ITERATION_STARTED, lambda engine: rates.append(engine.optimizer.param_groups[0]["lr"])
+    )
+    run(longer, resume=True)
+    whole = WarmupCosineSchedule(torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=0.1), 1, t_total=12)
+    expected = [0.1 * whole.lr_lambda(step) for step in range(6, 12)]
+    assert rates == expected and rates[0] > 0.05
+
+    state = training(tmp_path / "b", epochs=4)
+    stop_after(state, 5)
+    run(state)
+    other = training(tmp_path / "b", epochs=4, batch=3)
+    other.start(resume=True)
+    assert other.optimizer.param_groups[0]["lr"] == 0.1 * other.lr_scheduler.lr_lambda(2)  # type: ignore[attr-defined]
+
+
 def test_another_number_of_processes_goes_on_from_the_start_of_the_epoch(tmp_path: Path) -> None:
     state = training(tmp_path, epochs=4)
     stop_after(state, 5)  # the second of three iterations of epoch 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,56 @@ def test_what_is_missing_is_said(tmp_path):
         ReadCentralCropd("image", SIZE)(item)
     file.unlink()
     with pytest.raises(InputError, match=r"a\.npy: no such file; prepare again"):
+        RandReadCropsd("image", SIZE)(item)
+
+
+@pytest.mark.parametrize("lack", [{"shape": None}, {"shape": [1]}, {"shape": "abc"}, {"centres": None}])
+def test_an_entry_that_is_not_whole_is_prepared_again(tmp_path, lack):
+    add_case(tmp_path)
+    append_entry(tmp_path, {**manifest_entries(tmp_path)["set/a"], **lack})
+    with pytest.raises(InputError, match=r"files of 1 of 1 cases are missing or cut short \(set/a\)"):
+        read_manifest(tmp_path)
+
+
+class Shortened(RandReadCropsd):
+    """Another program cuts the file after it was opened and before its voxels are read."""
+
+    length = 0
+
+    def randomize(self, data):
+        super().randomize(data)
+        os.truncate(self.file, self.length)
+
+
+@pytest.mark.parametrize("pages", [1, 1.5, 20.3, 89.9])
+def test_a_file_that_is_cut_while_it_is_read_is_named_and_never_a_crop(tmp_path, pages):
+    item = add_case(tmp_path)
+    whole = Path(item["image"]).read_bytes()
+    read = Shortened("image", (37, 21, 70), 1).set_random_state(0)
+    read.file, read.length = item["image"], int(4096 * pages)
+    with pytest.raises(InputError, match=rf"{item['image']}: ends at byte {read.length}, \d+ short: it was cut"):
+        read(item)
+    Path(item["image"]).write_bytes(whole)
+    read.length = len(whole)
+    assert len(read(item)) == 1
+
+
+@pytest.mark.parametrize("left", [0, 100, 4096, 4096 + 12 * 32, 4096 + 12 * 64 - 1])
+def test_centres_that_are_cut_short_are_named(tmp_path, left):
+    item = add_case(tmp_path)
+    os.truncate(file := centres_file(item["image"]), left)
+    with pytest.raises(InputError, match=rf"{file}: is damaged or cut short; remove it and prepare again"):
+        RandReadCropsd("image", SIZE)(item)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    item = add_case(tmp_path)
+    centres = centres_file(item["image"])
+    centres.unlink()
+    with pytest.raises(InputError, match=rf"{centres}: no such file; prepare again"):
+        RandReadCropsd("image", SIZE)(item)
+    centres.mkdir()
+    with pytest.raises(InputError, match=rf"{centres}: cannot be read \(Is a directory\)"):
         RandReadCropsd("image", SIZE)(item)
 
 

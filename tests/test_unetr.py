@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shared_networks.networks.unetr import HiEndUNETR, InstanceNorm, ResizeUpBlock, tokens_to_volume
+from shared_networks.networks.unetr import (
+    Convolution,
+    HiEndUNETR,
+    InstanceNorm,
+    ResizeUpBlock,
+    strict_segmenter,
+    tokens_to_volume,
+)
 from shared_networks.networks.vit import attention_maps, interpolate_positions
 from tests.benchmarks.window import PublishedUNETR
 
@@ -117,6 +125,60 @@ def test_norm_for_inference_is_exact_over_many_voxels():
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"bias": False},
+        {"stride": 2},
+        {"stride": (1, 2, 3)},
+        {"padding": 1},
+        {"padding": (0, 0, 2)},
+        {"padding": "same"},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"groups": 2},
+        {"dilation": 3},
+    ],
+)
+@pytest.mark.parametrize("kernel_size", [1, (1, 1, 3)])
+def test_a_convolution_without_gradients_is_the_plain_one(kernel_size, arguments):
+    torch.manual_seed(0)
+    plain, ours = (layer(4, 6, kernel_size, **arguments) for layer in (nn.Conv3d, Convolution))
+    ours.load_state_dict(plain.state_dict())
+    for image in (draw(2, 4, 5, 7, 9), draw(4, 5, 7, 9)):
+        expected = plain(image).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(ours(image), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert ours(image).shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"affine": True},
+        {"track_running_stats": True},
+        {"affine": True, "track_running_stats": True, "momentum": None},
+        {"eps": 0.5},
+    ],
+)
+def test_a_norm_without_gradients_is_the_plain_one(arguments):
+    torch.manual_seed(0)
+    plain, ours = (layer(4, **arguments) for layer in (nn.InstanceNorm3d, InstanceNorm))
+    with torch.no_grad():
+        for tensor in plain.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape) if tensor.ndim else tensor)
+    ours.load_state_dict(plain.state_dict())
+    for training in (True, False):
+        for image in (3 * draw(2, 4, 5, 7, 9) + 1, draw(4, 5, 7, 9)):
+            expected = plain.train(training)(image).detach()
+            with torch.no_grad():
+                torch.testing.assert_close(ours.train(training)(image), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(ours)(image), plain(image))
+
+
 def test_encoder_is_the_fine_tuning_one():
     network = tiny()
     assert network.vit.cls_token is None
@@ -181,11 +243,29 @@ def test_torchscript_gives_the_same_logits():
         torch.testing.assert_close(scripted(image), network(image))
 
 
-def test_weights_are_loaded_whole_or_not_at_all():
-    network = tiny()
-    half = dict(list(network.state_dict().items())[::2])
+def test_loading_is_as_strict_as_asked():
+    network, other = tiny(), tiny()
+    weights = network.state_dict()
+    half = {name: tensor + 1 for name, tensor in list(weights.items())[::2]} | {"extra": torch.zeros(1)}
+    keys = other.load_state_dict(half, strict=False)
+    assert keys.missing_keys == list(weights)[1::2] and keys.unexpected_keys == ["extra"]
+    for number, (name, tensor) in enumerate(other.state_dict().items()):
+        torch.testing.assert_close(tensor, weights[name] + (number + 1) % 2)
     with pytest.raises(RuntimeError, match="Missing key"):
-        network.load_state_dict(half, strict=False)
+        other.load_state_dict(half)
+
+
+@pytest.mark.parametrize(("change", "message"), [({}, "Missing key"), ({"extra": torch.zeros(1)}, "Unexpected key")])
+def test_a_served_network_is_never_loaded_in_part(change, message):
+    network = strict_segmenter(**TINY)
+    weights = network.state_dict()
+    part = {**weights, **change} if change else dict(list(weights.items())[::2])
+    with pytest.raises(RuntimeError, match=message):
+        copy.deepcopy(network).load_state_dict(part, strict=False)
+    copy.deepcopy(network).load_state_dict(weights, strict=False)
+    image = draw(1, 2, 12, 18, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(network)(image), network(image))
 
 
 @pytest.mark.parametrize("taps", [(0, 1), (0, 1, 2, 3), ()])

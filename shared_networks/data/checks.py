@@ -18,29 +18,25 @@ from monai.data.utils import correct_nifti_header_if_necessary
 from monai.utils import ensure_tuple
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from tqdm import tqdm
 
-from shared_networks.data.datalist import nifti_suffix
 from shared_networks.data.free_memory import free_memory
 from shared_networks.errors import InputError
 
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
 _AFFINE_TOLERANCE = 1e-3  # of the smallest voxel size
 _SHEAR_TOLERANCE = 0.1  # voxels over the whole scan, as in inference
 _WORKERS = 4  # inflating gzip releases the GIL: two threads on two cores take 0.6 of the time of one
 _FEW_FILES = 20  # checked before a progress bar is any use
 _SIDE_MARGIN = 10  # mm: where organs are cut off by the scan's edge, centres tell no more than this
 _COARSE = 64  # voxels an axis from which an organ's centre is estimated
-_SAMPLED = 128  # voxels an axis from which the spread of intensities is estimated
-# Shares in whole CTs of chest, abdomen and pelvis: below 0.03, 0 and above 40 HU; as far off as that is no CT in HU.
-_MOST_DENSE = 0.3  # above 600 HU of all above -200
-_SOME_DENSE = 0.1
-_MOST_DEEP = 0.05  # below -1100 HU, but for constant padding
-_LEAST_SPREAD = 25  # HU, between the quartiles of soft tissue
-_LEAST_COSINE = 0.5  # between axes of sform and qform: oblique scans differ by less than 60 degrees
-_FEW_VALUES = 128  # that an image has more of than a label map
+_SAMPLE = 1 << 20  # voxels from which it is told whether values are HU
+_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+_MOST_LABELS = 512  # different values from which integers are no longer taken for labels
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +48,11 @@ class Nifti(NamedTuple):
         problems: what is wrong, a sentence each.
         grid: shape and affine, `[4, 4]` in mm (RAS); `None` where the file has none that could be used.
         values: voxels of that shape as numbers; `None` where they were not asked for or could not be read.
-        doubts: what is odd and might yet be right, a sentence each, for a warning.
     """
 
     problems: list[str]
     grid: tuple[tuple[int, ...], np.ndarray] | None
     values: np.ndarray | None = None
-    doubts: Sequence[str] = ()
 
 
 class Finding(NamedTuple):
@@ -89,13 +83,13 @@ def check_cases(
 ) -> Sequence[dict[str, Any]]:
     """Checks that scans can be read and make sense, each file once.
 
-    Refused are: files that are missing, truncated, damaged, no NIfTI or named as what they are not; images that are not
-    3D (further axes of length 1 are accepted, a longer one would silently become channels); spacings that are not
-    positive, not in mm, and affines that are singular; headers whose two affines have axes in other directions; channels or labels on another grid than the image; NaN and infinite voxels; images of one
-    value, of another modality or all below the intensities that are told apart; label values that are not integers or
-    not classes; labelled images that are one another's copy or whose axes are not at right angles; and labels whose
-    left and right are swapped. A label that is all background, and an organ that is in no label, only give a
-    warning.
+    Refused are: files that are missing, truncated, damaged or no NIfTI; images that are not 3D (further axes of length
+    1 are left out); spacings that are not positive, affines that are singular and headers without orientation; headers
+    whose affines differ; channels or labels on another grid than the image; another number of channels than the
+    network's; NaN and infinite voxels; images of one value, of another modality, of values that are no HU, or all below
+    the intensities that are told apart; label values that are not integers or not classes; labelled images that are one
+    another's copy or whose axes are not at right angles; and labels whose left and right are swapped. A label that is
+    all background, and an organ that is in no label, only give a warning.
 
     Args:
         cases: dicts with `image` (a file or a list of files, one a channel) and optionally `label`.
@@ -107,7 +101,7 @@ def check_cases(
             Not so in situs inversus.
         modality: `"CT"`, whose values must be HU, or `"MR"`, whose values must not; `None` accepts either.
         intensity_range: values that become 0 and 1; `None` accepts any.
-        in_channels: files that an image has, as the network has such channels; `None` accepts any number.
+        in_channels: files that the network takes of each case; `None` accepts any number.
 
     Returns:
         `cases` themselves, so that a config can use the result in their place.
@@ -118,13 +112,14 @@ def check_cases(
     if not cases:
         raise InputError(
             "no case to check; look at dataset_dir: it must hold at least one image (pass --dataset_dir FOLDER)"
+            ", and with val_fraction 0 none validates"
         )
     unique = dict.fromkeys((ensure_tuple(case["image"]), case.get("label")) for case in cases)
     images = dict.fromkeys(file for files, _ in unique for file in files)
     labels = dict.fromkeys(label for _, label in unique if label is not None)
     pairs = sided_pairs(label_names) if sides else []
     jobs = [(file, False) for file in images] + [(file, True) for file in labels]
-    floor = intensity_range[0] if intensity_range else -math.inf
+    floor = intensity_range[0] if intensity_range and modality != "MR" else -math.inf
 
     def check(job: tuple[str, bool]) -> Finding:
         file, is_label = job
@@ -137,8 +132,9 @@ def check_cases(
         hidden = True if len(jobs) < _FEW_FILES else None  # None: hidden unless stderr is a terminal
         found = dict(zip(jobs, tqdm(scans, "checking", len(jobs), unit="file", disable=hidden), strict=True))
 
-    problems = _channel_problems([files for files, _ in unique], in_channels)
-    problems += [f"{file}: {problem}" for (file, _), finding in found.items() for problem in finding.scan.problems]
+    problems = [f"{file}: {problem}" for (file, _), finding in found.items() for problem in finding.scan.problems]
+    if in_channels is not None:
+        problems += [channel_problem(files, in_channels) for files, _ in unique if len(files) != in_channels]
     for files, label in unique:
         others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
         for other in others:
@@ -148,7 +144,6 @@ def check_cases(
     problems += _copies(labelled, found)
     for label in labels:
         problems += [f"{label}: {line}" for line in side_problems(found[label, True].centres, pairs, label_names)]
-    _warn_of_doubts(found)
     if problems:
         raise InputError("\n".join([f"{len(problems)} problem(s) in {len(jobs)} file(s):", *problems]))
     if voxels and labels and label_names:
@@ -191,155 +186,92 @@ def side_problems(
     ]
 
 
-def read_nifti(file: str, voxels: bool = True) -> Nifti:
+def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
     """Reads a file to its last byte, once; what is wrong with it is returned and not raised.
 
-    What is refused here is what MONAI's `LoadImaged`, which reads the same files in training, would read otherwise.
-
     Args:
-        file: `.nii.gz` or `.nii`.
+        file: `.nii.gz` or `.nii`, in small or capital letters.
         voxels: with `False` only the header is read.
+        is_label: whether it holds labels, for advice.
+
+    Returns:
+        The affine in mm, whatever the unit in the header; axes of length 1 beyond the third are left out.
     """
-    if problem := _name_problem(file):
-        return Nifti([problem], None)
     try:
-        scan = nib.load(file)
-        if not isinstance(scan, nib.Nifti1Image):
-            raise ImageFileError(f"{type(scan).__name__} is not NIfTI")
+        if problem := _disguise(file):
+            return Nifti([problem], None)
+        scan = open_nifti(file)
         with scan.file_map["image"].get_prepare_fileobj() as stream:
             # unchecked: nibabel turns a spacing of 0 into 1 and a negative one into its absolute value
             pixdim = type(scan.header).from_fileobj(stream, check=False)["pixdim"][1:4].astype(float)
             if voxels and (problem := _memory_problem(scan)):
                 return Nifti([problem], None)
             values = _read_voxels(scan, stream) if voxels else None
-        shape, affine = scan.shape, scan.affine.copy()  # the last line here writes into it
-        doubts = _orientation_doubts(scan)
-        problems = _shape_problems(shape) + _unit_problems(scan) + _qform_problems(scan)
+        header, shape, affine = scan.header.copy(), scan.shape, scan.affine.copy()  # the next line writes into it
         used_affine = correct_nifti_header_if_necessary(scan).affine
     except FileNotFoundError:
         return Nifti(["no such file; correct the path or remove the case"], None)
-    except HeaderDataError as error:
-        return Nifti([f"its header makes no sense ({_reason(error)}); write the true values into it"], None)
     except _UNREADABLE as error:
-        return Nifti([f"cannot be read ({_reason(error)}); copy or download it again"], None)
-    problems += _header_problems(pixdim, affine, used_affine)
-    return Nifti(problems, None if problems else (shape, affine), values, doubts)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Nifti([f"cannot be read ({reason}); copy or download it again"], None)
+    problems = _shape_problems(shape, is_label) + _header_problems(pixdim, affine, used_affine, header)
+    affine[:3] *= _MM[header.get_xyzt_units()[0]]
+    flat = None if problems or values is None else values.reshape(shape[:3])
+    return Nifti(problems, None if problems else (shape[:3], affine), values if problems else flat)
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def open_nifti(file: str) -> nib.Nifti1Image:
+    """Opens a file by its content; nibabel goes by the name, in which it knows small letters or capitals alone."""
+    with ImageOpener(file) as stream:
+        size = stream.read(4)
+    kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+    kind = kinds.get(int.from_bytes(size, "little")) or kinds.get(int.from_bytes(size, "big"))
+    scan = kind.from_file_map({"image": FileHolder(file)}) if kind else None
+    if scan is None:
+        raise ImageFileError("empty file" if not size else "its content is not NIfTI")
+    if not scan.header["magic"].item().startswith(b"n+"):
+        raise ImageFileError("half of a pair of .hdr and .img, which are not read; convert it to .nii.gz")
+    return scan
 
 
-def _name_problem(file: str) -> str:
-    """Why the file's name does not tell what is in it, which keeps all readers from it."""
-    name = os.path.basename(file)
-    if name.lower().endswith((".hdr", ".img")):
-        return f"a pair of .hdr and .img; convert it to {name[:-4]}.nii.gz"
-    if not (suffix := nifti_suffix(name)) or not os.path.isfile(file):
-        return ""
-    stem = name.removesuffix(suffix)
-    if suffix not in (suffix.lower(), suffix.upper()):  # nibabel looks for a file with a suffix in small letters
-        return f"its suffix is of small and capital letters; rename it to {stem}{suffix.lower()}"
+def _disguise(file: str) -> str:
+    """Why a file is not what its name says, if so."""
     with open(file, "rb") as stream:
-        start = stream.read(348)
-    is_gzip, is_nifti = start[:2] == b"\x1f\x8b", start[344:347] in (b"n+1", b"ni1") or start[4:7] == b"n+2"
-    if suffix.lower() == ".nii" and is_gzip:
-        return f"is compressed with gzip; rename it to {stem}.nii.gz"
-    if suffix.lower() == ".nii.gz" and is_nifti:
-        return f"is not compressed; rename it to {stem}.nii"
+        start = stream.read(352)
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS and no scan; get the file itself with git lfs pull"
+    zipped, named = start[:2] == b"\x1f\x8b", file.casefold().endswith(".gz")
+    if zipped and not named:
+        return f"is gzipped, though its name says that it is not; rename it to {os.path.basename(file)}.gz"
+    if start and named and not zipped and start[344:347] in (b"n+1", b"ni1"):
+        return f"is not gzipped, though its name says so; rename it to {os.path.basename(file)[:-3]}"
     return ""
 
 
-def _unit_problems(scan: nib.Nifti1Image) -> list[str]:
-    unit = scan.header.get_xyzt_units()[0]
-    if unit not in ("meter", "micron"):
-        return []
-    factor = {"meter": "multiply spacing and affine by 1000", "micron": "divide spacing and affine by 1000"}[unit]
-    return [f"its unit is {unit} (xyzt_units), and MONAI takes all numbers for mm; {factor} and set the unit to mm"]
-
-
-def _qform_problems(scan: nib.Nifti1Image) -> list[str]:
-    """A line if sform and qform, both valid, have axes in other directions: readers differ in which they take."""
-    sform, qform = _coded_forms(scan)
-    if sform is None or qform is None:
-        return []
-    cosines = (_directions(sform) * _directions(qform)).sum(axis=0)
-    if cosines.min() >= _LEAST_COSINE:
-        return []
-    kind = "mirrored to" if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0 else "turned against"
-    return [
-        f"its qform {_rows(qform)} is {kind} its sform {_rows(sform)}, so that left and right may be swapped; write the "
-        "true one into both"
-    ]
-
-
-def _orientation_doubts(scan: nib.Nifti1Image) -> list[str]:
-    if not scan.header["sform_code"] and not scan.header["qform_code"]:
-        return [
-            "the header does not tell left from right (sform_code and qform_code are 0); the first axis is taken to "
-            "run to the left. Write the true affine into it if that is wrong"
-        ]
-    sform, qform = _coded_forms(scan)
-    if sform is None or qform is None:
-        return []
-    corners = np.array(list(np.ndindex(2, 2, 2))) * scan.shape[:3]
-    moved = np.linalg.norm(
-        nib.affines.apply_affine(sform, corners) - nib.affines.apply_affine(qform, corners), axis=1
-    ).max()
-    if not moved > nib.affines.voxel_sizes(sform).max():
-        return []
-    return ["sform and qform place the scan more than a voxel apart; the sform is taken"]
-
-
-def _coded_forms(scan: nib.Nifti1Image) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Sform and qform, `None` where the header says that they are not set or they could not be used."""
-    forms = scan.get_sform(coded=True)[0], scan.get_qform(coded=True)[0]
-    return forms if all(f is None or not _is_singular(f) for f in forms) else (None, None)
-
-
-def _is_singular(affine: np.ndarray) -> bool:
-    return not np.isfinite(affine).all() or bool(np.linalg.matrix_rank(affine[:3, :3]) < 3)
-
-
-def _directions(affine: np.ndarray) -> np.ndarray:
-    directions: np.ndarray = affine[:3, :3] / nib.affines.voxel_sizes(affine)
-    return directions
-
-
 def _check_image(file: str, voxels: bool, modality: str | None, floor: float) -> Finding:
-    problems, grid, values, doubts = read_nifti(file, voxels)
+    problems, grid, values = read_nifti(file, voxels)
     if values is None:
-        return Finding(Nifti(problems, grid, None, doubts))
+        return Finding(Nifti(problems, grid))
     digest = hashlib.sha1(values.ravel(order="K").data, usedforsecurity=False).digest()
     more = image_problems(values, modality)
     if not more and values.max() <= floor:
         more = [f"no voxel is above {floor:g}, where intensity_range begins; look at the scan's values, or set another"]
-    doubts = [*doubts, *([] if problems or more else image_doubts(values, modality))]
-    return Finding(Nifti(problems + more, grid, None, doubts), digest)
+    return Finding(Nifti(problems + more, grid), digest)
 
 
 def _check_label(
     file: str, voxels: bool, num_classes: int | None, label_names: Sequence[str], pairs: Sequence[tuple[int, int]]
 ) -> Finding:
-    problems, grid, values, doubts = read_nifti(file, voxels)
-    if values is not None and values.ndim == 4 and values.shape[3] > 1:
-        classes = f"shape {values.shape} has a channel a class; save the argmax over the last axis as one volume"
-        return Finding(Nifti([classes, *problems[1:]], grid))
+    problems, grid, values = read_nifti(file, voxels, is_label=True)
     if values is None:
-        return Finding(Nifti(problems, grid, None, doubts))
+        return Finding(Nifti(problems, grid))
     more = _label_problems(file, values, num_classes)
     if problems or more or grid is None:
         return Finding(Nifti(problems + more, grid))
-    values = values.reshape(values.shape[:3])
     coarse, steps = _coarse(values)
     there = set(np.unique(coarse).tolist())  # the whole volume is searched for the few that this missed
     present = frozenset(v for v in range(len(label_names)) if v in there or (values == v).any())
-    return Finding(
-        Nifti([], grid, None, doubts),
-        b"",
-        present,
-        _centres(coarse, steps, grid[1], {v for pair in pairs for v in pair}),
-    )
+    return Finding(Nifti([], grid), b"", present, _centres(coarse, steps, grid[1], {v for pair in pairs for v in pair}))
 
 
 def _coarse(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -372,28 +304,6 @@ def _copies(images: Sequence[str], found: Mapping[tuple[str, bool], Finding]) ->
     return problems
 
 
-def _channel_problems(images: Sequence[Sequence[str]], in_channels: int | None) -> list[str]:
-    wrong = [files for files in images if in_channels is not None and len(files) != in_channels]
-    if not wrong:
-        return []
-    count = len(wrong[0])
-    return [
-        f"{', '.join(wrong[0])}: {count} channel(s), as {len(wrong)} of {len(images)} case(s), and the network takes "
-        f"{in_channels}; pass --network_def#in_channels {count} or remove channels"
-    ]
-
-
-def _warn_of_doubts(found: Mapping[tuple[str, bool], Finding]) -> None:
-    """A warning a kind of doubt and not a file, as all files of a data set often share it."""
-    files: dict[str, list[str]] = {}
-    for (file, _), finding in found.items():
-        for doubt in finding.scan.doubts:
-            files.setdefault(doubt, []).append(file)
-    for doubt, odd in files.items():
-        others = f" and {len(odd) - 1} other file(s)" if len(odd) > 1 else ""
-        logger.warning("%s%s: %s", odd[0], others, doubt)
-
-
 def _warn_of_absent(label_names: Sequence[str], present: Collection[int]) -> None:
     if absent := [f"{value} {name}" for value, name in enumerate(label_names) if value not in present]:
         logger.warning("no label has a voxel of: %s", ", ".join(absent))
@@ -418,18 +328,36 @@ def _read_voxels(scan: nib.Nifti1Image, stream: ImageOpener) -> np.ndarray:
     return values
 
 
-def _shape_problems(shape: tuple[int, ...]) -> list[str]:
+def _shape_problems(shape: tuple[int, ...], is_label: bool) -> list[str]:
     if len(shape) >= 3 and set(shape[3:]) <= {1}:
         return []
+    if is_label and len(shape) == 4:
+        return [
+            f"shape {shape} is not 3D; if its last axis has a volume for each class (one-hot), take the argmax over it "
+            "and save that, one integer a voxel"
+        ]
     return [f"shape {shape} is not 3D; save each volume as a file of its own (channels as NAME_0000, NAME_0001, ...)"]
 
 
-def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.ndarray) -> list[str]:
+def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.ndarray, header: Any) -> list[str]:
     problems = []
+    sform, qform = (int(header[code]) > 0 for code in ("sform_code", "qform_code"))
+    if not sform and not qform:
+        problems.append(
+            "the header has no orientation (sform and qform codes are 0), so that left, right, head and feet are "
+            "unknown; write the true affine into it, or export the scan again"
+        )
+    elif sform and qform and all(map(_regular, affines := (header.get_sform(), header.get_qform()))):
+        ours, theirs = ("".join(nib.aff2axcodes(each)) for each in affines)
+        if ours != theirs:
+            problems.append(
+                f"the header holds two orientations, {ours} in the sform and {theirs} in the qform, of which programs "
+                "use one or the other; write the true one into both"
+            )
     if not (pixdim > 0).all() or not np.isfinite(pixdim).all():
         spacing = tuple(round(value, 4) for value in pixdim.tolist())
         problems.append(f"spacing {spacing} mm in pixdim is not positive; write the true one into the header")
-    if _is_singular(affine):
+    if not _regular(affine):
         problems.append(f"affine {_rows(affine)} is singular or not finite; write the true one into the header")
     if not problems and not _same(affine, used_affine):
         # MONAI's reader then takes the qform, even where its code says that there is none.
@@ -438,6 +366,18 @@ def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.nda
             f"{_rows(used_affine)}; write the true one into both sform and qform"
         )
     return problems
+
+
+def _regular(affine: np.ndarray) -> bool:
+    return bool(np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3)
+
+
+def channel_problem(files: Sequence[str], in_channels: int) -> str:
+    """Returns the line for a case of another number of channels than the network takes."""
+    return (
+        f"{files[0]}: has {len(files)} channel(s), one a file, and the network takes {in_channels}; pass "
+        f"--network_def#in_channels {len(files)}, or leave the other files out"
+    )
 
 
 def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]:
@@ -457,76 +397,84 @@ def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]
     low, high = values.min(), values.max()
     if low == high:
         return [f"all voxels are {low:g}, so it is no scan; export it again or remove the case"]
-    if modality is None:
-        return []
-    if low >= 0 and (count := _count_labels(values)):
-        return [
-            f"looks like a label map: {count} whole numbers from {low:g} to {high:g}; take it out of the images, or "
-            "pass --modality None if it is a scan"
-        ]
     if modality == "MR" and (share := np.count_nonzero(values < -500) / values.size) > 0.1:
         return [
             f"wrong modality: {share:.0%} of voxels are below -500, as in HU; pass --modality CT or remove the case"
         ]
-    return _hounsfield_problems(values) if modality == "CT" else []
-
-
-def image_doubts(values: np.ndarray, modality: str | None = None) -> list[str]:
-    """Returns what is odd about an image without problems, and might yet be right.
-
-    Args:
-        values: see :func:`image_problems`.
-        modality: only `"CT"` is looked at.
-    """
-    if modality != "CT":
-        return []
-    sample = _sample(values)
-    if (dense := _dense_share(sample)) > _SOME_DENSE:
+    if (count := _label_count(values)) and modality is not None:
         return [
-            f"{dense:.0%} of what is above -200 HU is above 600 HU, more than bone takes; look at the scan's values"
+            f"looks like a label map, as it holds {count} whole numbers from {low:g} to {high:g}; remove it from the "
+            "images, or name a folder that holds images alone"
         ]
-    soft = sample[(sample > -50) & (sample < 150)]
-    spread = float(np.subtract(*np.percentile(soft, [75, 25]))) if soft.size else math.inf
-    if spread < _LEAST_SPREAD:
-        return [f"soft tissue differs by {spread:.3g} HU only, as if values were divided; look at the scan's values"]
-    return []
+    if modality == "CT" and np.count_nonzero(values < -50) <= 1e-3 * values.size:
+        return [
+            f"wrong modality: values from {low:g} to {high:g} are not HU, as hardly any is below -50; "
+            "put the rescale intercept right, or pass --modality MR"
+        ]
+    return _scale_problems(values) if modality == "CT" else []
 
 
-def _hounsfield_problems(values: np.ndarray) -> list[str]:
-    """A line if values cannot be HU. Padding may have any value below -1000."""
-    low, high = values.min(), values.max()
-    fix = "put the rescale slope and intercept right, or pass --modality None if they are HU, or --modality MR"
-    found = f"wrong modality: values from {low:g} to {high:g} are not HU, as"
-    if np.count_nonzero(values < -50) <= 1e-3 * values.size:
-        return [f"{found} hardly any is below -50; {fix}"]
-    sample = _sample(values)
-    if low < -500 and np.count_nonzero((sample < -100) & (sample > low)) <= 1e-3 * sample.size:
-        return [f"{found} hardly any but the lowest, as of padding, is below -100; {fix}"]
-    deep, counts = np.unique(sample[(sample < -1100) & (sample > low)], return_counts=True)
-    if (share := counts[counts <= _MOST_DEEP * sample.size].sum() / sample.size) > _MOST_DEEP:
-        return [f"{found} {share:.0%} are below -1100, which is less than air; {fix}"]
-    dense = _dense_share(sample)
-    if dense > _MOST_DENSE and np.count_nonzero(sample > 600) > np.count_nonzero(sample < -200):
-        return [f"{found} {dense:.0%} of what is above -200 is above 600, as only bone is; {fix}"]
-    return []
-
-
-def _dense_share(values: np.ndarray) -> float:
-    """How much of all but air is as dense as bone."""
-    return np.count_nonzero(values > 600) / max(1, np.count_nonzero(values > -200))
-
-
-def _count_labels(values: np.ndarray) -> int:
-    """How many different values there are, or 0 if they are too many or too far apart for labels, or fractions."""
+def _label_count(values: np.ndarray) -> int:
+    """How many labels an image holds that is a label map; 0 if it is none."""
+    if values.min() < 0 or values.max() > _MOST_LABELS:
+        return 0
     found = np.unique(_sample(values))
-    count = len(found)
-    few = count <= 2 or (count <= _FEW_VALUES and found[-1] < 2 * count)
-    return count if few and (found == np.rint(found)).all() else 0
+    return len(found) if (found == np.rint(found)).all() and _is_patchy(values) else 0
+
+
+def _is_patchy(values: np.ndarray) -> bool:
+    """Whether nearly all neighbours are equal, as in label maps and not in scans, which are noisy."""
+    middle = values[values.shape[0] // 2]
+    return bool((middle[1:] == middle[:-1]).mean() > 0.9)
 
 
 def _sample(values: np.ndarray) -> np.ndarray:
-    """Every so many voxels of a volume, one after the other."""
-    return values[tuple(slice(None, None, max(1, size // _SAMPLED)) for size in values.shape)].ravel()
+    """Some voxels, evenly spread in memory."""
+    flat = values.ravel(order="K")
+    return flat[:: max(1, flat.size // _SAMPLE)]
+
+
+def _scale_problems(values: np.ndarray) -> list[str]:
+    """A line for values that are HU but for a factor or an offset.
+
+    Measured on nine real CTs (abdomen, chest, low dose) and on crops of them: of the voxels above -500, so of all but
+    air and lung, at least 62 % lie from -200 to 300, at most 4 % above 500; of CTs in tenths of HU, shifted by 1024 or
+    inverted 40 % and more lie above 500.
+    """
+    sample = _sample(values)
+    low, high = np.percentile(sample, [0.1, 99.9])
+    reason = ""
+    if high - low < 250:
+        reason = f"nearly all lie from {low:g} to {high:g}, closer together than fat, soft tissue and bone"
+    else:
+        dense = sample[sample > -500]
+        bright, usual = float((dense > 500).mean()), float(((dense > -200) & (dense < 300)).mean())
+        inside = np.clip(sample[sample > sample.min()], -4000, 2000)  # without padding, and metal not so far off
+        threshold = otsu_threshold(inside)
+        air, tissue = (float(np.median(part)) for part in (inside[inside <= threshold], inside[inside > threshold]))
+        if bright > 0.38:
+            reason = f"{bright:.0%} of what is not air lies above 500, where only bone and metal are"
+        elif usual < 0.3:
+            reason = f"only {usual:.0%} of what is not air lies from -200 to 300, where fat and soft tissue are"
+        elif tissue > 600 or air < -1500:
+            reason = f"tissue lies at about {tissue:.0f} and air at {air:.0f}, where 0 and -1000 are due"
+    if not reason:
+        return []
+    return [f"values are not HU: {reason}; put the rescale slope and intercept right, or export the scan again"]
+
+
+def otsu_threshold(values: np.ndarray) -> float:
+    """Returns the value that parts two classes best (Otsu, IEEE Transactions on Systems, Man, and Cybernetics 1979).
+
+    Args:
+        values: of any shape, at least two different ones.
+    """
+    counts, edges = np.histogram(values, 256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight, total = np.cumsum(counts), np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (total[-1] * weight / weight[-1] - total) ** 2 / (weight * (weight[-1] - weight))
+    return float(edges[1 + int(np.nanargmax(between[:-1]))])
 
 
 def _shear_problems(scan: Nifti) -> list[str]:

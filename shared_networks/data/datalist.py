@@ -29,7 +29,6 @@ Name = tuple[str, ...]
 
 _SUFFIXES = (".nii.gz", ".nii")
 _OTHER_SUFFIXES = (".mhd", ".mha", ".nrrd", ".hdr", ".img", ".dcm", ".mgz")
-_LISTED = 10  # files in a warning
 _LISTS = {"training": "", "validation": "validation", "test": "test"}
 # A wildcard, and what it matches: `**/` folders, `*` within a name, `?` a character, `[ab]` one of some.
 _WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]]+\]": ""}
@@ -50,10 +49,9 @@ class UnpairedError(InputError):
         self.problems, self.pairs = problems, pairs
 
 
-def nifti_suffix(file: str | Path) -> str:
-    """Returns `.nii.gz` or `.nii`, in the letters, small or capital, that the file's name ends in; else nothing."""
-    name = os.path.basename(file)
-    return next((name[-len(suffix) :] for suffix in _SUFFIXES if name.lower().endswith(suffix)), "")
+def is_nifti(file: str) -> bool:
+    """Return whether a file is NIfTI by its name, in small or capital letters."""
+    return file.casefold().endswith(_SUFFIXES)
 
 
 def case_name(image: str | Sequence[str]) -> str:
@@ -68,6 +66,11 @@ def case_name(image: str | Sequence[str]) -> str:
         `"img0001"` for `"imagesTr/img0001_0000.nii.gz"` and for `"img0001.nii"`.
     """
     return _stem(ensure_tuple(image)[0]).removesuffix("_0000")
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    """Returns the name of a case: its own, where files alone do not tell cases apart, else :func:`case_name`."""
+    return str(case["case"]) if "case" in case else case_name(case["image"])
 
 
 def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> list[Image]:
@@ -87,25 +90,45 @@ def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> lis
     root = _dataset_folder(dataset_dir)
     has_folder = (root / folder).is_dir()
     files = _nifti_files(root / folder if has_folder else root, f"{folder}/NAME_0000.nii.gz")
-    stems = {_stem(file) for file in files}
-    groups: dict[str, list[str]] = {}
-    for file in files:
-        base = re.sub(r"_\d{4}$", "", _stem(file))
-        # Numbers of four digits also end the names of cases; they count channels where there is a channel 0.
-        is_channel = has_folder and f"{base}_0000" in stems
-        groups.setdefault(base if is_channel else case_name(file), []).append(file)
-
+    groups = channel_groups(files, has_folder)
     most = max(map(len, groups.values()))
     problems = []
     for name, group in sorted(groups.items()):
-        channels = [f"{name}_{channel:04d}" for channel in range(len(group))]
-        if len(group) > 1 and [_stem(file) for file in group] != channels:
-            problems.append(f"{', '.join(group)}: one case needs one file a channel, named {', '.join(channels)}")
+        if problem := numbering_problem(name, group):
+            problems.append(f"{', '.join(group)}: {problem}")
         elif len(group) < most:
             problems.append(f"{group[0]}: {len(group)} of {most} channels; add the others or remove the case")
     if problems:
         raise InputError("\n".join(problems))
     return [group[0] if most == 1 else group for _, group in sorted(groups.items())]
+
+
+def channel_groups(files: Sequence[str], numbered: bool) -> dict[str, list[str]]:
+    """Groups files by case.
+
+    Args:
+        files: of one folder.
+        numbered: whether names end with the number of the channel, `_0000` and on, as in nnU-Net's folders.
+
+    Returns:
+        The files of each case by its name, in order of their names.
+    """
+    stems = {_stem(file) for file in files}
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files, key=lambda file: (_stem(file), file)):
+        base = re.sub(r"_\d{4}$", "", _stem(file))
+        # Numbers of four digits also end the names of cases; they count channels where there is a channel 0.
+        is_channel = numbered and f"{base}_0000" in stems
+        groups.setdefault(base if is_channel else case_name(file), []).append(file)
+    return groups
+
+
+def numbering_problem(name: str, files: Sequence[str]) -> str:
+    """Returns what is wrong with the names of a case's files, nothing if they are its channels 0, 1, ..."""
+    channels = [f"{name}_{channel:04d}" for channel in range(len(files))]
+    if len(files) == 1 or [_stem(file) for file in files] == channels:
+        return ""
+    return f"one case needs one file a channel, named {', '.join(channels)}"
 
 
 def find_labels(dataset_dir: str | Path | None, folder: str = "labelsTr") -> list[str]:
@@ -196,7 +219,7 @@ def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name
     files = [file for file in glob.glob(whole, recursive=True) if os.path.isfile(file)]
     if not files:
         raise InputError(f"{setting}: {pattern!r} finds no file in {root}; give a pattern such as 'volume-*.nii.gz'")
-    if others := [file for file in files if not nifti_suffix(file)]:
+    if others := [file for file in files if not is_nifti(file)]:
         raise InputError(
             f"{setting}: {pattern!r} finds {len(others)} file(s) that are no NIfTI, such as {min(others)}; "
             "end the pattern with .nii.gz, and convert the files to .nii.gz first if they are scans"
@@ -285,13 +308,37 @@ def find_cases(
     except UnpairedError as error:
         problems = [*error.problems, *_problems_of(error.pairs, check)]
         raise InputError("\n".join([f"{dataset_dir}: {len(problems)} problem(s):", *problems])) from None
+    return named_apart(cases, dataset_dir)
+
+
+def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[dict[str, Any]]:
+    """Gives cases whose files have one name, as `case_00000/imaging.nii.gz`, the names of their folders.
+
+    Args:
+        cases: dicts with `image`.
+        source: of the cases, for the message.
+
+    Returns:
+        `cases`, with their name as `case` where that of the file is not unique.
+
+    Raises:
+        InputError: folders do not tell them apart either.
+    """
+    if len({case_name(case["image"]) for case in cases}) == len(cases):
+        return cases
+    paths = [Path(ensure_tuple(case["image"])[0]) for case in cases]
+    common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+    folders = ["_".join(Path(os.path.abspath(path.parent)).relative_to(common).parts) for path in paths]
+    whole = ["_".join(filter(None, (folder, _stem(str(path))))) for folder, path in zip(folders, paths, strict=True)]
+    for names in (folders, whole):
+        if all(names) and len({name.casefold() for name in names}) == len(names):
+            return [{**case, "case": name} for case, name in zip(cases, names, strict=True)]
     files_of: dict[str, list[str]] = {}
-    for case in cases:
-        files_of.setdefault(case_name(case["image"]), []).append(ensure_tuple(case["image"])[0])
-    if double := {name: files for name, files in files_of.items() if len(files) > 1}:
-        lines = [f"{', '.join(files)}: all are the case {name}; name each apart" for name, files in double.items()]
-        raise InputError("\n".join([f"{dataset_dir}: {len(lines)} problem(s):", *lines]))
-    return cases
+    for name, path in zip(whole, paths, strict=True):
+        files_of.setdefault(name, []).append(str(path))
+    double = {name: files for name, files in files_of.items() if len(files) > 1}
+    lines = [f"{', '.join(files)}: all are the case {name}; name each apart" for name, files in double.items()]
+    raise InputError("\n".join([f"{source}: {len(lines)} problem(s):", *lines]))
 
 
 def split_cases(
@@ -306,11 +353,12 @@ def split_cases(
         cases: dicts with `image`.
         val_cases: names of the validation cases, such as BTCV's `img0035` to `img0040`. Where none of them occurs
             (it is another data set), they are drawn.
-        val_fraction: the share to draw, of which there is at least one and never all.
+        val_fraction: the share to draw, of which there is at least one and never all; 0 for none.
         seed: of the draw.
 
     Returns:
-        `{"train": cases, "validation": cases}`, each sorted by case name. A single case serves for both.
+        `{"train": cases, "validation": cases}`, each sorted by case name. A single case serves for both, unless
+        `val_fraction` is 0.
 
     Raises:
         InputError: there is no case, `val_cases` leaves none for training, or `val_fraction` is not in [0, 1).
@@ -319,9 +367,9 @@ def split_cases(
         raise InputError("no case to split; look at dataset_dir: it must hold at least one image")
     if not 0 <= val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}; give a share of the cases from 0 to below 1")
-    ordered = sorted(cases, key=lambda case: (case_name(case["image"]), str(case["image"])))
-    names = [case_name(case["image"]) for case in ordered]
-    if len(ordered) == 1:
+    ordered = sorted(cases, key=lambda case: (name_of(case), str(case["image"])))
+    names = [name_of(case) for case in ordered]
+    if len(ordered) == 1 and val_fraction:
         logger.warning("%s is the only case: it trains and validates, so Dice measures memorisation", names[0])
         return {"train": ordered, "validation": list(ordered)}
 
@@ -334,13 +382,16 @@ def split_cases(
         if len(chosen) == len(ordered):
             raise InputError(f"val_cases names all {len(ordered)} cases, so none is left for training; name fewer")
     else:
-        count = min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)
+        count = min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1) if val_fraction else 0
         # RandomState and not default_rng or random: only its stream is promised never to change.
         chosen = set(np.random.RandomState(seed).permutation(len(ordered))[:count].tolist())
         drawn = ", ".join(names[index] for index in sorted(chosen))
         if wanted:
             logger.warning("none of val_cases (%s) is in the data set", ", ".join(wanted))
-        logger.info("validation cases, %d of %d drawn with seed %d: %s", count, len(ordered), seed, drawn)
+        if count:
+            logger.info("validation cases, %d of %d drawn with seed %d: %s", count, len(ordered), seed, drawn)
+        else:
+            logger.warning("val_fraction is 0: no case validates, so the last weights become the model")
     return {
         "train": [case for index, case in enumerate(ordered) if index not in chosen],
         "validation": [case for index, case in enumerate(ordered) if index in chosen],
@@ -364,12 +415,17 @@ def report_cases(
         warning, the validation cases.
 
     Raises:
-        InputError: there is neither a data set nor a test case, or `imagesTs` and `labelsTs` do not pair.
+        InputError: there is neither a data set nor a case to report on, or `imagesTs` and `labelsTs` do not pair.
     """
     if test:
         return test
     if Path(dataset_dir or "").suffix != ".json" and _has_files(_dataset_folder(dataset_dir) / "labelsTs"):
         return pair_cases(find_images(dataset_dir, "imagesTs"), find_labels(dataset_dir, "labelsTs"))
+    if not validation:
+        raise InputError(
+            f"{dataset_dir}: no case to report on: it has no labelsTs, and no case was held out or validates "
+            "(val_fraction is 0); give the test cases as imagesTs and labelsTs"
+        )
     logger.warning(
         "%s has no labels in labelsTs: reporting on the validation cases, which chose the model: the figures are too "
         "good; hold cases out, in training and here, with --fold 0 --num_folds 5 or --test_fraction 0.2",
@@ -461,7 +517,8 @@ def _relative_to(file: str | Path, path: str) -> str:
 
 def _stem(file: str) -> str:
     name = Path(file).name
-    return name.removesuffix(nifti_suffix(file) or ".npy")  # the last is the prepared store's
+    suffixes = (*_SUFFIXES, ".npy")  # the last is the prepared store's
+    return next((name[: -len(suffix)] for suffix in suffixes if name.casefold().endswith(suffix)), name)
 
 
 def _dataset_folder(dataset_dir: str | Path | None) -> Path:
@@ -474,21 +531,19 @@ def _dataset_folder(dataset_dir: str | Path | None) -> Path:
 
 def _nifti_files(directory: Path, layout: str) -> list[str]:
     # Names with a leading dot are what macOS leaves in archives beside each file.
-    found = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
-    names = [name for name in found if nifti_suffix(name)]
-    others = [name for name in found if Path(name).suffix.lower() in _OTHER_SUFFIXES]
+    files = [p for p in directory.iterdir() if not p.name.startswith(".")]
+    names = sorted(p.name for p in files if is_nifti(p.name))
+    others = sorted(p.name for p in files if p.suffix.casefold() in _OTHER_SUFFIXES)
+    if names and others:
+        logger.warning(
+            "%s: %d file(s) passed over, such as %s, as they are no NIfTI; convert them to .nii.gz if they are scans",
+            directory, len(others), others[0],
+        )  # fmt: skip
     if not names:
         suffixes = {Path(name).suffix for name in others}
-        convert = f"; convert its {', '.join(sorted(suffixes))} files to .nii.gz" if suffixes else ""
+        advice = f"; convert its {', '.join(sorted(suffixes))} files to .nii.gz" if suffixes else ""
         raise InputError(
             f"{directory}: no NIfTI file (.nii.gz or .nii); the layouts read are {layout} in the data set "
-            f"and, for images, a flat folder of scans{convert}"
-        )
-    if others:
-        logger.warning(
-            "%s: passed over, as they are not .nii.gz or .nii: %s%s; convert them",
-            directory,
-            ", ".join(others[:_LISTED]),
-            f" and {len(others) - _LISTED} more" if len(others) > _LISTED else "",
+            f"and, for images, a flat folder of scans{advice}"
         )
     return [str(directory / name) for name in sorted(names, key=lambda name: (_stem(name), name))]

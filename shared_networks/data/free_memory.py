@@ -13,6 +13,8 @@ _GROUP_2 = ("memory.max", "memory.current", "inactive_file")
 def free_memory(root: Path = Path("/")) -> int | None:
     """Returns the bytes that this process could still get: of the system, or of its control group where that has less.
 
+    Files that are missing, unreadable or of another form limit nothing; no error is raised.
+
     Args:
         root: of the file system.
 
@@ -26,7 +28,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
 def _left_in_groups(root: Path) -> Iterator[int]:
     """Yields what is left of the limit of each control group that the process is in, however deep."""
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "memory" not in controllers.split(","):
             continue
         top, (limit, taken, files) = root / "sys/fs/cgroup", _GROUP_2
@@ -35,18 +37,30 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         group = top / path.strip("/")
         # In a container the path may be the host's, and the container's own group lies at the top.
         for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and "".join(_lines(folder / limit)).isdigit():  # else "max", or no such file
-                left, used = (int(_lines(folder / name)[0]) for name in (limit, taken))
-                yield max(0, left - used + _numbers(folder / "memory.stat").get(files, 0))
+            if folder.is_relative_to(top) and (most := _number(_lines(folder / limit))) is not None:  # else "max"
+                if (used := _number(_lines(folder / taken))) is None:
+                    yield most  # at least there is no more
+                else:
+                    yield min(most, max(0, most - used + _numbers(folder / "memory.stat").get(files, 0)))
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """The second word of each line by its first."""
-    return {words[0]: int(words[1]) for words in map(str.split, _lines(file))}
+    """The second word of each line by its first, where that is a number."""
+    found = {words[0]: _number(words[1:2]) for words in map(str.split, _lines(file)) if words}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _number(words: list[str]) -> int | None:
+    """The only word, if it is a number of bytes that can be."""
+    try:
+        [word] = words
+        return int(word) if word.strip().isdecimal() else None
+    except ValueError:  # no word or several; more digits than Python converts
+        return None
 
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text().splitlines()
-    except OSError:
+        return file.read_text(errors="replace").splitlines()
+    except (OSError, ValueError):  # no file, no permission; a name that cannot be
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.record import read_record, record_file, trained_labels
+from shared_networks.settings import PATH, call_with_options
 
 _OWN = "--label_names @dataset_labels"
 _LISTED = 3
@@ -252,7 +254,5 @@ def _plain(name: str) -> str:
 
 
 if __name__ == "__main__":
-    import fire
-
     report_in_one_line()
-    fire.Fire(relabel)
+    call_with_options(relabel, {"bundle": PATH, "labels": PATH}, sys.argv[1:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from shared_networks.data.anatomy import (
     ABSENT,
+    LABEL_SETS,
     ORGANS,
     TISSUE_ID,
     TISSUES,
@@ -34,11 +36,22 @@ from shared_networks.data.anatomy import (
     anatomy,
     label_names,
 )
+from shared_networks.errors import report_in_one_line
+from shared_networks.settings import NOT_NEGATIVE, PATH, SEED, call_with_options, choice, number
 
 Box = tuple[slice, ...]
 
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "LPI", "PIR", "ASL")
 FAR = 1e3  # mm; a distance that is not worth computing
+OPTIONS = {
+    "out": PATH,
+    "label_set": choice(*LABEL_SETS),
+    "train": NOT_NEGATIVE,
+    "test": NOT_NEGATIVE,
+    "seed": SEED,
+    "voxel_mm": number("a size from 0.4 to 6 mm", lambda size: 0.4 <= size <= 6),
+}
+"""What the options of the command line take."""
 
 
 def pieces(shape: Shape) -> Array:
@@ -338,8 +351,8 @@ def write_dataset(
         raise FileExistsError(f"{folder} already holds other scans, such as {min(others)}; choose an empty folder")
     for kind in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    for (split, number), paths in tqdm(planned.items(), desc="phantoms", unit="case"):
-        image, label, affine = phantom_case(np.random.default_rng([seed, split, number]), label_set, voxel_mm)
+    for (split, index), paths in tqdm(planned.items(), desc="phantoms", unit="case"):
+        image, label, affine = phantom_case(np.random.default_rng([seed, split, index]), label_set, voxel_mm)
         for path, volume in zip(paths, (image, label), strict=True):
             write_whole(path, gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), 1, mtime=0))
     summary = {
@@ -353,6 +366,5 @@ def write_dataset(
 
 
 if __name__ == "__main__":
-    import fire
-
-    fire.Fire(write_dataset)
+    report_in_one_line()
+    call_with_options(write_dataset, OPTIONS, sys.argv[1:])

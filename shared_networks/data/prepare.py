@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,10 +30,12 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from shared_networks.data.intensity import PERCENTILES
 from shared_networks.data.sources import (
     BadScanError,
     Scan,
     Source,
+    Sources,
     find_excluded,
     find_sources,
     read_grid,
@@ -83,7 +86,6 @@ def prepare(
     modality: str,
     spacing: Sequence[float],
     intensity_range: Sequence[float],
-    percentiles: Sequence[float],
     exclude: str = "",
     num_workers: int = 1,
     max_failed: float = 0.05,
@@ -99,7 +101,6 @@ def prepare(
         modality: `"CT"` or `"MR"`.
         spacing: in mm, as `preprocessing` makes it.
         intensity_range: HU that become 0 and 1 (CT).
-        percentiles: that become 0 and 1 (MR).
         exclude: a file with names of cases to leave out, and to remove if they are in the store.
         num_workers: processes; 0 prepares in this one.
         max_failed: the share of the cases that may fail.
@@ -114,8 +115,9 @@ def prepare(
         raise InputError("prepared_dir is not set; pass --prepared_dir FOLDER, the folder to write the store to")
     if modality not in ("CT", "MR"):
         raise InputError(f"modality is {modality!r}; pass --modality CT or --modality MR")
-    scaling = {"intensity_range": intensity_range} if modality == "CT" else {"percentiles": percentiles}
-    scaling = {name: [float(value) for value in values] for name, values in scaling.items()}
+    scaling: dict[str, Any] = {"intensity_range": [float(value) for value in intensity_range]}
+    if modality == "MR":
+        scaling = {"percentiles": list(PERCENTILES), "foreground": "Otsu"}
     settings = {
         "modality": modality,
         "spacing": [float(size) for size in spacing],
@@ -126,6 +128,7 @@ def prepare(
     }
     names = read_names(exclude) if exclude else []
     sources = find_sources(dataset_dir)
+    _flag_other_channels(sources)
     task = Task(Path(prepared_dir).resolve(), preprocessing, settings, min_size, seed)
     task.prepared_dir.mkdir(parents=True, exist_ok=True)
     with _lock(task.prepared_dir):
@@ -146,12 +149,25 @@ def prepare(
         write_manifest(task.prepared_dir, entries)
         known = {path for case in entries for path in _files(task.prepared_dir, case)}
         _remove_leftovers(task.prepared_dir, "*.npy", known)
-        _report(task.prepared_dir, entries, failed)
+        for path, reason in sources.passed_over.items():
+            logger.warning("%s: passed over: %s", path, reason)
+        _report(task.prepared_dir, entries, failed, len(sources.passed_over))
     if len(failed) > max_failed * len(wanted):
         raise InputError(
             f"{len(failed)} of {len(wanted)} cases failed, more than the share of {max_failed:g} that may "
             f"(max_failed); {task.prepared_dir / 'failed.txt'} lists them, the others are prepared"
         )
+
+
+def _flag_other_channels(sources: Sources) -> None:
+    """Has cases fail whose number of channels is not that of most: a store is of one number."""
+    counts = Counter(1 if source.series else len(source.files) for source in sources if not source.problem)
+    usual = counts.most_common(1)[0][0] if counts else 1
+    for index, source in enumerate(sources):
+        count = 1 if source.series else len(source.files)
+        if not source.problem and count != usual:
+            problem = f"{count} channel(s), where most cases have {usual}; add the others or remove the case"
+            sources[index] = source._replace(problem=problem)
 
 
 def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entry:
@@ -392,7 +408,7 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[str, str]) -> None:
+def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[str, str], passed_over: int) -> None:
     """Prints how much is in the store, what is there twice and what failed, and writes the latter to failed.txt."""
     cases_of: dict[str, list[str]] = {}
     for case, entry in entries.items():
@@ -404,9 +420,12 @@ def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[st
     (prepared_dir / "failed.txt").write_text("".join(f"{line}\n" for line in lines))
     size = sum(volume_bytes(entry["shape"]) for entry in entries.values())
     source = sum(entry["bytes"] for entry in entries.values())
-    print(f"{len(entries)} cases in {prepared_dir}, {_gigabytes(size)} from {_gigabytes(source)} of scans")
     if lines:
         print("\n".join([f"{len(lines)} failed:", *(line.replace("\t", ": ") for line in lines)]))
+    print(
+        f"{len(entries)} cases in {prepared_dir}, {_gigabytes(size)} from {_gigabytes(source)} of scans; "
+        f"{len(failed)} failed, {passed_over} passed over"
+    )
 
 
 @contextmanager

@@ -1,17 +1,18 @@
 """Finding and reading scans of any layout: NIfTI in nnU-Net, flat or nested folders, DICOM series, datalists.
 
-DICOM is read with SimpleITK, which sorts slices by position and rescales each of them; MONAI's own reader sorts by
-instance number and takes the spacing between slices from two of them.
+MONAI's own reader of DICOM sorts by instance number and takes the spacing between slices from two of them, so it is
+read by :mod:`shared_networks.data.dicom`.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import glob
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -22,16 +23,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shared_networks.data.checks import grid_problems, image_problems, read_nifti
-from shared_networks.data.datalist import Image, case_name, find_images, find_matches
+from shared_networks.data.datalist import Image, case_name, channel_groups, find_matches, is_nifti, numbering_problem
+from shared_networks.data.dicom import (
+    FEWEST_SLICES,
+    NO_IMAGES,
+    BadScanError,
+    frame_count,
+    is_dicom,
+    read_header,
+    read_series,
+    series_of_folder,
+)
 from shared_networks.errors import InputError
 
-_NIFTI = (".nii.gz", ".nii")
-_NOT_SCANS = ("label", "seg", "mask")  # beginnings of the names of folders that hold no scans
-_NO_IMAGES = {"SR", "PR", "KO", "SEG", "REG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "DOC"}  # DICOM modalities
-_FEWEST_SLICES = 4  # localisers have up to three
-_GAP_TOLERANCE = 0.05  # of the gap between slices
-_SHEAR_TOLERANCE = 0.05  # of the pixel size, from each slice to the next
-_POSITION, _MODALITY = "0020|0032", "0008|0060"
+OTHER_SCANS = (".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh")
+"""Endings of files that are scans perhaps, but are not read."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +49,25 @@ class Source(NamedTuple):
         case: its id, the path below the data set with the data set's own name before it: `BTCV/imagesTr/img0001`.
         files: its NIfTI files, one a channel, or the files of its DICOM series in any order.
         series: the series' UID, or nothing for NIfTI.
+        problem: why it cannot be read, nothing where it can.
     """
 
     case: str
     files: tuple[str, ...]
     series: str = ""
+    problem: str = ""
+
+
+class Sources(list[Source]):
+    """Scans that were found.
+
+    Attributes:
+        passed_over: by path, why something is no scan.
+    """
+
+    def __init__(self, sources: Iterable[Source] = ()) -> None:
+        super().__init__(sources)
+        self.passed_over: dict[str, str] = {}
 
 
 class Scan(NamedTuple):
@@ -62,22 +82,19 @@ class Scan(NamedTuple):
     affine: NDArray[np.float64]
 
 
-class BadScanError(ValueError):
-    """Why a scan is of no use, in one line."""
-
-
-def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None) -> list[Source]:
+def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None) -> Sources:
     """Finds all scans.
 
     Args:
         dataset_dir: a folder with scans at any depth, or a `.json` file with lists of cases (`training`, `validation`,
             `test`, ...), whose `image` is a path, or a path a channel, relative to the file. Of a folder that has
-            `imagesTr` only that is read. Folders named label*, seg* or mask* are passed over.
+            `imagesTr` only that is read. Folders with `label`, `seg` or `mask` as a word of their name are passed over,
+            and so are results of this package.
         images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else; see
             :func:`shared_networks.data.datalist.pair_patterns`.
 
     Returns:
-        Sorted by case.
+        Sorted by case, with what was passed over. A case whose files are numbered oddly says so when it is read.
 
     Raises:
         InputError: there is no scan; two files are one case; a list cannot be read; or DICOM without SimpleITK.
@@ -85,24 +102,47 @@ def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None)
     if not dataset_dir:
         raise InputError("dataset_dir is not set; pass --dataset_dir FOLDER, the folder that holds the scans")
     root = Path(dataset_dir).resolve()
+    found = Sources()
     if images_glob:
-        found = [_nifti_source(file, root) for file, _ in find_matches(root, "images_glob", images_glob)]
+        found += [_nifti_source(file, root) for file, _ in find_matches(root, "images_glob", images_glob)]
     elif root.is_file():
-        found = _listed(root)
+        found += _of_file(root)
     elif root.is_dir():
-        found = list(tqdm(_in_folder(root, root), "finding scans", unit="case", disable=None))
+        found = _in_folder(root, root)
     else:
         raise InputError(f"{dataset_dir}: no such file or folder; pass --dataset_dir FOLDER, which holds the scans")
     if not found:
+        passed_over = "".join(f"\n{path}: passed over: {reason}" for path, reason in found.passed_over.items())
         raise InputError(
             f"{dataset_dir}: no scan found; read are NIfTI (.nii.gz or .nii), DICOM series and .json lists of cases"
+            f"{passed_over}"
         )
     sources: dict[str, Source] = {}
     for source in found:
         other = sources.setdefault(source.case, source)
         if other is not source and other != source:
             raise InputError(f"{source.files[0]}, {other.files[0]}: both are the case {source.case}; rename one")
-    return [sources[case] for case in sorted(sources)]
+    ordered = Sources(sources[case] for case in sorted(sources))
+    ordered.passed_over = found.passed_over
+    return ordered
+
+
+def _in_folder(folder: Path, root: Path) -> Sources:
+    walk = _Walk(root)
+    with tqdm(desc="finding scans", unit="case", disable=None) as bar:
+        walk.enter(folder, bar)
+    return walk.finish()
+
+
+def _of_file(file: Path) -> list[Source]:
+    """The scans that a file is or lists."""
+    if is_nifti(file.name):
+        return [_nifti_source(str(file), file.parent)]
+    if not _begins_as_dicom(str(file)):
+        return _listed(file)
+    if frame_count(str(file)) < FEWEST_SLICES:
+        raise InputError(f"{file}: one slice of a DICOM series; give the folder of all, --dataset_dir {file.parent}")
+    return [Source(str(PurePosixPath(file.parent.name, file.stem)), (str(file),), "multi-frame")]
 
 
 def file_source(image: Image) -> Source:
@@ -158,7 +198,9 @@ def read_scan(source: Source, modality: str | None) -> Scan:
         BadScanError: the file is damaged, the scan is not 3D or has no sound geometry, or its values are none of that
             modality.
     """
-    scan = _read_series(source, modality) if source.series else _read_files(source.files)
+    if source.problem:
+        raise BadScanError(source.problem)
+    scan = Scan(*read_series(source.files, modality)) if source.series else _read_files(source.files)
     if problems := [problem for channel in scan.image for problem in image_problems(channel, modality)]:
         raise BadScanError("; ".join(problems))
     return scan
@@ -167,30 +209,151 @@ def read_scan(source: Source, modality: str | None) -> Scan:
 def read_grid(source: Source) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
     """Returns shape and spacing in mm from one header, for estimates; `None` where that says nothing."""
     if source.series:
-        header = _header(source.files[0])
-        frames = header.size[2] if len(header.size) == 3 else 1
-        return ((*header.size[:2], len(source.files) * frames), tuple(header.spacing.tolist())) if header.size else None
+        header = read_header(source.files[0])
+        slices = len(source.files) * frame_count(source.files[0])
+        return ((*header.size, slices), tuple(header.spacing.tolist())) if header.size else None
     grid = read_nifti(source.files[0], voxels=False).grid
     return (grid[0][:3], tuple(voxel_sizes(grid[1]).tolist())) if grid else None
 
 
-def _in_folder(folder: Path, root: Path) -> Iterator[Source]:
-    if (folder / "imagesTr").is_dir():
-        folder = folder / "imagesTr"
-    entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
-    files = [e for e in entries if e.is_file()]
-    if any(e.name.endswith(_NIFTI) for e in files):
-        # nnU-Net's channels are told by the folder's name alone
-        top, name = (folder.parent, folder.name) if folder.name.startswith("images") else (folder, "")
-        images: list[Image] = find_images(top, name) if name else find_images(folder, "imagesTr")
-        yield from (_nifti_source(image, root) for image in images)
-    if dicom := {e.path for e in files if not e.name.endswith(_NIFTI) and _is_dicom(e.path)}:
-        yield from _series_in(folder, root, dicom)
-    for entry in entries:
-        if entry.is_dir() and entry.name.casefold().startswith(_NOT_SCANS):
-            logger.warning("%s: passed over, as its name says that it holds no scans", entry.path)
-        elif entry.is_dir():
-            yield from _in_folder(Path(entry.path), root)
+class _Walk:
+    """A walk through a folder that collects scans and what is passed over."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sources = Sources()
+        self.series: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
+        self.visited: set[str] = set()
+
+    def pass_over(self, path: str | Path, reason: str) -> None:
+        """Note what is no scan."""
+        self.sources.passed_over[str(path)] = reason
+
+    def enter(self, folder: Path, bar: Any) -> None:
+        """Collect what is in a folder and in those below."""
+        if (folder / "imagesTr").is_dir():
+            folder = folder / "imagesTr"
+        real = os.path.realpath(folder)
+        if real in self.visited:
+            self.pass_over(folder, "a link to a folder that is read already")
+            return
+        self.visited.add(real)
+        try:
+            entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            self.pass_over(folder, f"cannot be read ({error.strerror})")
+            return
+        files = [e for e in entries if e.is_file()]
+        for entry in entries:
+            if entry.is_symlink() and not os.path.exists(entry.path) and is_nifti(entry.name):
+                self.sources.append(_nifti_source(entry.path, self.root))  # what is wrong with it is said as it is read
+        self.add_nifti(folder, [e.path for e in files if is_nifti(e.name)])
+        others = [e.path for e in files if not is_nifti(e.name)]
+        for file in others:
+            if file.casefold().endswith(OTHER_SCANS):
+                self.pass_over(file, "neither NIfTI nor DICOM; convert it to .nii.gz")
+        self.add_dicom(folder, {file for file in others if _begins_as_dicom(file)})
+        bar.update(len(self.sources) - bar.n)
+        for entry in entries:
+            if entry.is_dir() and names_labels(entry.name):
+                self.pass_over(entry.path, "its name says that it holds labels")
+            elif entry.is_dir():
+                self.enter(Path(entry.path), bar)
+
+    def add_nifti(self, folder: Path, files: list[str]) -> None:
+        """Add NIfTI files, those of a case's channels together, each case by itself."""
+        results = result_files(folder)
+        for file in files:
+            if os.path.basename(file) in results:
+                self.pass_over(file, "a result of an earlier run")
+        scans = [file for file in files if os.path.basename(file) not in results]
+        for name, group in sorted(channel_groups(scans, folder.name.startswith("images")).items()):
+            problem = numbering_problem(name, group)
+            self.sources.append(_nifti_source(group, self.root)._replace(problem=problem))
+
+    def add_dicom(self, folder: Path, files: set[str]) -> None:
+        """Note the DICOM series of a folder."""
+        if not files:
+            return
+        series = series_of_folder(folder)
+        if lost := files.difference(*series.values()):
+            # A damaged file would just be gone from the end of its series; a DICOMDIR lists files and is none.
+            damaged = [file for file in lost if os.path.basename(file).casefold() != "dicomdir"]
+            if damaged:
+                self.pass_over(min(damaged), f"not readable as DICOM, with {len(damaged) - 1} others of its folder")
+        for uid, names in series.items():
+            self.series.setdefault(uid, []).append((folder, names))
+
+    def finish(self) -> Sources:
+        """Add the series, each whole though it lies in several folders, and leave out what is no scan."""
+        found: list[Source] = []
+        for uid, parts in self.series.items():
+            if len(parts) > 1 and not _copies(parts):
+                folder = Path(os.path.commonpath([str(folder) for folder, _ in parts]))
+                parts = [(folder, tuple(file for _, files in parts for file in files))]
+            found += [Source(self.case(folder), files, uid) for folder, files in parts]
+        headers = {source: read_header(source.files[0]) for source in found}
+        reasons = {source: header.no_scan for source, header in headers.items() if header.no_scan}
+        for source in found:
+            if source not in reasons and len(source.files) < FEWEST_SLICES and frame_count(source.files[0]) == 1:
+                reasons[source] = f"{len(source.files)} slice(s), such as a localiser"
+        no_images = {source for source in reasons if not headers[source].size or headers[source].modality in NO_IMAGES}
+        if not self.sources and len(reasons) == len(found):
+            reasons = {source: reasons[source] for source in no_images}  # else nothing would be said of the rest
+        for source, reason in reasons.items():
+            self.pass_over(source.files[0], reason)
+        scans = [source for source in found if source not in reasons]
+        shared = Counter(source.case for source in scans)
+        self.sources += [
+            source if shared[source.case] == 1 else source._replace(case=f"{source.case}/{source.series}")
+            for source in scans
+        ]
+        return self.sources
+
+    def case(self, folder: Path) -> str:
+        """The id of a series that is alone in a folder."""
+        below = folder.relative_to(self.root).parts if folder.is_relative_to(self.root) else (folder.name,)
+        return str(PurePosixPath(self.root.name, *below)) if folder.is_relative_to(self.root) else folder.name
+
+
+def _copies(parts: Sequence[tuple[Path, tuple[str, ...]]]) -> bool:
+    """Whether folders hold the same slices of a series, and not some each."""
+    instances = [{read_header(file).instance for file in files} for _, files in parts]
+    return all(instances[0] == other for other in instances[1:])
+
+
+def _begins_as_dicom(file: str) -> bool:
+    try:
+        return is_dicom(file)
+    except OSError:
+        return False
+
+
+def names_labels(folder: str) -> bool:
+    """Return whether a folder's name says that it holds labels: a word of it is one, and not the start of one."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder)
+    found = {word.casefold() for word in re.split(r"[^a-zA-Z]+", words)}
+    return bool(found & {"label", "labels", "seg", "segs", "segmentation", "segmentations", "mask", "masks"})
+
+
+def result_files(folder: Path) -> set[str]:
+    """Return the names of files in a folder that this package has written, by the records beside them."""
+    found: set[str] = set()
+    for record in folder.glob("*.json"):
+        if record.stem.endswith(("_seg", "_uncertainty")):
+            try:
+                content = json.loads(record.read_text(encoding="utf-8"))
+                if isinstance(content, dict) and "made_with" in content:
+                    found |= {f"{record.stem}.nii.gz", *content.get("files", ())}
+            except (OSError, ValueError):
+                continue
+    for figure in folder.glob("*_reconstruction.png"):
+        name = figure.name.removesuffix("_reconstruction.png")
+        found |= {f"{name}{channel}_{kind}.nii.gz" for channel in ("", "_0000") for kind in ("reconstruction", "mask")}
+    for figure in folder.glob("*_attention.png"):
+        name = figure.name.removesuffix("_attention.png")
+        found |= {file.name for file in folder.glob(f"{glob.escape(name)}_*_tap_*.nii.gz")}
+    return found
 
 
 def _nifti_source(image: Image, root: Path) -> Source:
@@ -224,13 +387,13 @@ def _listed(file: Path) -> list[Source]:
 def _names_image(case: Any) -> bool:
     if isinstance(case, dict):
         return bool(case.get("image"))
-    return isinstance(case, str) and (case.endswith(_NIFTI) or "/" in case)
+    return isinstance(case, str) and (is_nifti(case) or "/" in case)
 
 
 def _bare(name: str) -> str:
     """A file or case name in small letters, without suffix and without the mark of the first channel."""
     name = name.casefold()
-    for suffix in (*_NIFTI, ".npy"):
+    for suffix in (".nii.gz", ".nii", ".npy"):
         name = name.removesuffix(suffix)
     return name.removesuffix("_0000")
 
@@ -243,136 +406,6 @@ def _within(parts: list[str], path: list[str]) -> bool:
     """Whether one path ends the other, or the first lies within the second."""
     ends = range(len(parts), len(path) + 1)
     return parts[-len(path) :] == path or any(path[end - len(parts) : end] == parts for end in ends)
-
-
-def _is_dicom(file: str) -> bool:
-    with open(file, "rb") as stream:
-        start = stream.read(132)
-    # Old files have no preamble; they begin with an element of group 8.
-    return start[128:] == b"DICM" or (
-        start[:2] == b"\x08\x00" and start[2:4] in (b"\x00\x00", b"\x05\x00", b"\x08\x00")
-    )
-
-
-def _simpleitk(path: str | Path) -> Any:
-    if importlib.util.find_spec("SimpleITK") is None:
-        raise InputError(f"{path}: DICOM is read with SimpleITK, which is not installed; pip install SimpleITK")
-    import SimpleITK  # only here: an optional dependency
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
-
-
-def _series_in(folder: Path, root: Path, files: set[str]) -> Iterator[Source]:
-    reader = _simpleitk(folder).ImageSeriesReader
-    case = (
-        str(PurePosixPath(root.name, *folder.relative_to(root).parts)) if folder.is_relative_to(root) else folder.name
-    )
-    uids = reader.GetGDCMSeriesIDs(str(folder))
-    series = {uid: tuple(sorted(reader.GetGDCMSeriesFileNames(str(folder), uid))) for uid in uids}
-    if lost := files.difference(*series.values()):  # a damaged file would just be gone from the end of its series
-        logger.warning("%s: not readable as DICOM, with %d others of its folder", min(lost), len(lost) - 1)
-    series = {uid: names for uid, names in series.items() if _header(names[0]).modality not in _NO_IMAGES}
-    for uid, names in series.items():
-        yield Source(case if len(series) == 1 else f"{case}/{uid}", names, uid)
-
-
-class _Slice(NamedTuple):
-    """Header of one DICOM file, in DICOM's LPS coordinates; `size` is that of the image, `[columns, rows, slices]`."""
-
-    file: str
-    modality: str
-    size: tuple[int, ...]
-    spacing: NDArray[np.float64]
-    origin: NDArray[np.float64]
-    axes: NDArray[np.float64]
-    has_position: bool
-
-
-def _header(file: str) -> _Slice:
-    reader = _simpleitk(file).ImageFileReader()
-    reader.SetFileName(file)
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:  # an RTSTRUCT or a report has no image to inform about
-        return _Slice(file, "DOC", (), np.zeros(3), np.zeros(3), np.eye(3), False)
-    modality = reader.GetMetaData(_MODALITY).strip() if reader.HasMetaDataKey(_MODALITY) else ""
-    return _Slice(
-        file,
-        modality,
-        tuple(reader.GetSize()),
-        np.array(reader.GetSpacing()),
-        np.array(reader.GetOrigin()),
-        np.array(reader.GetDirection()).reshape(3, 3),
-        reader.HasMetaDataKey(_POSITION),
-    )
-
-
-def _slices(source: Source) -> list[_Slice]:
-    """Headers of a series in order of position."""
-    slices = [_header(file) for file in source.files]
-    normal = slices[0].axes[:, 2]
-    return sorted(slices, key=lambda s: float(s.origin @ normal))
-
-
-def _series_grid(slices: Sequence[_Slice]) -> tuple[tuple[int, ...], NDArray[np.float64]]:
-    """Shape and RAS affine of a series, from slices in order of position."""
-    first = slices[0]
-    if len(slices) == 1 and len(first.size) == 3 and first.size[2] >= _FEWEST_SLICES:  # one file of many frames
-        return first.size, _ras(first.axes * first.spacing, first.origin)
-    if len(slices) < _FEWEST_SLICES:
-        raise BadScanError(f"too small: a series of {len(slices)} slice(s), such as a localiser")
-    if not all(s.has_position for s in slices):
-        raise BadScanError("no geometry: slices have no ImagePositionPatient; export the series again")
-    if len(sizes := {s.size[:2] for s in slices}) > 1:
-        raise BadScanError(f"slices of several sizes, {', '.join(map(str, sorted(sizes)))}; split the series")
-    if any(not np.allclose(s.axes, first.axes, atol=1e-3) for s in slices):
-        raise BadScanError("slices of several orientations; split the series")
-    if any(not np.allclose(s.spacing[:2], first.spacing[:2], rtol=1e-3) for s in slices):
-        raise BadScanError("slices of several pixel sizes; split the series")
-    positions = np.array([s.origin for s in slices])
-    gaps = np.diff(positions @ first.axes[:, 2])
-    usual = float(np.median(gaps))
-    if gaps.min() < 0.01:
-        raise BadScanError("two slices at one position: several phases or a copy in one series; split it")
-    if gaps.max() > 1.5 * usual:
-        raise BadScanError(f"slices are missing: a gap of {gaps.max():.4g} mm where others have {usual:.4g} mm")
-    if np.abs(gaps - usual).max() > _GAP_TOLERANCE * usual:
-        raise BadScanError(f"irregular spacing: gaps between slices from {gaps.min():.4g} to {gaps.max():.4g} mm")
-    step = (positions[-1] - positions[0]) / (len(slices) - 1)
-    shear = float(np.linalg.norm(step - (step @ first.axes[:, 2]) * first.axes[:, 2]))
-    if shear > _SHEAR_TOLERANCE * first.spacing[:2].min():
-        raise BadScanError(
-            f"gantry tilt: each slice is shifted by {shear:.3g} mm in its plane, which no affine without shear holds; "
-            "convert it with a tool that corrects tilt"
-        )
-    axes = np.column_stack([first.axes[:, :2] * first.spacing[:2], step])
-    return (*first.size[:2], len(slices)), _ras(axes, first.origin)
-
-
-def _ras(axes: NDArray[np.float64], origin: NDArray[np.float64]) -> NDArray[np.float64]:
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = axes, origin
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
-def _read_series(source: Source, modality: str | None) -> Scan:
-    try:
-        slices = _slices(source)
-    except OSError as error:
-        raise BadScanError(f"cannot be read ({error}); copy it again") from None
-    if modality and (found := slices[0].modality) and found != modality:
-        raise BadScanError(f"wrong modality: DICOM says {found}, not {modality}")
-    _, affine = _series_grid(slices)
-    itk = _simpleitk(source.files[0])
-    try:
-        files = [s.file for s in slices]
-        image = itk.ReadImage(files if len(files) > 1 else files[0], itk.sitkFloat32, "GDCMImageIO")
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise BadScanError(f"cannot be read ({reason}); copy or export it again") from None
-    return Scan(itk.GetArrayFromImage(image).transpose(2, 1, 0)[None], affine)
 
 
 def _read_files(files: Sequence[str]) -> Scan:

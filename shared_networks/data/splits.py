@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared_networks.data.datalist import case_name, split_cases
+from shared_networks.data.datalist import name_of, split_cases
 from shared_networks.errors import InputError
 from shared_networks.record import (
     PARTS,
@@ -71,20 +71,20 @@ def split_dataset(
         raise InputError(f"test_fraction is {test_fraction}; give a share of the cases from 0 to below 1")
     if not cases:
         return {"train": [], "validation": [], "test": []}
-    ordered = sorted(cases, key=lambda case: (case_name(case["image"]), str(case["image"])))
+    ordered = sorted(cases, key=lambda case: (name_of(case), str(case["image"])))
     listed = {part: [case for case in ordered if case.get("part") == part] for part in ("validation", "test")}
     if fold is not None:
         tested = _fold(ordered, fold, num_folds, seed)
         val_cases = ()
     else:
         if listed["validation"]:
-            val_cases = [case_name(case["image"]) for case in listed["validation"]]
+            val_cases = [name_of(case) for case in listed["validation"]]
         tested = listed["test"] or _share(_without(ordered, val_cases), test_fraction, seed)
-    names = {case_name(case["image"]) for case in tested}
+    names = {name_of(case) for case in tested}
     bare: list[Case] = [{key: value for key, value in case.items() if key != "part"} for case in ordered]
-    parts = split_cases([case for case in bare if case_name(case["image"]) not in names], val_cases, val_fraction, seed)
+    parts = split_cases([case for case in bare if name_of(case) not in names], val_cases, val_fraction, seed)
     train = _few(parts["train"], num_train_cases, seed)
-    test = [case for case in bare if case_name(case["image"]) in names]
+    test = [case for case in bare if name_of(case) in names]
     return {"train": train, "validation": parts["validation"], "test": test}
 
 
@@ -240,4 +240,4 @@ def _order(ordered: Sequence[Case], seed: int) -> list[int]:
 
 def _without(ordered: Sequence[Case], names: str | Sequence[str]) -> list[Case]:
     left_out = {names} if isinstance(names, str) else set(names)
-    return [case for case in ordered if case_name(case["image"]) not in left_out]
+    return [case for case in ordered if name_of(case) not in left_out]

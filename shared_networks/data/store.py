@@ -10,15 +10,15 @@ body is stored, padded with zeros to whole blocks; its shape is in the manifest.
 page of 4096 bytes, and so is the header in front of them.
 
 Chosen by measurement, on one core of a cloud server with AVX-512, 233 x 167 x 267 voxels a volume, 96^3 crops, all in
-the page cache; `python -m tests.benchmarks.loader` repeats the first two rows:
+the page cache; `python -m tests.benchmarks.loader` measures the first two rows, and `docs/results/speed.md` has them:
 
-| | crops/s | MB read a crop: 8, 1 a volume | size |
+| | times as fast | MB read a crop: 8, 1 a volume | size |
 |---|---|---|---|
-| this, augmented, 8 or 1 a volume | 1110, 1130 | 1.6, 2.5 | 1 |
-| torch.load of float32 and MONAI, augmented, 8 a volume | 95 | 5.2 | 2 |
-| this, mapped and not read, augmented, 8 or 1 a volume | 1080, 600 | 1.6, 2.5 | 1 |
-| memory map in the order of the voxels, not augmented | 3700 | 2.2, 5.3 | 1 |
-| blosc2, 32^3 zstd or 16^3 LZ4, not augmented | 470 or 940 | | 1/1.8 or 1/1.6 |
+| this, augmented, 8 or 1 a volume | 12, 12 | 1.6, 2.5 | 1 |
+| torch.load of float32 and MONAI, augmented, 8 a volume | 1 | 5.2 | 2 |
+| this, mapped and not read, augmented, 8 or 1 a volume | 11, 6 | 1.6, 2.5 | 1 |
+| memory map in the order of the voxels, not augmented | 39 | 2.2, 5.3 | 1 |
+| blosc2, 32^3 zstd or 16^3 LZ4, not augmented | 5 or 10 | | 1/1.8 or 1/1.6 |
 
 In the order of the voxels a crop drags in the rows beside it, which costs more than it saves as soon as a store is
 larger than the memory; compression costs a dependency, and time once crops are augmented too.
@@ -100,6 +100,9 @@ def read_volume(file: str | Path, shape: Sequence[int]) -> NDArray[np.float32]:
 
     Returns:
         `[C, H, W, D]` in [0, 1].
+
+    Raises:
+        InputError: the file is missing, unreadable or not of this shape.
     """
     with _opened(file, shape) as volume:
         return _box(volume, (0, 0, 0), shape[1:]) * np.float32(1 / LEVELS)
@@ -193,17 +196,21 @@ def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:
 
 
 def is_complete(prepared_dir: str | Path, entry: Mapping[str, Any]) -> bool:
-    """Returns whether the files of an entry are there at their full size."""
+    """Returns whether an entry is whole, and its files are there at their full size."""
     file = volume_file(prepared_dir, entry["id"])
-    sizes = {file: volume_bytes(entry["shape"]), centres_file(file): _PAGE + 12 * entry["centres"]}
     try:
+        sizes = {file: volume_bytes(entry["shape"]), centres_file(file): _PAGE + 12 * entry["centres"]}
         return all(path.stat().st_size == size for path, size in sizes.items())
-    except FileNotFoundError:
+    except (OSError, LookupError, TypeError, ValueError):  # no such file; an entry without shape or centres
         return False
 
 
 def check_prepared(
-    prepared_dir: str | Path, spacing: Sequence[float], intensity_range: Sequence[float] | None = None
+    prepared_dir: str | Path,
+    spacing: Sequence[float],
+    intensity_range: Sequence[float] | None = None,
+    modality: str | None = None,
+    cases: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Checks that a store was prepared as training expects its images.
 
@@ -211,12 +218,19 @@ def check_prepared(
         prepared_dir: the store.
         spacing: voxel size in mm.
         intensity_range: HU that become 0 and 1; not compared for MR, whose scans are scaled by their percentiles.
+        modality: that scans are scaled by.
+        cases: not used; what overlays give to the check of scans that are not prepared.
 
     Raises:
         InputError: a case has other settings.
     """
     for case, entry in manifest_entries(prepared_dir).items():
         settings = entry["settings"]
+        if modality is not None and settings["modality"] != modality:
+            raise InputError(
+                f"{prepared_dir}: {case} was prepared as {settings['modality']}, training has modality {modality}; "
+                f"prepare another store, or train with --modality {settings['modality']}"
+            )
         wanted = {"spacing": spacing, "intensity_range": intensity_range}
         for name in ("spacing", "intensity_range") if settings["modality"] == "CT" else ("spacing",):
             expected = wanted[name]
@@ -233,7 +247,8 @@ class RandReadCropsd(Randomizable, MapTransform):
     It stands for `RandCropByPosNegLabeld`, three `RandFlipd`, `RandRotate90d`, `RandScaleIntensityd` and
     `RandShiftIntensityd` of train.json, with the same distributions. Crops lie inside the volume; a volume that is
     smaller than the crop gets zeros on both sides. All is drawn from `self.R`, so `set_random_state` decides the crops.
-    No file stays open between calls.
+    No file stays open between calls. A file that is missing, unreadable or cut short, even while it is read, raises an
+    `InputError`.
 
     Args:
         keys: of the file in the item of :func:`read_manifest`, `"image"`.
@@ -336,6 +351,7 @@ class ReadCentralCropd(MapTransform):
 class _Volume(NamedTuple):
     """An open file of `[channels, *grid]` blocks."""
 
+    file: str | Path
     descriptor: int
     channels: int
     grid: tuple[int, ...]
@@ -349,18 +365,37 @@ def _grid(shape: Sequence[int]) -> tuple[int, ...]:
 def _opened(file: str | Path, shape: Sequence[int]) -> Iterator[_Volume]:
     try:
         descriptor = os.open(file, os.O_RDONLY)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; prepare again, which makes only what is missing") from None
-    try:
-        if (size := os.fstat(descriptor).st_size) != volume_bytes(shape):
-            raise InputError(f"{file}: {size} bytes are not {volume_bytes(shape)}; prepare again")
-        yield _Volume(descriptor, shape[0], _grid(shape))
-    finally:
-        os.close(descriptor)
+        try:
+            if (size := os.fstat(descriptor).st_size) != volume_bytes(shape):
+                raise InputError(f"{file}: {size} bytes are not {volume_bytes(shape)}; prepare again")
+            yield _Volume(file, descriptor, shape[0], _grid(shape))
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError as error:
+        lost = error.filename or file
+        raise InputError(f"{lost}: no such file; prepare again, which makes only what is missing") from None
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or file}: cannot be read ({error.strerror}); look at disk and permissions, or "
+            "prepare again"
+        ) from None
 
 
 def _read_centres(file: str | Path) -> NDArray[np.int16]:
-    return np.fromfile(centres_file(file), np.int16, offset=_PAGE).reshape(2, -1, 3)
+    try:
+        return np.load(centres_file(file)).reshape(2, -1, 3)
+    except (ValueError, EOFError):  # np.load says so of a file that is cut short
+        raise InputError(f"{centres_file(file)}: is damaged or cut short; remove it and prepare again") from None
+
+
+def _read_on(volume: _Volume, run: NDArray[np.uint16], offset: int, count: int) -> None:
+    """Fills the rest of a run of blocks that begins at an offset, of which the system gave `count` bytes at first."""
+    rest: Any = run.reshape(-1).view(np.uint8)
+    while count < len(rest):
+        if not (more := os.preadv(volume.descriptor, [rest[count:]], offset + count)):
+            end = f"{volume.file}: ends at byte {offset + count}"
+            raise InputError(f"{end}, {len(rest) - count} short: it was cut while it was read; prepare again")
+        count += more
 
 
 def _block_range(start: Sequence[int], size: Sequence[int], grid: Sequence[int]) -> list[tuple[int, int]]:
@@ -393,7 +428,8 @@ def _box(volume: _Volume, start: Sequence[int], size: Sequence[int]) -> NDArray[
     blocks = np.empty((volume.channels, h1 - h0, w1 - w0, d1 - d0, *_BLOCK), "<u2")
     # Read and not mapped: faults of mapped pages take longer, above all at one crop a volume.
     for run, offset in zip(blocks.reshape(-1, d1 - d0, *_BLOCK), _runs(volume, ranges), strict=True):
-        os.preadv(volume.descriptor, [run], offset)
+        if (count := os.preadv(volume.descriptor, [run], offset)) < run.nbytes:
+            _read_on(volume, run, offset, count)
     # 32 voxels as one item of 64 bytes: half the time of copying them one by one.
     runs = blocks.view("V64")[..., 0].transpose(0, 1, 4, 2, 5, 3)
     bh, bw, bd = _BLOCK

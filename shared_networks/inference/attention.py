@@ -17,6 +17,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
+from shared_networks.data.checks import open_nifti
 from shared_networks.data.datalist import Image, case_name, find_labels, pair_cases
 from shared_networks.errors import InputError
 from shared_networks.figures import attention_figure, orthogonal_planes
@@ -97,7 +98,7 @@ def find_queries(
     queries, problems = [], []
     for case in cases:
         file = ensure_tuple(case["image"])[0] if label is None else case["label"]
-        scan: Any = nib.load(file)
+        scan: Any = open_nifti(file)
         query = None if voxel is None else tuple(voxel)
         if query is not None and not all(0 <= n < size for n, size in zip(query, scan.shape[:3], strict=True)):
             problems.append(f"{file}: voxel {list(query)} is outside its {scan.shape[:3]} voxels; indices count from 0")
@@ -250,7 +251,7 @@ class SaveAttentiond(MapTransform):
         keys: key of the maps, a dict of [1, h, w, d].
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
         output_dir: folder of the files, created if need be.
-        window: intensities of the scan shown as black and as white.
+        window: intensities of the scan shown as black and as white; `None` takes percentiles, for MR.
         image_key: key of the window [C, H, W, D] that the network saw, whose file is the scan.
         voxel_key: key of the query's indices (i, j, k) in the scan.
 
@@ -263,7 +264,7 @@ class SaveAttentiond(MapTransform):
         keys: KeysCollection,
         patch_size: Sequence[int] | int,
         output_dir: str | Path,
-        window: tuple[float, float] = (-175.0, 250.0),
+        window: Sequence[float] | None = (-175.0, 250.0),
         image_key: str = "image",
         voxel_key: str = "voxel",
     ) -> None:
@@ -278,19 +279,20 @@ class SaveAttentiond(MapTransform):
         """Write the files of one decollated case."""
         image = data[self.image_key]
         file = source_file(image)
-        scan: Any = nib.load(file)
+        scan: Any = open_nifti(file)
         case, shape, voxel = case_name(file), scan.shape[:3], convert_to_numpy(data[self.voxel_key]).tolist()
+        scan_affine = convert_to_numpy(image.meta["original_affine"])  # in mm, whatever the unit of the file
         affine = token_affine(convert_to_numpy(image.affine), self.patch_size)
 
         maps: dict[str, dict[str, Any]] = {}
         for name, attention in data[self.keys[0]].items():
-            volume = to_scan_grid(convert_to_numpy(attention[0]), affine, scan.affine, shape)
+            volume = to_scan_grid(convert_to_numpy(attention[0]), affine, scan_affine, shape)
             with written_whole(self.output_dir / f"{case}_{name}.nii.gz") as part:
-                nib.save(nib.Nifti1Image(volume, scan.affine), part)
+                nib.save(nib.Nifti1Image(volume, scan_affine), part)
             kind, tap = name.split("_", 1)
-            maps.setdefault(kind, {})[tap.replace("_", " ")] = orthogonal_planes(volume, scan.affine, voxel)[0]
+            maps.setdefault(kind, {})[tap.replace("_", " ")] = orthogonal_planes(volume, scan_affine, voxel)[0]
         figure = attention_figure(
-            orthogonal_planes(np.asanyarray(scan.dataobj).reshape(shape), scan.affine, voxel)[0],
+            orthogonal_planes(np.asanyarray(scan.dataobj).reshape(shape), scan_affine, voxel)[0],
             maps,
             self.window,
             f"{case}   voxel {voxel}",

@@ -5,12 +5,13 @@ What is wrong with a scan costs that scan alone; it is listed at the end.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import importlib
 import json
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,26 +27,38 @@ from scipy import ndimage
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from shared_networks.data.datalist import Image
+from shared_networks.data.checks import channel_problem, open_nifti
+from shared_networks.data.datalist import Image, case_name, is_nifti
 from shared_networks.data.free_memory import free_memory
-from shared_networks.data.sources import BadScanError, Scan, Source, file_source, find_sources, read_grid, read_scan
-from shared_networks.errors import InputError
+from shared_networks.data.sources import (
+    BadScanError,
+    Scan,
+    Source,
+    Sources,
+    file_source,
+    find_sources,
+    read_grid,
+    read_scan,
+)
+from shared_networks.errors import InputError, input_error_in
 from shared_networks.figures import label_colour, overlay_figure
 from shared_networks.inference.sliding_window import SlidingWindowLabels, scan_grid
+from shared_networks.record import file_digest
 from shared_networks.reports import source_file, written_whole
 
 _TORCH_TYPES = ("int8", "uint8", "int16", "int32", "float32")
-_NIFTI = (".nii.gz", ".nii")
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 
 logger = logging.getLogger(__name__)
 
 
-def find_scans(dataset_dir: str | Path | None, images_glob: str | None = None) -> list[Source]:
+def find_scans(dataset_dir: str | Path | None, images_glob: str | None = None) -> Sources:
     """Finds the scans to segment.
 
     Args:
-        dataset_dir: a NIfTI file; an nnU-Net data set, of which `imagesTs` is read, or `imagesTr` where there is none;
-            or a folder with NIfTI files and DICOM series at any depth (see :func:`shared_networks.data.sources`).
+        dataset_dir: a NIfTI file; an nnU-Net data set, of which `imagesTs` is read, or `imagesTr` where there is none
+            or nothing in it; or a folder with NIfTI files and DICOM series at any depth (see
+            :mod:`shared_networks.data.sources`).
         images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else.
 
     Raises:
@@ -54,19 +67,34 @@ def find_scans(dataset_dir: str | Path | None, images_glob: str | None = None) -
     root = Path(dataset_dir or "")
     if images_glob:
         return find_sources(dataset_dir, images_glob)
-    if dataset_dir and root.is_file() and root.name.endswith(_NIFTI):
-        stem = root.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-        return [Source(stem, (str(root.resolve()),))]
-    return find_sources(root / "imagesTs" if (root / "imagesTs").is_dir() else dataset_dir)
+    if dataset_dir and root.is_file() and is_nifti(root.name):
+        return Sources([Source(case_name(root.name), (str(root.resolve()),))])
+    tested = root / "imagesTs"
+    has_tested = bool(dataset_dir) and tested.is_dir() and any(tested.iterdir())
+    return find_sources(tested if has_tested else dataset_dir)
 
 
 def output_names(sources: Sequence[Source]) -> dict[str, str]:
-    """Names for the results by case: the last part of its id, all parts where several cases share that."""
-    last = Counter(source.case.rpartition("/")[2] for source in sources)
+    """Names for the results by case, no two alike, also where small and capital letters are the same.
+
+    A name is the last part of the case's id; all parts where several cases share that, or where the results would be
+    named as another scan; and with a digest of the id where these are the same too.
+    """
+    cases = [source.case for source in sources]
+    forms = [
+        {case: case.rpartition("/")[2] for case in cases},
+        {case: case.replace("/", "_") for case in cases},
+        {case: f"{case.replace('/', '_')}_{hashlib.sha256(case.encode()).hexdigest()[:8]}" for case in cases},
+    ]
+    scans = {case_name(file).casefold() for source in sources for file in source.files}
     names = {}
-    for case in (source.case for source in sources):
-        name = case.rpartition("/")[2]
-        names[case] = name if last[name] == 1 else case.replace("/", "_")
+    for case in cases:
+        for form in forms:
+            name = form[case].casefold()
+            shared = sum(other.casefold() == name for other in form.values()) > 1
+            if not shared and not any(f"{name}_{result}" in scans for result in ("seg", "uncertainty")):
+                break
+        names[case] = form[case]
     return names
 
 
@@ -133,6 +161,7 @@ class Scans(IterableDataset):
         classes: number of labels, background included, for the same.
         skip: whether results of a name and stamp are there already.
         modality: `CT`, whose values must be Hounsfield units, or `MR`; `None` accepts either.
+        in_channels: files that the network takes of each scan.
     """
 
     def __init__(
@@ -143,22 +172,62 @@ class Scans(IterableDataset):
         classes: int,
         skip: Callable[[str, str], bool] | None = None,
         modality: str | None = "CT",
+        in_channels: int | None = None,
     ) -> None:
+        self.passed_over: dict[str, str] = getattr(data, "passed_over", {})
         self.data = [scan if isinstance(scan, Source) else file_source(scan) for scan in data]
         self.transform = transform
         self.spacing = spacing
         self.classes = classes
         self.skip = skip
         self.modality = modality
+        self.in_channels = in_channels
+        self.start()
+
+    def start(self) -> None:
+        """Begin with the first scan again."""
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
         self.done: list[str] = []
+        self.next = 0
+        self.current: Source | None = None
+
+    def run(self, evaluator: Any) -> None:
+        """Have all scans segmented; one that fails, wherever that is, costs itself alone.
+
+        Args:
+            evaluator: MONAI evaluator over a loader of these scans.
+
+        Raises:
+            InputError: results cannot be written.
+        """
+        self.start()
+        while self.next < len(self.data):
+            at = self.next
+            try:
+                evaluator.run()
+                if self.next == at:
+                    evaluator.run()  # ignite's engine first ends the run that failed
+            except Exception as error:
+                if self.current is None or is_unwritable(error):
+                    raise
+                self.failed[self.current.files[0]] = reason_of(error)
+                self.current = None
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # the next scan may fit
+            if self.next == at:
+                raise RuntimeError(f"the evaluator asks for no scan after {at} of {len(self.data)}")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield what is to be segmented, in order, with a progress bar over all cases."""
-        self.failed, self.skipped, self.done = {}, [], []
+        """Yield what is left to be segmented, in order, with a progress bar over all cases."""
+        if self.next >= len(self.data):
+            self.start()
         names = output_names(self.data)
-        for source in tqdm(self.data, "segmenting", unit="case", disable=None):
+        bar = tqdm(self.data, "segmenting", unit="case", disable=None, initial=self.next)
+        while self.next < len(self.data):
+            source = self.data[self.next]
+            self.next += 1
+            bar.update()
             try:
                 stamp = scan_stamp(source)
                 if self.skip is not None and self.skip(names[source.case], stamp):
@@ -175,7 +244,9 @@ class Scans(IterableDataset):
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self.failed[source.files[0]] = f"cannot be prepared ({reason}); export it again or remove the case"
                 continue
+            self.current = source
             yield item
+            self.current = None
             self.done.append(source.case)
 
     def prepare(self, source: Source) -> dict[str, Any]:
@@ -185,6 +256,9 @@ class Scans(IterableDataset):
             BadScanError: it is of no use, or too large for the memory.
             InputError: its axes are not at right angles.
         """
+        channels = 1 if source.series else len(source.files)
+        if not source.problem and self.in_channels not in (None, channels):
+            raise BadScanError(channel_problem(source.files, self.in_channels or 1).partition(": ")[2])
         if (grid := read_grid(source)) is not None and (free := free_memory()) is not None:
             needed = memory_estimate(*grid, self.spacing, self.classes)
             size = " x ".join(map(str, grid[0]))
@@ -199,7 +273,7 @@ class Scans(IterableDataset):
         start = 1 if isinstance(self.transform.transforms[0], LoadImaged) else 0
         item: Any = self.transform({"image": MetaTensor(scan), "scan": scan}, start=start)
         if not min(item["image"].shape) or not (item["image"] > 0).any():
-            raise BadScanError("no voxel is above the floor of the intensity window; is it a CT in HU?")
+            raise BadScanError("no voxel is above the floor of the intensity window; is it a CT in HU, or an MR?")
         scan_grid(item["image"][None])
         return item
 
@@ -209,7 +283,13 @@ class Scans(IterableDataset):
         Raises:
             InputError: a line for each scan that could not be segmented.
         """
-        print(f"{len(self.done)} segmented, {len(self.skipped)} there already, {len(self.failed)} failed", flush=True)
+        for path, reason in self.passed_over.items():
+            logger.warning("%s: passed over: %s", path, reason)
+        print(
+            f"{len(self.done)} segmented, {len(self.skipped)} there already, {len(self.failed)} failed, "
+            f"{len(self.passed_over)} passed over",
+            flush=True,
+        )
         if self.failed:
             lines = [f"{file}: {reason}" for file, reason in self.failed.items()]
             raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not segmented:", *lines]))
@@ -252,24 +332,25 @@ def label_image(labels: np.ndarray, affine: np.ndarray, file: str) -> nib.Nifti1
     """Labels with the geometry of the scan's file: affine, units and the codes of sform and qform.
 
     Args:
-        labels: [X, Y, Z].
+        labels: [X, Y, Z], in the type that is written.
         affine: [4, 4] of the scan.
         file: of the scan; of a DICOM series the affine is all there is.
     """
-    if not file.endswith(_NIFTI):
-        image = nib.Nifti1Image(labels.astype(np.uint8, copy=False), affine)
+    if not is_nifti(file):
+        image = nib.Nifti1Image(labels, affine)
         image.set_sform(affine, 1)
         image.set_qform(affine, 1)
         image.header.set_xyzt_units("mm")
         return image
-    source: Any = nib.load(file)
+    source: Any = open_nifti(file)
     header = source.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(labels.dtype)
+    header.set_data_shape(labels.shape)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
     header["descrip"] = b"labels"
     header.extensions.clear()
-    return nib.Nifti1Image(labels.astype(np.uint8, copy=False), source.affine, header)
+    return nib.Nifti1Image(labels, source.affine, header)
 
 
 def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -291,7 +372,7 @@ class SaveSegmentationd(SaveImaged):
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.
         label_names: names in order of label value, background first.
         output_dir: folder of the results, created if need be.
-        window: Hounsfield units shown as black and as white.
+        window: intensities shown as black and as white; `None` takes percentiles, for MR.
         overlay: whether to draw the figure.
         inferer: with the `organ_probability` of the last scan.
         checkpoints: files of the weights.
@@ -307,7 +388,7 @@ class SaveSegmentationd(SaveImaged):
         *,
         label_names: Sequence[str],
         output_dir: str | Path,
-        window: Sequence[float] = (-175.0, 250.0),
+        window: Sequence[float] | None = (-175.0, 250.0),
         overlay: bool = True,
         inferer: SlidingWindowLabels | None = None,
         checkpoints: Sequence[str | Path] = (),
@@ -316,7 +397,7 @@ class SaveSegmentationd(SaveImaged):
         MapTransform.__init__(self, keys)
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
-        self.window = (float(window[0]), float(window[1]))
+        self.window = window
         self.overlay = overlay
         self.inferer = inferer
         self.checkpoints = [str(file) for file in checkpoints]
@@ -327,38 +408,79 @@ class SaveSegmentationd(SaveImaged):
         name, scan = data["name"], data["scan"]
         labels = convert_to_numpy(data[self.keys[0]][0])
         affine, file = convert_to_numpy(scan.affine), source_file(scan)
-        with written_whole(self.output_dir / f"{name}_seg.nii.gz") as part:
+        written = [f"{name}_seg.nii.gz"]
+        with written_whole(self.output_dir / written[0]) as part:
             nib.save(label_image(labels, affine, file), part)
         if self.inferer is not None and self.inferer.organ is not None and self.inferer.organ_probability is not None:
             organ = self.label_names[self.inferer.organ].replace(" ", "_")
             image = label_image(labels, affine, file)
             image.header.set_data_dtype(np.float32)
             chances = self.inferer.organ_probability.numpy()
-            with written_whole(self.output_dir / f"{name}_{organ}.nii.gz") as part:
+            written.append(f"{name}_{organ}.nii.gz")
+            with written_whole(self.output_dir / written[-1]) as part:
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
         if self.overlay:
-            shown = convert_to_numpy(scan[0])
-            figure = overlay_figure(shown, labels, affine, self.label_names, window=self.window, title=name)
-            with written_whole(self.output_dir / f"{name}_overlay.png") as part:
-                figure.savefig(part, bbox_inches="tight")
-        content = {"scan": file, "labels": label_table(self.label_names), "made_with": self.made_with(data["stamp"])}
+            written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
+        content = {
+            "scan": file,
+            "labels": label_table(self.label_names),
+            "files": written,
+            "overlay": self.overlay,
+            "made_with": self.made_with(data["stamp"]),
+        }
         with written_whole(self.output_dir / f"{name}_seg.json") as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
         return dict(data)
 
+    def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
+        """Write the figure and return its name; a figure that cannot be drawn is said and costs nothing else."""
+        try:
+            figure = overlay_figure(image, labels, affine, self.label_names, window=self.window, title=name)
+            with written_whole(self.output_dir / f"{name}_overlay.png") as part:
+                figure.savefig(part, bbox_inches="tight")
+        except Exception as error:
+            if is_unwritable(error):
+                raise
+            logger.warning("%s: no picture, as it cannot be drawn (%s)", name, reason_of(error))
+            return []
+        return [f"{name}_overlay.png"]
+
     def made_with(self, stamp: str) -> dict[str, Any]:
         """What results depend on: the scan, the weights and the settings."""
-        weights = [f"{file}: changed {os.stat(file).st_mtime_ns}" for file in self.checkpoints]
+        weights = [f"{file}: {file_digest(file)}" for file in self.checkpoints]
         return json.loads(json.dumps({"scan": stamp, "weights": weights, **self.settings}, default=str))
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Whether the results of a name are there and of this scan, these weights and these settings."""
-        files = [self.output_dir / f"{name}_seg.nii.gz", *([self.output_dir / f"{name}_overlay.png"] * self.overlay)]
         try:
             content = json.loads((self.output_dir / f"{name}_seg.json").read_text())
         except (OSError, ValueError):
             return False
-        return content.get("made_with") == self.made_with(stamp) and all(file.is_file() for file in files)
+        if content.get("made_with") != self.made_with(stamp) or (self.overlay and not content.get("overlay")):
+            return False
+        return all((self.output_dir / file).is_file() for file in content["files"])
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a scan failed, in one line; what is unforeseen goes into the log with its traceback."""
+    found = input_error_in(error)
+    if found is not None:
+        return str(found)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "not enough memory for it; close other programs, or crop the scan"
+    if not isinstance(error, OSError | RuntimeError | ValueError):
+        logger.warning("unforeseen error", exc_info=error)
+    return f"failed ({' '.join(f'{type(error).__name__}: {error}'.split())}); export it again or remove the case"
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Return whether an error is that results cannot be written, as none of the scans after it could."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _UNWRITABLE:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def load_engine(file: str | Path, device: torch.device | str, **sizes: Any) -> torch.nn.Module:

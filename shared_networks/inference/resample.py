@@ -274,7 +274,7 @@ class LabelPlanes:
         self.count += 1
 
     def finish(self) -> Tensor:
-        """Return the labels [X, Y, Z], uint8, of the whole scan."""
+        """Return the labels [X, Y, Z] of the whole scan, uint8, or int16 of more than 256 classes."""
         self.add(None)
         return self.on_scan(self.labels)
 
@@ -318,7 +318,9 @@ class LabelPlanes:
         chances[0].clamp_(min=1e-30)  # where there is no class at all, background and not any
         rows, row_span = _part(self.rows, top, bottom, chances.device)
         columns, column_span = _part(self.columns, left, right, chances.device)
-        self.labels[index, row_span, column_span] = _labels(chances, rows, columns).cpu()
+        labels = _labels(chances, rows, columns).cpu()
+        self.labels = self.labels.to(labels.dtype)
+        self.labels[index, row_span, column_span] = labels
         if self.organ_probability is not None:
             organ = resample_plane(chances[self.organ], rows, columns)
             self.organ_probability[index, row_span, column_span] = organ.half().cpu()
@@ -339,7 +341,8 @@ def resample_plane(plane: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 def _labels(chances: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """The largest class of [C, A, B] interpolated at [rows, columns]."""
-    corners = chances.max(dim=0).indices.to(torch.uint8)
+    kind = torch.uint8 if len(chances) <= 256 else torch.int16
+    corners = chances.max(dim=0).indices.to(kind)
     cell = corners[:-1, :-1]
     differ = (cell != corners[1:, :-1]) | (cell != corners[:-1, 1:]) | (cell != corners[1:, 1:])
     labels = cell[rows.lower][:, columns.lower]
@@ -350,5 +353,5 @@ def _labels(chances: Tensor, rows: Axis, columns: Axis) -> Tensor:
     width = chances.shape[2]
     below = torch.lerp(by_voxel[corner], by_voxel[corner + 1], across)
     above = torch.lerp(by_voxel[corner + width], by_voxel[corner + width + 1], across)
-    labels[row, column] = torch.lerp(below, above, along).max(dim=1).indices.to(torch.uint8)
+    labels[row, column] = torch.lerp(below, above, along).max(dim=1).indices.to(kind)
     return labels

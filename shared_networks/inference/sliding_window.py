@@ -104,7 +104,7 @@ class SlidingWindowLabels(Inferer):
             kwargs: further ones of the network.
 
         Returns:
-            [1, 1, X, Y, Z] uint8 with the scan's affine.
+            [1, 1, X, Y, Z] with the scan's affine, uint8, or int16 of more than 256 classes.
 
         Raises:
             InputError: the scan's axes are not at right angles.

@@ -13,6 +13,7 @@ import torch
 from monai.networks.blocks import MLPBlock
 from torch import Tensor, nn
 
+from shared_networks.errors import InputError
 from shared_networks.networks.vit import (
     CrossAttention,
     SelfAttention,
@@ -187,7 +188,10 @@ class HiEndMAE(nn.Module):
             trainable_positions=False,
             checkpointing=checkpointing,
         )
-        self.num_visible(math.prod(self.vit.grid))
+        try:
+            self.num_visible(math.prod(self.vit.grid))
+        except ValueError as error:  # TorchScript compiles `num_visible`, and knows no other class
+            raise InputError(str(error)) from None
         self.decoder = HierarchicalDecoder(
             encoder_size=hidden_size,
             hidden_size=decoder_hidden_size,

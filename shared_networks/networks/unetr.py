@@ -7,7 +7,7 @@ fine-tunes it: the token grid is doubled three times, and a trilinear resize clo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
+from shared_networks.errors import InputError
 from shared_networks.networks.vit import ViTEncoder, change_class, linear, on_cpu_for_inference
 
 
@@ -24,28 +25,39 @@ def tokens_to_volume(tokens: Tensor, grid: list[int]) -> Tensor:
 
 
 class Convolution(nn.Conv3d):
-    """nn.Conv3d, in inference on CPU with the channels of a voxel side by side ("channels last").
+    """nn.Conv3d of any arguments, in inference on CPU with the channels of a voxel side by side ("channels last").
 
     oneDNN convolves in this order without copies, at 96^3 in little more than half the time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and on_cpu_for_inference(x):
-            if self.kernel_size == (1, 1, 1):  # PyTorch's own way is slow for one image
+        if not torch.jit.is_scripting() and x.dim() == 5 and on_cpu_for_inference(x):
+            each_voxel = self.kernel_size == self.stride == (1, 1, 1) and self.groups == 1
+            if each_voxel and self.padding in ((0, 0, 0), "same", "valid"):  # PyTorch's own way is slow for one image
                 return linear(x.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
             x = x.contiguous(memory_format=torch.channels_last_3d)
         return self._conv_forward(x, self.weight, self.bias)
 
 
 class InstanceNorm(nn.InstanceNorm3d):
-    """nn.InstanceNorm3d in the order of :class:`Convolution`; no affine parameters, no running statistics."""
+    """nn.InstanceNorm3d in the order of :class:`Convolution`, unless it has parameters or running statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or not on_cpu_for_inference(x):
-            return F.instance_norm(x, eps=self.eps)
+        if x.dim() == 4:
+            return self.normalise(x.unsqueeze(0)).squeeze(0)
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Normalise a batch [B, C, H, W, D]."""
+        if torch.jit.is_scripting() or self.affine or self.track_running_stats or not on_cpu_for_inference(x):
+            by_input = self.training or not self.track_running_stats
+            momentum = 0.0 if self.momentum is None else self.momentum
+            return F.instance_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, by_input, momentum, self.eps
+            )
         x = x.contiguous(memory_format=torch.channels_last_3d)
         if x.dtype != torch.float32:
-            return F.group_norm(x, self.num_features, eps=self.eps)
+            return F.group_norm(x, x.shape[1], eps=self.eps)
         # In this order PyTorch's own norms are wrong by 5e-4 at 96^3: they add up a million voxels one by one.
         x = x - x.mean((2, 3, 4), keepdim=True)
         variance = x.square().mean((2, 3, 4), keepdim=True)
@@ -108,7 +120,7 @@ class HiEndUNETR(nn.Module):
     ) -> None:
         super().__init__()
         if len(tap_layers) != 3:
-            raise ValueError(f"tap layers {list(tap_layers)} must be three, one for each skip of the UNETR.")
+            raise InputError(f"tap layers {list(tap_layers)} must be three, one for each skip of the UNETR.")
         self.vit = ViTEncoder(
             in_channels=in_channels,
             img_size=img_size,
@@ -138,10 +150,6 @@ class HiEndUNETR(nn.Module):
         if norm_name == "instance":
             change_class(self, nn.InstanceNorm3d, InstanceNorm)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load all weights or none: MONAI Label does not ask to be strict, and would segment with half a network."""
-        return super().load_state_dict(state_dict, strict=True, assign=assign)
-
     def forward(self, image: Tensor) -> Tensor:
         """Segment an image.
 
@@ -162,3 +170,27 @@ class HiEndUNETR(nn.Module):
         x = self.decoder3(x, self.encoder2(tokens_to_volume(taps[0], grid)))
         x = self.decoder2(x, self.encoder1(image))
         return self.out(x).contiguous()
+
+
+def strict_segmenter(**network: Any) -> HiEndUNETR:
+    """Make a segmenter that loads all weights or none, for programs that do not ask to be strict.
+
+    MONAI Label loads with `strict=False`, and would segment with half a network without a word.
+
+    Args:
+        network: arguments of :class:`HiEndUNETR`.
+    """
+    segmenter = HiEndUNETR(**network)
+    segmenter.register_load_state_dict_post_hook(refuse_parts)
+    return segmenter
+
+
+def refuse_parts(network: nn.Module, keys: Any) -> None:
+    """Raise if a state_dict did not have exactly the network's names: a hook of `load_state_dict`.
+
+    Raises:
+        RuntimeError: as `load_state_dict` itself if strict.
+    """
+    problems = {"Missing key(s)": keys.missing_keys, "Unexpected key(s)": keys.unexpected_keys}
+    if found := [f"{what} in state_dict: {', '.join(names)}." for what, names in problems.items() if names]:
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(network).__name__}: {' '.join(found)}")

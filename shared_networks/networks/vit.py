@@ -13,6 +13,8 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shared_networks.errors import InputError
+
 
 def grid_size(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
     """Number of patches along each axis.
@@ -28,7 +30,7 @@ def grid_size(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, 
         ValueError: if a size is not a positive multiple of its patch size.
     """
     if any(n < 1 or n % p for n, p in zip(img_size, patch_size, strict=True)):
-        raise ValueError(
+        raise InputError(
             f"image size {tuple(img_size)} is not divisible by patch size {tuple(patch_size)}: "
             "crop or pad the image to a multiple of the patch."
         )
@@ -77,7 +79,9 @@ def sincos_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
         ValueError: if E is not a multiple of 6.
     """
     if hidden_size % 6:
-        raise ValueError(f"hidden size {hidden_size} is not divisible by 6, as 3D sine-cosine positions need.")
+        raise InputError(
+            f"hidden size {hidden_size} is not divisible by 6, as sine-cosine positions in 3D need; give a multiple."
+        )
     width = hidden_size // 6
     frequencies = 10000.0 ** (-torch.arange(width, dtype=torch.float64) / width)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
@@ -187,7 +191,7 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"hidden size {hidden_size} is not divisible by {num_heads} heads.")
+            raise InputError(f"hidden size {hidden_size} is not divisible by {num_heads} heads; change one of them.")
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
@@ -210,7 +214,7 @@ class CrossAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"hidden size {hidden_size} is not divisible by {num_heads} heads.")
+            raise InputError(f"hidden size {hidden_size} is not divisible by {num_heads} heads; change one of them.")
         self.num_heads = num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
@@ -347,7 +351,7 @@ class ViTEncoder(nn.Module):
         super().__init__()
         taps = list(tap_layers)
         if taps != sorted(set(taps)) or not set(taps) <= set(range(num_layers)):
-            raise ValueError(f"tap layers {taps} must be ascending block indices from 0 to {num_layers - 1}.")
+            raise InputError(f"tap layers {taps} must be ascending block indices from 0 to {num_layers - 1}.")
         self.in_channels = in_channels
         self.patch_size: list[int] = list(ensure_tuple_rep(patch_size, 3))
         self.grid: list[int] = list(grid_size(ensure_tuple_rep(img_size, 3), self.patch_size))

@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shared_networks.errors import InputError, command_line_options, report_in_one_line, unknown_options
+from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.networks import vit
+from shared_networks.settings import FILES, Given, command_line_options, positional_words, read_settings
 
 GIB = 2**30
 CARDS = (8, 16, 24, 80)
@@ -240,24 +241,30 @@ def main(arguments: Sequence[str]) -> None:
         arguments: words of the command line: `--config_file` (default configs/train.json), then overrides.
 
     Raises:
-        InputError: if an option names nothing in the config, or the config is not one of pre-training.
+        InputError: if an option names nothing in the config or cannot have its value, or the config is not one of
+            pre-training.
     """
     from fire.parser import DefaultParseValue  # as monai.bundle reads its options
 
     words = ["--config_file", "configs/train.json", *arguments]
-    options = {key: DefaultParseValue(value) for key, value in command_line_options(words).items()}
-    files = options.pop("config_file")
+    options = command_line_options(words)
+    passed: dict[str, Any] = {
+        key: DefaultParseValue(value) if isinstance(value, str) else value for key, value in options.items()
+    }
+    del passed["config_file"]
+    files = options["config_file"]
     try:
-        config = ConfigParser(ConfigParser.load_config_files(files))
-    except OSError as error:
-        fix = "run from a bundle's folder or give --config_file"
-        raise InputError(f"{files}: {error.strerror or error}; {fix}") from error
+        config = ConfigParser(ConfigParser.load_config_files(FILES.read(files)))
+    except (OSError, ValueError) as error:
+        fix = "run from a bundle's folder or give --config_file FILE"
+        raise InputError(f"{files}: {getattr(error, 'strerror', None) or error or 'no file'}; {fix}") from error
     needed = {"network_def", "loss", "img_size", *CROPS}
     if "labels" in config or needed - set(config.get()):
         raise InputError(f"{files} is no pre-training config: it must have {', '.join(sorted(needed))}, and no labels")
-    if unknown := unknown_options(options, config.get()):
-        raise InputError("\n".join(unknown))
-    config.update(options)
+    if stray := positional_words(words):
+        raise InputError(f"{stray[0]}: is no option and no value; give --name value")
+    given = [Given(name, options[name], value) for name, value in passed.items()]
+    config.update(read_settings(config, given, files=str(files)))
     print(advice(config))
 
 

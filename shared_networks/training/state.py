@@ -396,6 +396,9 @@ class TrainingState:
                 epochs_done + 1,
             )
         self.lr_scheduler.last_epoch = schedule
+        # The state's rates are its own schedule's: at the end of a run 0, with which more epochs would begin.
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_lr(), strict=True):
+            group["lr"] = rate
         self.trainer.load_state_dict({"iteration": iteration, "epoch_length": length, "max_epochs": max_epochs})
         sampler, batch = self.trainer.data_loader.sampler, self.trainer.data_loader.batch_size
         if isinstance(sampler, DrawSampler):

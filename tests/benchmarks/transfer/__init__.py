@@ -10,7 +10,8 @@ run again, and an interrupted training goes on; other settings in the same folde
 All scans of `imagesTr` are pre-trained on, without their labels. 1, 4 or 16 of them train the segmenter with labels;
 which, each seed draws anew, fewer among more. All scans of `imagesTs` test it, on their own grids, after the last step:
 no case chooses a model. Arms have the same encoder, crops and steps, and the two pre-trainings decoders of about as
-many weights. A pre-training is made once, so seeds are those of fine-tuning.
+many weights. A pre-training is made once, so seeds are those of fine-tuning, and no interval holds the chance of a
+pre-training. Seeds share the test cases: intervals draw both, and there are no tests of significance.
 
 In the folder are then `transfer.md` with the tables, `transfer.csv` with a row a case and organ, and `transfer.png`.
 `--size cpu` took 75 minutes on two cores for two data sets, ablations half an hour more (its bfloat16 wants a

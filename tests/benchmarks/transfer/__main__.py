@@ -177,14 +177,18 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     write_csv(out / "transfer.csv", results.raw_rows(reports))
-    results.figure(reports, size["arms"]).savefig(out / "transfer.png")
+    dice = results.read_dice(out / "transfer.csv")
+    results.figure(dice, size["arms"]).savefig(out / "transfer.png")
     told = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
     sections = [
         f"Size {args.size}, {jobs} runs at a time, {(time.monotonic() - start) / 60:.0f} minutes this time. {told}.",
         results.time_table(records),
         *(
             results.data_section(
-                name, {c: r for c, r in reports.items() if c.data == name}, pretrainings[name], size["arms"]
+                name,
+                {cell: read for cell, read in dice.items() if cell.data == name},
+                {variant: results.masked_errors(folder) for variant, folder in pretrainings[name].items()},
+                size["arms"],
             )
             for name in data
         ),

@@ -1,4 +1,4 @@
-"""From the reports of all evaluations to raw numbers, intervals, tests, tables and a figure."""
+"""From the reports of all evaluations to raw numbers, and from these to intervals, tables and a figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy.stats import wilcoxon
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared_networks.figures import TEXT_COLOUR, label_colour
@@ -30,12 +29,11 @@ class Cell(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Paired difference of Dice, of one cell less another."""
+    """Difference of Dice, of one cell less another, paired by seed and case."""
 
     cells: tuple[Cell, Cell]
     mean: float
     interval: tuple[float, float]
-    p: float
 
 
 def read_report(file: Path) -> dict[tuple[str, str], float]:
@@ -58,22 +56,29 @@ def raw_rows(reports: Mapping[Cell, Mapping[int, Path]]) -> list[list[Any]]:
     return rows
 
 
-def organ_dice(reports: Mapping[int, Path]) -> tuple[list[str], Array]:
-    """Organs, and Dice `[seeds, cases, organs]`, of a cell.
+def read_dice(file: Path) -> dict[Cell, tuple[list[str], Array]]:
+    """Organs, and Dice `[seeds, cases, organs]`, by cell, from a file of :func:`raw_rows`.
 
-    Args:
-        reports: folder of an evaluation by seed, all of the same cases.
+    Every seed of a cell has the same cases; Dice is NaN where an organ is in neither truth nor prediction.
     """
-    read = [read_report(folder / "metrics.csv") for folder in reports.values()]
-    cases, organs = (list(dict.fromkeys(keys)) for keys in zip(*read[0], strict=True))
-    return organs, np.array([[[dice[case, organ] for organ in organs] for case in cases] for dice in read])
+    found: dict[Cell, dict[tuple[str, str, str], float]] = {}
+    with file.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            cell = Cell(row["data"], row["variant"], int(row["labelled cases"]))
+            found.setdefault(cell, {})[row["seed"], row["case"], row["organ"]] = float(row["dice"] or "nan")
+    read = {}
+    for cell, dice in found.items():
+        seeds, cases, organs = (list(dict.fromkeys(keys)) for keys in zip(*dice, strict=True))
+        read[cell] = organs, np.array([[[dice[s, c, o] for o in organs] for c in cases] for s in seeds])
+    return read
 
 
 def interval(scores: Array) -> tuple[float, float]:
     """95 % bootstrap percentile interval of the mean of scores `[seeds, cases]`.
 
     Seeds and cases are drawn with replacement, each by themselves: all seeds are scored on the same cases, so what is
-    hard for one is hard for all. From three seeds the interval is too narrow.
+    hard for one is hard for all, and a score is no independent observation. From three seeds the interval is too
+    narrow, and it holds nothing of the chance of a pre-training, which is made once.
     """
     rng = np.random.default_rng(0)
     seeds, cases = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in scores.shape)
@@ -83,7 +88,7 @@ def interval(scores: Array) -> tuple[float, float]:
 
 
 def compare(first: Cell, second: Cell, scores: Mapping[Cell, Array]) -> Comparison:
-    """First less second, and Wilcoxon's signed-rank test on pairs of one seed and case.
+    """First less second, by seed and case.
 
     Args:
         first: a cell.
@@ -91,17 +96,7 @@ def compare(first: Cell, second: Cell, scores: Mapping[Cell, Array]) -> Comparis
         scores: `[seeds, cases]` by cell.
     """
     differences = scores[first] - scores[second]
-    p = wilcoxon(differences.ravel(), zero_method="zsplit").pvalue
-    return Comparison((first, second), float(differences.mean()), interval(differences), float(p))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number. Source: Holm, Scandinavian Journal of Statistics 6, 1979."""
-    order = np.argsort(p_values)
-    steps = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty(len(p_values))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
-    return [float(p) for p in corrected]
+    return Comparison((first, second), float(differences.mean()), interval(differences))
 
 
 def masked_errors(folder: Path) -> tuple[float, float]:
@@ -123,41 +118,32 @@ def shown(mean: float, ends: tuple[float, float], sign: str = "") -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Differences and their p-values, corrected for the number of rows."""
-    corrected = holm([c.p for c in comparisons])
+    """Differences with their intervals."""
     rows = [
-        [
-            first.labels,
-            f"{first.variant} less {second.variant}",
-            shown(mean, ends, "+"),
-            f"{p:.2g}",
-            f"{corrected_p:.2g}",
-        ]
-        for ((first, second), mean, ends, p), corrected_p in zip(comparisons, corrected, strict=True)
+        [first.labels, f"{first.variant} less {second.variant}", shown(mean, ends, "+")]
+        for (first, second), mean, ends in comparisons
     ]
-    return table(["labelled cases", "compared", "difference of mean Dice", "p", "p by Holm"], rows)
+    return table(["labelled cases", "compared", "difference of mean Dice"], rows)
 
 
 def data_section(
     data: str,
-    reports: Mapping[Cell, Mapping[int, Path]],
-    pretrainings: Mapping[str, Path],
+    read: Mapping[Cell, tuple[list[str], Array]],
+    errors: Mapping[str, tuple[float, float]],
     arms: Sequence[str],
 ) -> str:
     """What is to be said of a data set.
 
     Args:
         data: its name.
-        reports: folder of an evaluation by cell of this data set and seed.
-        pretrainings: folder by variant.
+        read: organs and Dice by cell of this data set, see :func:`read_dice`.
+        errors: of the pre-trainings by variant, see :func:`masked_errors`.
         arms: the variants that were fine-tuned on every number of cases; the last is what others are held against.
     """
-    read = {cell: organ_dice(folders) for cell, folders in reports.items()}
     scores = {cell: np.nanmean(dice, axis=2) for cell, (_, dice) in read.items()}
-    labels = sorted({cell.labels for cell in reports})
+    labels = sorted({cell.labels for cell in read})
     cells = {count: [Cell(data, arm, count) for arm in arms] for count in labels}
     means = {cell: shown(float(s.mean()), interval(s)) for cell, s in scores.items()}
-    errors = {variant: masked_errors(folder) for variant, folder in pretrainings.items()}
     organs = next(iter(read.values()))[0]
     columns = [cell for row in cells.values() for cell in row]
     dice = np.array([read[cell][1] for cell in columns])
@@ -166,9 +152,10 @@ def data_section(
     seeds, cases = next(iter(scores.values())).shape
     parts = [
         f"## {data}",
-        f"Mean Dice over {seeds} seeds and {cases} test cases (95 % bootstrap interval over both):",
+        f"Mean Dice over {seeds} seeds and the same {cases} test cases for each, from one pre-training an arm (95 % "
+        "bootstrap interval: seeds and cases are drawn, each by themselves; the pre-training is not):",
         table(["labelled cases", *arms], [[count, *(means[cell] for cell in row)] for count, row in cells.items()]),
-        "Paired differences, with Wilcoxon's signed-rank test over pairs of seed and case:",
+        "Differences, paired by seed and case (interval of the same kind):",
         comparison_table([compare(b, a, scores) for row in cells.values() for a, b in combinations(row, 2)]),
         "Mean Dice by organ:",
         table(
@@ -184,7 +171,7 @@ def data_section(
             [[variant, *(f"{error:.3f}" for error in pair)] for variant, pair in errors.items()],
         ),
     ]
-    ablated = [cell for cell in reports if cell.variant not in arms]
+    ablated = [cell for cell in read if cell.variant not in arms]
     if ablated:
         base = Cell(data, arms[-1], ablated[0].labels)
         parts += [
@@ -206,16 +193,16 @@ def time_table(records: Sequence[Mapping[str, Any]]) -> str:
     return table(["part", "runs", "processor minutes", "minutes, added up", "slowest run, s"], rows)
 
 
-def figure(reports: Mapping[Cell, Mapping[int, Path]], arms: Sequence[str]) -> Figure:
+def figure(read: Mapping[Cell, tuple[list[str], Array]], arms: Sequence[str]) -> Figure:
     """Draw mean Dice against the number of labelled cases: a panel for each data set, a line for each arm."""
-    data = list(dict.fromkeys(cell.data for cell in reports))
-    labels = sorted({cell.labels for cell in reports})
+    data = list(dict.fromkeys(cell.data for cell in read))
+    labels = sorted({cell.labels for cell in read})
     drawing = Figure(figsize=(0.6 + 3.6 * len(data), 3.6), dpi=160, layout="constrained")
     FigureCanvasAgg(drawing)
     panels = drawing.subplots(1, len(data), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, data, strict=True):
         for number, arm in enumerate(arms):
-            scores = [np.nanmean(organ_dice(reports[Cell(name, arm, count)])[1], axis=2) for count in labels]
+            scores = [np.nanmean(read[Cell(name, arm, count)][1], axis=2) for count in labels]
             means = np.array([s.mean() for s in scores])
             errors = np.abs(np.array([interval(s) for s in scores]).T - means)
             places = np.arange(len(labels)) + 0.06 * (number - (len(arms) - 1) / 2)
@@ -230,6 +217,6 @@ def figure(reports: Mapping[Cell, Mapping[int, Path]], arms: Sequence[str]) -> F
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("mean Dice", fontsize=8)
     panels[0].legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
-    caption = "dots: mean over seeds and test cases; bars: 95 % bootstrap interval over both"
+    caption = "one pre-training an arm; dots: mean over seeds and test cases; bars: 95 % bootstrap interval over both"
     drawing.supxlabel(caption, fontsize=7, color=TEXT_COLOUR)
     return drawing
