@@ -245,7 +245,7 @@ def _disguise(file: str) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS and no scan; get the file itself with git lfs pull"
     zipped, named = start[:2] == b"\x1f\x8b", file.casefold().endswith(".gz")
-    if zipped and not named:
+    if zipped and file.casefold().endswith(".nii"):
         return f"is gzipped, though its name says that it is not; rename it to {os.path.basename(file)}.gz"
     if start and named and not zipped and start[344:347] in (b"n+1", b"ni1"):
         return f"is not gzipped, though its name says so; rename it to {os.path.basename(file)[:-3]}"
