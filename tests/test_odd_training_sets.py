@@ -117,7 +117,7 @@ READ: dict[str, tuple[str, Callable[[str], object]]] = {
     "a unit that is none": ("a.nii.gz", patched(xyzt_units=6)),
     "a fourth axis": ("a.nii.gz", lambda file: odd.save(file, odd.voxels()[..., None])),
     "a fourth and a fifth axis": ("a.nii.gz", lambda file: odd.save(file, odd.voxels()[..., None, None])),
-    "64-bit integers": ("a.nii.gz", lambda file: odd.save(file, odd.voxels().astype(np.float64))),
+    "64-bit floats": ("a.nii.gz", lambda file: odd.save(file, odd.voxels().astype(np.float64))),
     "big-endian": ("a.nii", big_endian),
     "an intercept": ("a.nii", stored_shifted),
     "slope and intercept NaN": ("a.nii.gz", patched(scl_slope=np.nan, scl_inter=np.nan)),
