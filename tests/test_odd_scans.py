@@ -44,9 +44,7 @@ def reason(folder: Path) -> str:
 # DICOM
 
 
-@pytest.mark.parametrize(
-    "frames", [[*range(16)], [*range(15, -1, -1)], [5, 3, 9, *range(10, 16), 0, 1, 2, 4, 6, 7, 8]]
-)
+@pytest.mark.parametrize("frames", [[*range(16)], [*range(15, -1, -1)], [5, 3, 9, *range(10, 16), 0, 1, 2, 4, 6, 7, 8]])
 def test_a_multi_frame_ct_is_read_frame_by_frame(frames: list[int], tmp_path: Path) -> None:
     """In whatever order frames are stored, each with its own slope."""
     write_enhanced(tmp_path / "ENH.dcm", frames, ct())
