@@ -14,11 +14,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose
 
 from shared_networks.data import prepare as module
 from shared_networks.data import store
+from shared_networks.data.intensity import ScaleByModalityd
 from shared_networks.data.store import centres_file, manifest_entries, read_manifest, read_volume
 from shared_networks.errors import InputError, input_error_in
 
@@ -107,14 +109,13 @@ def published_chain(**settings: Any) -> Compose:
     return Compose(chain)
 
 
-def test_ct_is_prepared_as_training_prepares_it() -> None:
+def test_scans_are_prepared_as_training_prepares_them() -> None:
     train = json.loads((BUNDLE / "configs" / "train.json").read_text())
     prepare = json.loads((BUNDLE / "configs" / "prepare.json").read_text())
     chain = train["train"]["deterministic_transforms"]
     left_out = ("LoadImaged", "EnsureChannelFirstd", "SpatialPadd")
-    assert prepare["deterministic_transforms"]["CT"] == [t for t in chain if t["_target_"] not in left_out]
-    assert prepare["deterministic_transforms"]["MR"][:-1] == prepare["deterministic_transforms"]["CT"][:-1]
-    assert all(prepare[name] == train[name] for name in ("spacing", "intensity_range", "paths"))
+    assert prepare["preprocessing"]["transforms"] == [t for t in chain if t["_target_"] not in left_out]
+    assert all(prepare[name] == train[name] for name in ("modality", "spacing", "intensity_range", "paths"))
 
 
 def test_stored_voxels_are_those_of_the_chain_and_lie_where_they_did(data, out):
@@ -359,17 +360,21 @@ def test_settings_that_make_no_sense(data, out, settings, message):
 
 
 def test_mr_is_scaled_by_percentiles_channel_by_channel(tmp_path, out):
-    values = [np.abs(body(seed)).astype(np.float32) * 10**seed for seed in range(2)]
+    tissue = (body(0) > -1000)[None]
+    values = [np.where(tissue[0], 200 + np.abs(body(seed)), 3).astype(np.float32) * 10**seed for seed in range(2)]
     for channel, value in enumerate(values):
         save(tmp_path / "mr" / "imagesTr" / f"a_000{channel}.nii.gz", value, np.diag([1.5, 1.5, 1.5, 1.0]))
     run(tmp_path / "mr", out, modality="MR")
     [item] = read_manifest(out)
-    assert manifest_entries(out)[item["case"]]["settings"]["percentiles"] == [0.5, 99.5]
+    entry = manifest_entries(out)[item["case"]]
+    assert entry["settings"]["percentiles"] == [0.5, 99.5]
+    assert entry["foreground"] == pytest.approx(1, abs=0.2)  # of the box around the body
     stored = read_volume(item["image"], item["shape"])
-    assert stored.shape[0] == 2
-    for channel, value in enumerate(values):
-        low, high = np.percentile(value, [0.5, 99.5])
-        np.testing.assert_allclose(stored[channel], np.clip((value - low) / (high - low), 0, 1), atol=1e-4)
+    assert stored.shape[0] == 2 and stored[0].size < 0.8 * values[0].size
+    expected = ScaleByModalityd("image", "MR", (0, 1))({"image": torch.from_numpy(np.stack(values))})["image"].numpy()
+    start = np.rint(np.linalg.solve(np.diag([1.5, 1.5, 1.5, 1.0]), np.array(entry["affine"])[:, 3])[:3]).astype(int)
+    box = tuple(slice(first, first + size) for first, size in zip(start, item["shape"][1:], strict=True))
+    np.testing.assert_allclose(stored, expected[(slice(None), *box)], atol=1e-4)
 
 
 def test_dicom_series_is_prepared_as_its_nifti(tmp_path, out):

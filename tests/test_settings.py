@@ -189,7 +189,7 @@ def test_what_is_made_from_a_setting_gets_it_as_typed(command_line, tmp_path) ->
     assert parser.get_parsed_content("precision") is None
     transforms = parser.get_parsed_content("preprocessing").transforms
     assert np.allclose(transforms[3].spacing_transform.pixdim, 3)
-    assert (transforms[4].scaler.a_min, transforms[4].scaler.a_max) == (-100, 200)
+    assert (transforms[4].by_window.a_min, transforms[4].by_window.a_max) == (-100, 200)
 
 
 def test_an_option_without_a_value_or_given_twice_is_what_fire_makes_of_it(command_line) -> None:

@@ -99,7 +99,7 @@ def test_nnunet_groups_channels_and_leaves_labels_out(tmp_path):
     assert b.files == (str(root / "imagesTr" / "b_0000.nii.gz"), str(root / "imagesTr" / "b_0001.nii.gz"))
 
 
-def test_flat_nested_and_data_sets_within(tmp_path, caplog):
+def test_flat_nested_and_data_sets_within(tmp_path):
     root = tmp_path / "all"
     save(root / "x.nii")
     save(root / "p1" / "day_2" / "ct.nii.gz")
@@ -109,7 +109,7 @@ def test_flat_nested_and_data_sets_within(tmp_path, caplog):
     (root / "._x.nii").write_bytes(b"macOS")
     (root / "notes.txt").write_text("no scan")
     assert names(root) == ["all/FLARE/imagesTr/FLARE22_Tr_0001", "all/p1/day_2/ct", "all/x"]
-    assert "segmentations: passed over" in caplog.text
+    assert find_sources(root).passed_over == {f"{root}/p1/segmentations": "its name says that it holds labels"}
 
 
 def test_a_list_of_cases_as_decathlon_has_it(tmp_path):
@@ -137,8 +137,12 @@ def test_what_cannot_be_found_is_said(tmp_path):
         find_sources(tmp_path)
     save(tmp_path / "a.nii")
     save(tmp_path / "a_0000.nii.gz")
-    with pytest.raises(InputError, match="one case needs one file a channel"):
-        find_sources(tmp_path)
+    save(tmp_path / "b.nii")
+    odd, good = find_sources(tmp_path)  # one odd name costs its case alone
+    assert (odd.case, good.case, good.problem) == (f"{tmp_path.name}/a", f"{tmp_path.name}/b", "")
+    with pytest.raises(BadScanError, match="one case needs one file a channel, named a_0000, a_0001"):
+        read_scan(odd, "CT")
+    assert read_scan(good, "CT").image.shape == (1, *SHAPE)
 
 
 def test_two_files_of_one_case_are_refused(tmp_path):
@@ -209,14 +213,15 @@ def test_bad_series(tmp_path, reason):
         read_scan(source, "CT")
 
 
-def test_truncated_slice(tmp_path, caplog):
+def test_truncated_slice(tmp_path):
     pytest.importorskip("SimpleITK")
     write_series(tmp_path / "d", even(hounsfield()), uid="1.2.5")
     file = tmp_path / "d" / "1.2.5.2"
     file.write_bytes(file.read_bytes()[:-60])
+    sources = find_sources(tmp_path / "d")
     with pytest.raises(BadScanError, match="slices are missing"):
-        read_scan(find_sources(tmp_path / "d")[0], "CT")
-    assert f"{file}: not readable as DICOM" in caplog.text
+        read_scan(sources[0], "CT")
+    assert sources.passed_over == {str(file): "not readable as DICOM, with 0 others of its folder"}
 
 
 def test_dicom_without_simpleitk_says_what_to_install(tmp_path, monkeypatch):

@@ -448,25 +448,29 @@ def _scale_problems(values: np.ndarray) -> list[str]:
     """
     sample = _sample(values)
     low, high = np.percentile(sample, [0.1, 99.9])
+    below = sample[(sample < -1100) & (sample > sample.min())]
+    _, counts = np.unique(below, return_counts=True)
+    deep = float(counts[counts <= _MOST_DEEP * sample.size].sum() / sample.size)
+    if high <= -200 and deep <= _MOST_DEEP:  # nothing but air, of which the intensity window tells
+        return []
+    dense = sample[sample > -500]
+    bright = float((dense > 500).mean()) if dense.size else 0.0
+    usual = float(((dense >= -200) & (dense <= 300)).mean()) if dense.size else 0.0
+    inside = np.clip(sample[sample > sample.min()], -4000, 2000)  # without padding, and metal not so far off
+    threshold = otsu_threshold(inside)
+    parts = (inside[inside <= threshold], inside[inside > threshold])
+    air, tissue = (float(np.median(part)) if len(part) else 0.0 for part in parts)
     reason = ""
     if high - low < 250:
         reason = f"nearly all lie from {low:g} to {high:g}, closer together than fat, soft tissue and bone"
-    else:
-        dense = sample[sample > -500]
-        bright, usual = float((dense > 500).mean()), float(((dense > -200) & (dense < 300)).mean())
-        inside = np.clip(sample[sample > sample.min()], -4000, 2000)  # without padding, and metal not so far off
-        _, counts = np.unique(inside[inside < -1100], return_counts=True)
-        deep = float(counts[counts <= _MOST_DEEP * sample.size].sum() / sample.size)
-        threshold = otsu_threshold(inside)
-        air, tissue = (float(np.median(part)) for part in (inside[inside <= threshold], inside[inside > threshold]))
-        if bright > 0.38:
-            reason = f"{bright:.0%} of what is not air lies above 500, where only bone and metal are"
-        elif deep > _MOST_DEEP:
-            reason = f"{deep:.0%} lies below -1100, where nothing but padding of one value is"
-        elif usual < 0.3:
-            reason = f"only {usual:.0%} of what is not air lies from -200 to 300, where fat and soft tissue are"
-        elif tissue > 600 or air < -1500:
-            reason = f"tissue lies at about {tissue:.0f} and air at {air:.0f}, where 0 and -1000 are due"
+    elif deep > _MOST_DEEP:
+        reason = f"{deep:.0%} lies below -1100, where nothing but padding of one value is"
+    elif bright > 0.38:
+        reason = f"{bright:.0%} of what is not air lies above 500, where only bone and metal are"
+    elif usual < 0.3:
+        reason = f"only {usual:.0%} of what is not air lies from -200 to 300, where fat and soft tissue are"
+    elif tissue > 800 or air < -1500:
+        reason = f"tissue lies at about {tissue:.0f} and air at {air:.0f}, where 0 and -1000 are due"
     if not reason:
         return []
     return [f"values are not HU: {reason}; put the rescale slope and intercept right, or export the scan again"]
@@ -476,8 +480,13 @@ def otsu_threshold(values: np.ndarray) -> float:
     """Returns the value that parts two classes best (Otsu, IEEE Transactions on Systems, Man, and Cybernetics 1979).
 
     Args:
-        values: of any shape, at least two different ones.
+        values: of any shape.
+
+    Returns:
+        It; of values that are all the same, less than them.
     """
+    if not values.size or values.min() == values.max():
+        return -math.inf
     counts, edges = np.histogram(values, 256)
     centres = (edges[:-1] + edges[1:]) / 2
     weight, total = np.cumsum(counts), np.cumsum(counts * centres)

@@ -240,6 +240,9 @@ class Scans(IterableDataset):
             except MemoryError:
                 self.failed[source.files[0]] = "not enough memory for it; close other programs, or crop the scan"
                 continue
+            except FileNotFoundError as error:
+                self.failed[source.files[0]] = f"no such file, or a broken link: {error.filename}"
+                continue
             except (OSError, RuntimeError, ValueError) as error:  # one odd scan must not end the run
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self.failed[source.files[0]] = f"cannot be prepared ({reason}); export it again or remove the case"

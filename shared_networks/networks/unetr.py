@@ -7,6 +7,7 @@ fine-tunes it: the token grid is doubled three times, and a trilinear resize clo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,6 +173,7 @@ class HiEndUNETR(nn.Module):
         return self.out(x).contiguous()
 
 
+@functools.wraps(HiEndUNETR, assigned=(), updated=())  # whose parameters are those that may be set
 def strict_segmenter(**network: Any) -> HiEndUNETR:
     """Make a segmenter that loads all weights or none, for programs that do not ask to be strict.
 
