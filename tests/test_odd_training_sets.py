@@ -198,6 +198,16 @@ def test_what_readers_take_otherwise_is_refused_by_name(kind: str, tmp_path: Pat
         assert line in str(input_error_in(read.value))
 
 
+@pytest.mark.parametrize("degrees", [44.99999, 45.0, 45.00001])
+def test_forms_that_differ_by_rounding_alone_are_one_orientation(degrees: float, tmp_path: Path) -> None:
+    """Halfway between two axes the last digit decides what an axis is called."""
+    turn = nib.affines.from_matvec(nib.eulerangles.euler2mat(z=np.radians(degrees)))
+    file = odd.save(tmp_path / "a.nii.gz", odd.voxels(), turn @ odd.AFFINE)
+    near = nib.affines.from_matvec(nib.eulerangles.euler2mat(z=np.radians(90 - degrees + 0.00002)))
+    other = odd.save(tmp_path / "b.nii.gz", odd.voxels(), turn @ odd.AFFINE, qform=near @ odd.AFFINE)
+    assert [read_nifti(each).problems for each in (file, other)] == [[], []]
+
+
 def test_suffixes_in_capitals_are_found_and_other_formats_are_told(tmp_path: Path, caplog) -> None:
     for folder, names in {"imagesTr": ("a_0000.NII.GZ", "b_0000.nii"), "labelsTr": ("a.nii.gz", "b.NII")}.items():
         (tmp_path / folder).mkdir()

@@ -34,6 +34,7 @@ _WORKERS = 4  # inflating gzip releases the GIL: two threads on two cores take 0
 _FEW_FILES = 20  # checked before a progress bar is any use
 _SIDE_MARGIN = 10  # mm: where organs are cut off by the scan's edge, centres tell no more than this
 _COARSE = 64  # voxels an axis from which an organ's centre is estimated
+_SAME_DIRECTION = 0.9  # cosine: halfway between two axes rounding decides what an axis is called
 _MOST_DEEP = 0.05  # of the voxels, below air; a value that more of them have is padding
 _SAMPLE = 1 << 20  # voxels from which it is told whether values are HU
 _MM = {1: 1000.0, 3: 0.001}  # metre and micron in xyzt_units; all else is taken for mm, as it is in every tool
@@ -353,7 +354,8 @@ def _header_problems(pixdim: np.ndarray, affine: np.ndarray, used_affine: np.nda
         )
     elif sform and qform and all(map(_regular, affines := (header.get_sform(), header.get_qform()))):
         ours, theirs = ("".join(nib.aff2axcodes(each)) for each in affines)
-        if ours != theirs:
+        cosines = np.prod([form[:3, :3] / nib.affines.voxel_sizes(form) for form in affines], axis=0).sum(axis=0)
+        if ours != theirs and cosines.min() < _SAME_DIRECTION:
             problems.append(
                 f"the header holds two orientations, {ours} in the sform and {theirs} in the qform, of which programs "
                 "use one or the other; write the true one into both"
