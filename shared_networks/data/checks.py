@@ -430,7 +430,8 @@ def _label_count(values: np.ndarray) -> int:
 
 def _is_patchy(values: np.ndarray) -> bool:
     """Whether most neighbours are equal, as in label maps and not in scans, which are noisy where they are not 0."""
-    one, next_one = values[:-1], values[1:]
+    along = np.moveaxis(values, int(np.argmax(values.shape)), 0)  # a single slice has neighbours within it alone
+    one, next_one = along[:-1], along[1:]
     inside = (one != 0) & (next_one != 0)
     return bool((one == next_one)[inside].mean() > 0.5) if inside.any() else True
 
