@@ -121,12 +121,12 @@ def test_other_unreadable_files(save, tmp_path):
     assert [line.split(":")[0] for line in lines] == [raw, damaged, str(text), str(empty), str(other)]
     assert "(OSError: Expected 630 bytes, got 530 bytes from" in lines[0]
     assert "cannot be read (BadGzipFile: CRC check failed" in lines[1]
-    assert "is not a gzip file" in lines[2]
-    assert "Empty file" in lines[3]
-    assert "(ImageFileError: MGHImage is not NIfTI)" in lines[4]
+    assert "(BadGzipFile: Not a gzipped file" in lines[2]
+    assert "(ImageFileError: empty file)" in lines[3]
+    assert "cannot be read (" in lines[4]
 
 
-@pytest.mark.parametrize("shape", [(9, 7), (9, 7, 5, 3), (9, 7, 5, 1, 1)])
+@pytest.mark.parametrize("shape", [(9, 7), (9, 7, 5, 3), (9, 7, 5, 1, 2)])
 @pytest.mark.parametrize("voxels", [True, False])
 def test_images_that_are_not_3d(save, shape, voxels):
     file = save("a_0000.nii.gz", hounsfield(shape))
@@ -251,7 +251,11 @@ def test_images_of_one_value(save, value):
             "CT",
             "wrong modality: values from 0 to 500 are not HU, as hardly any is below -50",
         ),
-        (hounsfield(), "MR", "wrong modality: 23% of voxels are below -500, as in HU; pass --modality CT"),
+        (
+            hounsfield().clip(-1000, 300),
+            "MR",
+            "wrong modality: 23% of voxels are below -500, as in HU; pass --modality CT",
+        ),
         (hounsfield().clip(-1000, -175), "CT", "no voxel is above -175, where intensity_range begins"),
     ],
 )

@@ -329,7 +329,8 @@ def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[
     paths = [Path(ensure_tuple(case["image"])[0]) for case in cases]
     common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
     folders = ["_".join(Path(os.path.abspath(path.parent)).relative_to(common).parts) for path in paths]
-    whole = ["_".join(filter(None, (folder, _stem(str(path))))) for folder, path in zip(folders, paths, strict=True)]
+    files = [case_name(case["image"]) for case in cases]
+    whole = ["_".join(filter(None, pair)) for pair in zip(folders, files, strict=True)]
     for names in (folders, whole):
         if all(names) and len({name.casefold() for name in names}) == len(names):
             return [{**case, "case": name} for case, name in zip(cases, names, strict=True)]
