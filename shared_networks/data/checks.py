@@ -450,8 +450,8 @@ def _scale_problems(values: np.ndarray) -> list[str]:
     low, high = np.percentile(sample, [0.1, 99.9])
     if high <= -200:
         return [
-            f"values are not HU: nothing lies above {high:g}, so neither fat nor soft tissue; put the rescale slope and "
-            "intercept right, or export the scan again"
+            f"values are not HU: nothing lies above {high:g}, so neither fat nor soft tissue; put the rescale slope "
+            "and intercept right, or export the scan again"
         ]
     dense = sample[sample > -500]
     bright, usual = float((dense > 500).mean()), float(((dense >= -200) & (dense <= 300)).mean())
