@@ -96,7 +96,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda d: truncate(images(d)[1]), "train_001_0000.nii.gz: cannot be read"),
     "all zeros": (lambda d: rewrite(images(d)[2], np.zeros_like), "train_002_0000.nii.gz: all voxels are 0"),
     "no CT": (lambda d: rewrite(images(d)[0], lambda v: v % 500), "train_000_0000.nii.gz: wrong modality: values from"),
-    "air": (lambda d: rewrite(images(d)[0], lambda v: v.clip(-1000, -300)), "000_0000.nii.gz: no voxel is above -175"),
+    "air": (
+        lambda d: rewrite(images(d)[0], lambda v: v.clip(-1000, -300)),
+        "000_0000.nii.gz: values are not HU: nothing lies above",
+    ),
     "no spacing": (lambda d: flatten(images(d)[1]), "train_001_0000.nii.gz: spacing ("),
     "gantry tilt": (lambda d: tilt(images(d)[1], labels(d)[1]), "train_001_0000.nii.gz: affine [["),
     "enormous": (
@@ -246,7 +249,7 @@ SPOILT: dict[str, Callable[[Path], object]] = {
     "tiny": lambda file: rewrite(file, lambda v: v[:, 20:23, 10:12]),
 }
 REASONS = {
-    "air": "no voxel is above the floor of the intensity window",
+    "air": "values are not HU: nothing lies above",
     "enormous": "20000 x 20000 x 20000 voxels need about ",
     "flat": "spacing (",
     "four": "shape (",

@@ -158,7 +158,7 @@ def test_bad_scans_cost_only_themselves(tmp_path: Path) -> None:
         "broken": "cannot be read",
         "four": r"shape (14, 9, 11, 2) is not 3D",
         "no_hu": "wrong modality: values from 0 to 199 are not HU",
-        "air": "no voxel is above the floor",
+        "air": "values are not HU: nothing lies above",
         "tilted": "gantry tilt",
         "nan": "1 of 1386 voxels are NaN or infinite",
         "flat": "spacing",

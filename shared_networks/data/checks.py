@@ -451,25 +451,27 @@ def _scale_problems(values: np.ndarray) -> list[str]:
     """
     sample = _sample(values)
     low, high = np.percentile(sample, [0.1, 99.9])
-    below = sample[(sample < -1100) & (sample > sample.min())]
-    _, counts = np.unique(below, return_counts=True)
-    deep = float(counts[counts <= _MOST_DEEP * sample.size].sum() / sample.size)
-    if high <= -200 and deep <= _MOST_DEEP:  # nothing but air, of which the intensity window tells
-        return []
+    if high <= -200:
+        return [
+            f"values are not HU: nothing lies above {high:g}, so neither fat nor soft tissue; put the rescale slope "
+            "and intercept right, or export the scan again"
+        ]
     dense = sample[sample > -500]
     bright = float((dense > 500).mean()) if dense.size else 0.0
     usual = float(((dense >= -200) & (dense <= 300)).mean()) if dense.size else 0.0
     inside = np.clip(sample[sample > sample.min()], -4000, 2000)  # without padding, and metal not so far off
+    _, counts = np.unique(inside[inside < -1100], return_counts=True)
+    deep = float(counts[counts <= _MOST_DEEP * sample.size].sum() / sample.size)
     threshold = otsu_threshold(inside)
     parts = (inside[inside <= threshold], inside[inside > threshold])
     air, tissue = (float(np.median(part)) if len(part) else 0.0 for part in parts)
     reason = ""
     if high - low < 250:
         reason = f"nearly all lie from {low:g} to {high:g}, closer together than fat, soft tissue and bone"
-    elif deep > _MOST_DEEP:
-        reason = f"{deep:.0%} lies below -1100, where nothing but padding of one value is"
     elif bright > 0.38:
         reason = f"{bright:.0%} of what is not air lies above 500, where only bone and metal are"
+    elif deep > _MOST_DEEP:
+        reason = f"{deep:.0%} lies below -1100, where nothing but padding of one value is"
     elif usual < 0.3:
         reason = f"only {usual:.0%} of what is not air lies from -200 to 300, where fat and soft tissue are"
     elif tissue > 800 or air < -1500:

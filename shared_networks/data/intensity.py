@@ -90,4 +90,4 @@ def body_mask(values: np.ndarray) -> np.ndarray:
         for index in range(mask.shape[axis]):
             plane = (slice(None),) * axis + (index,)
             mask[plane] = ndimage.binary_fill_holes(mask[plane])
-    return mask
+    return ndimage.binary_erosion(mask, border_value=1)  # smoothing has moved its edge outwards
