@@ -54,7 +54,9 @@ def problems(cases: list[dict], **settings) -> list[str]:
 @pytest.mark.parametrize("affine", [LPS, OBLIQUE], ids=["LPS", "oblique"])
 @pytest.mark.parametrize("voxels", [True, False])
 def test_good_cases_come_back_as_they_are(save, affine, voxels, caplog):
-    case = {"image": save("a_0000.nii.gz", hounsfield(), affine), "label": save("a.nii.gz", organs(), affine)}
+    blocks = np.zeros(SHAPE, np.uint8)
+    blocks[1:4], blocks[5:8, :3], blocks[5:8, 4:] = 1, 2, 3
+    case = {"image": save("a_0000.nii.gz", hounsfield(), affine), "label": save("a.nii.gz", blocks, affine)}
     second = {"image": [save(f"b_000{c}.nii", hounsfield(seed=1), affine) for c in range(2)], "label": case["label"]}
     cases = [case, second, case]
     copy = [dict(c) for c in cases]

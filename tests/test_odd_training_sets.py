@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd
+from scipy.ndimage import zoom
 
 from shared_networks.data.checks import check_cases, image_problems, read_nifti
 from shared_networks.data.datalist import find_cases, find_images, find_labels, pair_cases
@@ -359,3 +361,15 @@ def test_labels_beyond_255_do_not_wrap_in_inference(tmp_path: Path) -> None:
         network.bias.copy_(torch.arange(300.0))
         labels = SlidingWindowLabels(ROI)(prepared(write(tmp_path / "scan.nii.gz", *SCANS["LPS"])), network)
     assert set(labels.unique().tolist()) <= {0, 299} and 299 in labels
+
+
+def test_interpolated_labels_are_warned_of(data: Path, caplog) -> None:
+    """Rounded to integers, values between those of organ and background are other organs'."""
+    label, good = list(all_labels(data))[:2]
+    images = sorted(data.glob("imagesTr/*"))
+    smooth = zoom(np.asanyarray(nib.load(label).dataobj).astype(float), 0.5, order=1)
+    shape = nib.load(label).shape
+    odd.rewrite(label, lambda v: np.rint(zoom(smooth, np.divide(shape, smooth.shape), order=1)).astype(np.uint8))
+    check_cases([{"image": str(image), "label": str(file)} for image, file in zip(images, (label, good), strict=False)])
+    assert re.search(rf"{label}: [2-6]\d% of the labelled voxels lie between a lower and a higher value", caplog.text)
+    assert str(good) not in caplog.text

@@ -36,6 +36,8 @@ _SIDE_MARGIN = 10  # mm: where organs are cut off by the scan's edge, centres te
 _COARSE = 64  # voxels an axis from which an organ's centre is estimated
 _SAME_DIRECTION = 0.9  # cosine: halfway between two axes rounding decides what an axis is called
 _MOST_DEEP = 0.05  # of the voxels, below air; a value that more of them have is padding
+_MOST_RAMPS = 0.1  # of labelled voxels: at most 0.02 in label maps at 1.5 to 12 mm, 0.3 and more in interpolated ones
+_MIDDLE = 96  # voxels to either side of a label map's middle
 _SAMPLE = 1 << 20  # voxels from which it is told whether values are HU
 _MM = {1: 1000.0, 3: 0.001}  # metre and micron in xyzt_units; all else is taken for mm, as it is in every tool
 _MOST_LABELS = 512  # different values from which integers are no longer taken for labels
@@ -91,7 +93,7 @@ def check_cases(
     network's; NaN and infinite voxels; images of one value, of another modality, of values that are no HU, or all below
     the intensities that are told apart; label values that are not integers or not classes; labelled images that are one
     another's copy or whose axes are not at right angles; and labels whose left and right are swapped. A label that is
-    all background, and an organ that is in no label, only give a warning.
+    all background or looks interpolated, and an organ that is in no label, only give a warning.
 
     Args:
         cases: dicts with `image` (a file or a list of files, one a channel) and optionally `label`.
@@ -531,7 +533,26 @@ def _label_problems(file: str, values: np.ndarray, num_classes: int | None) -> l
         ]
     if low == high == 0:
         logger.warning("%s: the label is all background", file)
+    elif (share := _ramp_share(values)) > _MOST_RAMPS:
+        logger.warning(
+            "%s: %.0f%% of the labelled voxels lie between a lower and a higher value, as after interpolation, which "
+            "makes organs that are not there; resample labels with nearest neighbour",
+            file,
+            100 * share,
+        )
     return []
+
+
+def _ramp_share(labels: np.ndarray) -> float:
+    """How many voxels of organs, in the middle of a label map, have a lower value on one side and a higher opposite."""
+    middle = labels[tuple(slice(max(0, size // 2 - _MIDDLE), size // 2 + _MIDDLE) for size in labels.shape)]
+    ramps = np.zeros(middle.shape, bool)
+    for axis in range(middle.ndim):
+        along, found = np.moveaxis(middle, axis, 0), np.moveaxis(ramps, axis, 0)
+        before, here, after = along[:-2], along[1:-1], along[2:]
+        found[1:-1] |= ((before < here) & (here < after)) | ((before > here) & (here > after))
+    organs = int(np.count_nonzero(middle))
+    return int(np.count_nonzero(ramps)) / max(1, organs)
 
 
 def _finite_problems(values: np.ndarray) -> list[str]:
