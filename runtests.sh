@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
 # Makes the environment and runs the tests; further arguments go to pytest.
-#   ./runtests.sh            all but the slow ones
-#   ./runtests.sh -m slow    the slow ones: the whole quickstart
+#   ./runtests.sh                 unit and then integration tests, in one go
+#   ./runtests.sh unit            functions and classes by themselves, in two minutes
+#   ./runtests.sh integration     bundles, commands and several processes
+#   ./runtests.sh -m slow         the slow ones: the whole quickstart
 #   ./runtests.sh --monailabel    two bundles in MONAI Label's own server, which gets an environment of its own
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-if [ "${1:-}" = --monailabel ]; then
-    pins=$PWD/tests/monai_label/requirements.txt
-    [ -x .venv-monailabel/bin/python ] || python3 -m venv .venv-monailabel
-    # Also for what is built from source: else each build fetches a PyTorch for itself.
-    PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
-        .venv-monailabel/bin/pip install --quiet --disable-pip-version-check --requirement "$pins"
-    set -- tests/monai_label "${@:2}"
-fi
+case ${1:-} in
+    --monailabel)
+        pins=$PWD/tests/monai_label/requirements.txt
+        [ -x .venv-monailabel/bin/python ] || python3 -m venv .venv-monailabel
+        # Also for what is built from source: else each build fetches a PyTorch for itself.
+        PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
+            .venv-monailabel/bin/pip install --quiet --disable-pip-version-check --requirement "$pins"
+        set -- tests/monai_label "${@:2}" ;;
+    unit) set -- -m "not slow and not integration" "${@:2}" ;;
+    integration) set -- -m "integration and not slow" "${@:2}" ;;
+    "")
+        .venv/bin/python -m pytest -m "not slow and not integration"
+        set -- -m "integration and not slow" ;;
+esac
 exec .venv/bin/python -m pytest "$@"

@@ -231,7 +231,7 @@ BAD: dict[str, Callable[[Path], object]] = {
     "all voxels are 0": lambda f: save(f, np.zeros(SHAPE, np.int16)),
     "wrong modality: values from 0 to 4": lambda f: save(f, np.clip(body(0), 0, 4)),
     "too small: (": lambda f: save(f, body(0), np.diag([0.1, 0.1, 0.1, 1.0])),
-    "empty: no voxel is above the floor": lambda f: save(f, np.minimum(body(0), -300 - body(0) % 7)),
+    "values are not HU: nothing lies above": lambda f: save(f, np.minimum(body(0), -300 - body(0) % 7)),
 }
 
 
