@@ -312,8 +312,9 @@ class _Walk:
 
     def case(self, folder: Path) -> str:
         """The id of a series that is alone in a folder."""
-        below = folder.relative_to(self.root).parts if folder.is_relative_to(self.root) else (folder.name,)
-        return str(PurePosixPath(self.root.name, *below)) if folder.is_relative_to(self.root) else folder.name
+        if not folder.is_relative_to(self.root):  # of a list, whose ids must not lead out of the store
+            return folder.name
+        return str(PurePosixPath(self.root.name, *folder.relative_to(self.root).parts))
 
 
 def _copies(parts: Sequence[tuple[Path, tuple[str, ...]]]) -> bool:
