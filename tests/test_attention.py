@@ -37,6 +37,8 @@ from shared_networks.networks.vit import attention_maps
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 BUNDLE = ROOT / "hi_end_mae_pretrain"
 MAPS = [f"{kind}_tap_{tap}" for kind in ("encoder", "cross") for tap in (3, 6, 9)]
 SHAPE, ZOOMS = (20, 31, 17), (2.0, 3.0, 5.0)  # in RAS

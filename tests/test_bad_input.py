@@ -19,6 +19,8 @@ from shared_networks.errors import input_error_in
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 BTCV = ROOT / "hi_end_mae_btcv_seg" / "configs"
 
 

@@ -20,6 +20,8 @@ from shared_networks.data.phantom import label_names
 
 from .conftest import BUNDLES, ROOT
 
+pytestmark = pytest.mark.integration
+
 # No --val_interval: the epoch is fewer than it, and a model must come out all the same.
 QUICK = "--epochs 1 --warmup_epochs 1 --num_samples 1 --batch_size 1"
 
@@ -43,6 +45,8 @@ def tiny(command: str, data: Path, store: Path) -> list[str]:
         words[at] = repr([*(file for file in files if not file.endswith("tiny.json")), "configs/tiny.json"])
     if "configs/train.json" in files and "configs/evaluate.json" not in files:
         more = QUICK.split()
+        if "--resume" not in words:  # a card prints several ways to train, of which a user takes one
+            more += ["--overwrite", "True"]
     words = [str(store) if word == "/data/store" else word for word in words]
     words = [re.sub(r"^/data/\w+(/imagesTs)?$", lambda m: f"{data}{m[1] or ''}", word) for word in words]
     python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
@@ -94,7 +98,7 @@ def test_training_left_a_flat_model_and_curves(bundle: str, clone: Path) -> None
     weights = torch.load(clone / bundle / "models" / "model.pt", weights_only=True)
     assert all(isinstance(tensor, torch.Tensor) and not name.startswith("module.") for name, tensor in weights.items())
     assert [file.name for file in (clone / bundle / "models").glob("*.pt")] == ["model.pt"]
-    assert list((clone / bundle / "outputs" / "state").glob("state_*.ckpt"))
+    assert list((clone / bundle / "models" / "state").glob("state_*.ckpt"))
     curves = EventAccumulator(str(clone / bundle / "outputs"))
     curves.Reload()
     assert any("loss" in tag or "mse" in tag or "dice" in tag for tag in curves.Tags()["scalars"]), curves.Tags()

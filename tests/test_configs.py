@@ -16,6 +16,8 @@ from shared_networks.version import __version__
 
 from .conftest import BUNDLES, ROOT
 
+pytestmark = pytest.mark.integration
+
 SEGMENTERS = BUNDLES[1:]
 WORKFLOWS = {
     "train": ("train", ["train.json"]),

@@ -25,6 +25,8 @@ from shared_networks.record import PARTS
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
 # Names as in the distributed files, misspelt ones too.
 AMOS = [

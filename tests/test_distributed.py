@@ -26,6 +26,8 @@ from shared_networks.training.steps import ReduceOnStep, SeedIterations
 from .conftest import ROOT
 from .test_state import SMALL, loss_curve, wait_for
 
+pytestmark = pytest.mark.integration
+
 WORLD = 2
 
 

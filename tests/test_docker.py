@@ -17,6 +17,8 @@ from shared_networks.version import __version__
 
 from .conftest import BUNDLES, ROOT
 
+pytestmark = pytest.mark.integration
+
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 SOURCES = [
     source

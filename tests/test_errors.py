@@ -97,6 +97,7 @@ def test_hook_is_installed_once(hook_calls):
     assert sys.excepthook is hook
 
 
+@pytest.mark.integration
 def test_bundle_run_ends_with_one_line(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(CONFIG))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}

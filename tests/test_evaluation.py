@@ -23,6 +23,8 @@ from shared_networks.metrics import OrganMetric, organ_measures
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 NAMES = ["background", "liver", "portal vein", "spleen"]
 
 

@@ -23,6 +23,8 @@ from shared_networks.networks.vit import patchify
 
 from .conftest import BUNDLES, ROOT
 
+pytestmark = pytest.mark.integration
+
 BUNDLE = "hi_end_mae_btcv_seg"
 IMAGE = torch.rand(1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(1))
 

@@ -13,6 +13,8 @@ from shared_networks.networks.vit import interpolate_positions
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
 
 

@@ -31,6 +31,8 @@ from shared_networks.version import __version__
 
 from .conftest import BUNDLES, ROOT
 
+pytestmark = pytest.mark.integration
+
 COMMIT = "0" * 40
 TOKEN = "hf_of_the_test"
 

@@ -26,6 +26,8 @@ from shared_networks.record import read_record
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 PRETRAIN, SEGMENTER = ROOT / "hi_end_mae_pretrain", ROOT / "hi_end_mae_btcv_seg"
 
 

@@ -161,6 +161,7 @@ def test_flags_keep_the_crops_of_the_recipe(crops, checkpointing, expected):
     assert flags(crops, 192, checkpointing) == expected
 
 
+@pytest.mark.integration
 def test_command_prints_a_row_for_each_card(capsys):
     main(["--config_file", str(PRETRAIN), *OVERRIDES])  # batch 2 x 3 samples
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

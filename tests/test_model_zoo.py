@@ -29,6 +29,8 @@ from shared_networks.release import release
 
 from .conftest import BUNDLES, ROOT
 
+pytestmark = pytest.mark.integration
+
 PRETRAIN, BTCV, FLARE = BUNDLES
 CASES = [f"image_{index}" for index in range(4)]
 SHAPE, AFFINE = (50, 40, 30), np.diag([-2.0, -2.5, 3.0, 1.0])  # LPS

@@ -221,6 +221,7 @@ def workflow(data: Path, out: Path, **settings: Any) -> ConfigWorkflow:
     return flow
 
 
+@pytest.mark.integration
 def test_each_failure_costs_its_scan_alone_and_all_is_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +271,7 @@ def test_each_failure_costs_its_scan_alone_and_all_is_counted(
     assert "1 segmented, 3 there already, 1 failed, 1 passed over" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_results_in_the_folder_that_is_read_are_no_scans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     save(data / "a.nii.gz")

@@ -27,6 +27,8 @@ from . import odd_nifti as odd
 from .conftest import ROOT
 from .test_sliding_window import ROI, SCANS, prepared, write
 
+pytestmark = pytest.mark.integration
+
 BTCV, PRETRAIN = (ROOT / bundle / "configs" for bundle in ("hi_end_mae_btcv_seg", "hi_end_mae_pretrain"))
 
 

@@ -178,6 +178,7 @@ def test_finer_voxels_are_finer() -> None:
     assert fine[0].size > 3 * coarse[0].size and all(volume > 3e5 for volume in liver)
 
 
+@pytest.mark.integration
 def test_dataset_by_the_command_line(tmp_path: Path) -> None:
     """The documented command writes nnU-Net's layout; each case depends on its own number only."""
     out = tmp_path / "Dataset901_Phantom"

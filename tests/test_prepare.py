@@ -27,6 +27,8 @@ from shared_networks.errors import InputError, input_error_in
 from .conftest import ROOT
 from .test_sources import even, write_series
 
+pytestmark = pytest.mark.integration
+
 BUNDLE = ROOT / "hi_end_mae_pretrain"
 SHAPE = (30, 20, 14)
 ANISOTROPIC = np.array([[0, 0, -2.5, 20], [-1.2, 0, 0, 30], [0, 1.8, 0, -40], [0, 0, 0, 1.0]])  # ILP-like axes, not RAS

@@ -13,6 +13,8 @@ import pytest
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 OUT = ROOT / "outputs" / "quickstart"
 
 

@@ -40,6 +40,8 @@ from shared_networks.version import __version__
 
 from .conftest import BUNDLES, ROOT
 
+pytestmark = pytest.mark.integration
+
 PRETRAIN, BTCV, FLARE = BUNDLES
 SCHEMA = ROOT / "tests" / "data" / "meta_schema_20240725.json"
 IMAGE = torch.rand(1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(1))

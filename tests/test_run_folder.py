@@ -18,6 +18,8 @@ from shared_networks.record import read_record
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
 FOLD = {"fold": 0, "num_folds": 3, "val_fraction": 0.3}
 

@@ -509,6 +509,7 @@ def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.integration
 def test_real_command_lines(tmp_path) -> None:
     """What MONAI's own process makes of them: one ends well in the folders that are named, the others in one line."""
     scan = tmp_path / "ct#1" / "1.nii.gz"

@@ -83,6 +83,7 @@ def assert_same_run(out: Path, uninterrupted: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.integration
 def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
     datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
     assert (tmp_path / "model.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.integration
 def test_sigterm_saves_and_exits_cleanly(datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path) -> None:
     process = start(datasets["btcv"], tmp_path, "--save_minutes", "0")
     wait_for(lambda: list((tmp_path / "state").glob("state_*.ckpt")), process)

@@ -140,6 +140,7 @@ def test_random_numbers_depend_on_seed_rank_and_iteration_alone() -> None:
     assert len(set(first + drawn(0, 1) + drawn(1, 0))) == 9
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_process_keeps_its_large_blocks_after_a_call_on_the_cpu() -> None:
     """In a process of its own, as the C library's settings stay: pages asked for anew, before and after."""

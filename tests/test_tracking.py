@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from .test_state import finish, start
+
+pytestmark = pytest.mark.integration
 
 
 def test_mlflow_gets_all_that_is_watched(datasets: dict[str, Path], tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from monai.bundle import ConfigWorkflow
 from .conftest import BUNDLES, ROOT
 from .test_state import SMALL
 
+pytestmark = pytest.mark.integration
+
 OPTIONS = {"hi_end_mae_pretrain": {}, "segmenter": {"pretrained_encoder": "", "early_stop": 1, "ema_decay": 0.5}}
 
 
