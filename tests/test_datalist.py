@@ -78,6 +78,23 @@ def test_files_of_a_flat_folder_are_cases(tmp_path):
     assert relative(tmp_path, find_images(tmp_path)) == ["s_0000.nii.gz", "s_0001.nii", "s_0002.nii.gz"]
 
 
+def test_an_empty_test_set_leaves_the_training_scans(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz")
+    (tmp_path / "imagesTs").mkdir()
+    assert find_images(tmp_path, "imagesTs") == [str(tmp_path / "imagesTr/a_0000.nii.gz")]
+    touch(tmp_path, "imagesTs/t_0000.nii.gz")
+    assert find_images(tmp_path, "imagesTs") == [str(tmp_path / "imagesTs/t_0000.nii.gz")]
+
+
+def test_the_odd_case_is_blamed_and_not_all_others(tmp_path):
+    touch(tmp_path, *(f"imagesTr/{name}_0000.nii.gz" for name in "abc"), "imagesTr/c_0001.nii.gz")
+    with pytest.raises(InputError) as caught:
+        find_images(tmp_path)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}/imagesTr/c_0000.nii.gz: 2 channel(s), where most cases have 1; add what lacks or remove the case"
+    ]
+
+
 def test_incomplete_and_double_channels_are_listed_together(tmp_path):
     touch(tmp_path, *(f"imagesTr/{name}.nii.gz" for name in ("a_0000", "a_0001", "b_0000", "c_0000", "c_0002")))
     touch(tmp_path, "imagesTr/d_0000.nii", "imagesTr/d_0000.nii.gz")
@@ -85,7 +102,7 @@ def test_incomplete_and_double_channels_are_listed_together(tmp_path):
         find_images(tmp_path)
     folder = tmp_path / "imagesTr"
     assert str(caught.value).splitlines() == [
-        f"{folder}/b_0000.nii.gz: 1 of 2 channels; add the others or remove the case",
+        f"{folder}/b_0000.nii.gz: 1 channel(s), where most cases have 2; add what lacks or remove the case",
         f"{folder}/c_0000.nii.gz, {folder}/c_0002.nii.gz: one case needs one file a channel, named c_0000, c_0001",
         f"{folder}/d_0000.nii, {folder}/d_0000.nii.gz: one case needs one file a channel, named d_0000, d_0001",
     ]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> lis
 
     Args:
         dataset_dir: an nnU-Net data set, or a flat folder in which each file is a case.
-        folder: the folder of `dataset_dir` to read; where there is none, `dataset_dir` itself is read.
+        folder: the folder of `dataset_dir` to read; without it or with nothing in it, `imagesTr`; where there is none
+            either, `dataset_dir` itself is read.
 
     Returns:
         For each case, sorted by name, its file, or the files of its channels where it has several.
@@ -88,19 +90,24 @@ def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> lis
             ...; or cases have different numbers of channels.
     """
     root = _dataset_folder(dataset_dir)
+    if folder != "imagesTr" and not _has_files(root / folder) and _has_files(root / "imagesTr"):
+        folder = "imagesTr"
     has_folder = (root / folder).is_dir()
     files = _nifti_files(root / folder if has_folder else root, f"{folder}/NAME_0000.nii.gz")
     groups = channel_groups(files, has_folder)
-    most = max(map(len, groups.values()))
+    counts = Counter(map(len, groups.values()))
+    usual = max(counts, key=lambda count: (counts[count], count))
     problems = []
     for name, group in sorted(groups.items()):
         if problem := numbering_problem(name, group):
             problems.append(f"{', '.join(group)}: {problem}")
-        elif len(group) < most:
-            problems.append(f"{group[0]}: {len(group)} of {most} channels; add the others or remove the case")
+        elif len(group) != usual:
+            problems.append(
+                f"{group[0]}: {len(group)} channel(s), where most cases have {usual}; add what lacks or remove the case"
+            )
     if problems:
         raise InputError("\n".join(problems))
-    return [group[0] if most == 1 else group for _, group in sorted(groups.items())]
+    return [group[0] if usual == 1 else group for _, group in sorted(groups.items())]
 
 
 def channel_groups(files: Sequence[str], numbered: bool) -> dict[str, list[str]]:

@@ -411,7 +411,7 @@ class TrainingState:
     def check(self, state: Mapping[str, Any], file: Path) -> None:
         """Refuse a state of another training; see :meth:`start`."""
         if "record" not in state:
-            raise InputError(f"{file}: saved by version 0.1.0, without a record; --overwrite True starts anew")
+            raise InputError(f"{file}: saved by an earlier version, without a record; --overwrite True starts anew")
         if state["seed"] != self.seed:
             raise InputError(f"{file}: its seed is {state['seed']}, not {self.seed}; pass --seed {state['seed']}")
         check_start(self.record, state["record"], file)
