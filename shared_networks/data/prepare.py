@@ -339,7 +339,7 @@ def _entry_or_reason(task: Task, source: Source, known: Entry | None) -> Entry |
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{task.prepared_dir}: {error.strerror}; make room and run again, which goes on") from None
         return f"cannot be read or written ({error}); see to it that the file is there and may be read"
-    except (RuntimeError, ValueError) as error:  # one odd scan must not end the run
+    except Exception as error:  # one odd scan must not end the run
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return f"cannot be prepared ({reason}); export it again or remove the case"
 

@@ -237,15 +237,11 @@ class Scans(IterableDataset):
             except (BadScanError, InputError) as error:
                 self.failed[source.files[0]] = str(error)
                 continue
-            except MemoryError:
-                self.failed[source.files[0]] = "not enough memory for it; close other programs, or crop the scan"
-                continue
             except FileNotFoundError as error:
                 self.failed[source.files[0]] = f"no such file, or a broken link: {error.filename}"
                 continue
-            except (OSError, RuntimeError, ValueError) as error:  # one odd scan must not end the run
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                self.failed[source.files[0]] = f"cannot be prepared ({reason}); export it again or remove the case"
+            except Exception as error:  # one odd scan must not end the run
+                self.failed[source.files[0]] = reason_of(error)
                 continue
             self.current = source
             yield item
