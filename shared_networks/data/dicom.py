@@ -22,7 +22,7 @@ _GAP_TOLERANCE = 0.05  # of the gap between slices
 _SHEAR_TOLERANCE = 0.05  # of the pixel size, from each slice to the next
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _CLASS, _INSTANCE, _MODALITY = "0008|0016", "0008|0018", "0008|0060"
-_SAMPLES, _FRAMES, _SPACING, _POSITION = "0028|0002", "0028|0008", "0028|0030", "0020|0032"
+_SAMPLES, _SPACING, _POSITION = "0028|0002", "0028|0030", "0020|0032"
 
 
 class BadScanError(ValueError):
@@ -45,6 +45,7 @@ class Slice(NamedTuple):
         instance: its SOPInstanceUID.
         scale: slope and intercept of a frame; of other slices SimpleITK applies them.
         stack: what tells volumes of one file apart.
+        frames: number of frames in the file.
     """
 
     file: str
@@ -59,6 +60,7 @@ class Slice(NamedTuple):
     instance: str = ""
     scale: tuple[float, float] = (1.0, 0.0)
     stack: tuple[str, ...] = ()
+    frames: int = 1
 
 
 def is_dicom(file: str) -> bool:
@@ -105,6 +107,8 @@ def read_header(file: str) -> Slice:
     except RuntimeError:  # an RTSTRUCT or a report has no image to inform about
         return Slice(file, 0, "DOC", (), np.zeros(3), np.zeros(3), np.eye(3), no_scan="no image")
 
+    size = reader.GetSize()
+
     def tag(key: str) -> str:
         return str(reader.GetMetaData(key)).strip(" \0") if reader.HasMetaDataKey(key) else ""
 
@@ -121,27 +125,15 @@ def read_header(file: str) -> Slice:
         file,
         0,
         modality,
-        tuple(reader.GetSize())[:2],
+        tuple(size[:2]),
         np.array(reader.GetSpacing()),
         np.array(reader.GetOrigin()),
         np.array(reader.GetDirection()).reshape(3, 3),
         " and ".join(lacks),
         no_scan,
         tag(_INSTANCE),
+        frames=int(size[2]) if len(size) > 2 else 1,
     )
-
-
-def frame_count(file: str) -> int:
-    """Return the number of frames in a file; 1 where it says nothing."""
-    reader = _package("SimpleITK", file).ImageFileReader()
-    reader.SetFileName(file)
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return 1
-    size = reader.GetSize()
-    return int(size[2]) if len(size) > 2 else 1
 
 
 def series_slices(files: Sequence[str]) -> list[Slice]:
@@ -150,7 +142,8 @@ def series_slices(files: Sequence[str]) -> list[Slice]:
     Raises:
         BadScanError: a multi-frame file holds several volumes.
     """
-    slices = [part for file in files for part in ([read_header(file)] if frame_count(file) == 1 else _frames(file))]
+    headers = [read_header(file) for file in files]
+    slices = [part for first in headers for part in ([first] if first.frames == 1 else _frames(first.file))]
     if len(stacks := {part.stack for part in slices}) > 1:
         raise BadScanError(f"{len(stacks)} volumes in one series, as of several phases; export each as its own series")
     normal = slices[0].axes[:, 2]
@@ -203,6 +196,7 @@ def _frame(file: str, content: Any, shared: Any, index: int) -> Slice:
         str(content.get("SOPInstanceUID", "")),
         (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)),
         tuple(str(value("FrameContentSequence", name) or "") for name in ("StackID", "TemporalPositionIndex")),
+        int(content.NumberOfFrames),
     )
 
 
@@ -270,7 +264,7 @@ def read_series(files: Sequence[str], modality: str | None) -> tuple[NDArray[Any
     _, affine = series_grid(slices)
     if modality and (found := slices[0].modality) and found != modality:
         raise BadScanError(f"wrong modality: DICOM says {found}, not {modality}")
-    volume = _frame_voxels(slices) if frame_count(files[0]) > 1 else _file_voxels([part.file for part in slices])
+    volume = _frame_voxels(slices) if slices[0].frames > 1 else _file_voxels([part.file for part in slices])
     return volume.transpose(2, 1, 0)[None], affine
 
 

@@ -28,7 +28,6 @@ from shared_networks.data.dicom import (
     FEWEST_SLICES,
     NO_IMAGES,
     BadScanError,
-    frame_count,
     is_dicom,
     read_header,
     read_series,
@@ -140,7 +139,7 @@ def _of_file(file: Path) -> list[Source]:
         return [_nifti_source(str(file), file.parent)]
     if not _begins_as_dicom(str(file)):
         return _listed(file)
-    if frame_count(str(file)) < FEWEST_SLICES:
+    if read_header(str(file)).frames < FEWEST_SLICES:
         raise InputError(f"{file}: one slice of a DICOM series; give the folder of all, --dataset_dir {file.parent}")
     return [Source(str(PurePosixPath(file.parent.name, file.stem)), (str(file),), "multi-frame")]
 
@@ -210,7 +209,7 @@ def read_grid(source: Source) -> tuple[tuple[int, ...], tuple[float, ...]] | Non
     """Returns shape and spacing in mm from one header, for estimates; `None` where that says nothing."""
     if source.series:
         header = read_header(source.files[0])
-        slices = len(source.files) * frame_count(source.files[0])
+        slices = len(source.files) * header.frames
         return ((*header.size, slices), tuple(header.spacing.tolist())) if header.size else None
     grid = read_nifti(source.files[0], voxels=False).grid
     return (grid[0][:3], tuple(voxel_sizes(grid[1]).tolist())) if grid else None
@@ -295,7 +294,7 @@ class _Walk:
         headers = {source: read_header(source.files[0]) for source in found}
         reasons = {source: header.no_scan for source, header in headers.items() if header.no_scan}
         for source in found:
-            if source not in reasons and len(source.files) < FEWEST_SLICES and frame_count(source.files[0]) == 1:
+            if source not in reasons and len(source.files) < FEWEST_SLICES and headers[source].frames == 1:
                 reasons[source] = f"{len(source.files)} slice(s), such as a localiser"
         no_images = {source for source in reasons if not headers[source].size or headers[source].modality in NO_IMAGES}
         if not self.sources and len(reasons) == len(found):
