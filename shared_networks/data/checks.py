@@ -138,7 +138,8 @@ def check_cases(
 
     problems = [f"{file}: {problem}" for (file, _), finding in found.items() for problem in finding.scan.problems]
     if in_channels is not None:
-        problems += [channel_problem(files, in_channels) for files, _ in unique if len(files) != in_channels]
+        foreign = [files for files, _ in unique if len(files) != in_channels]
+        problems += [f"{files[0]}: {channel_problem(len(files), in_channels)}" for files in foreign]
     for files, label in unique:
         others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
         for other in others:
@@ -380,11 +381,11 @@ def _regular(affine: np.ndarray) -> bool:
     return bool(np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3)
 
 
-def channel_problem(files: Sequence[str], in_channels: int) -> str:
-    """Returns the line for a case of another number of channels than the network takes."""
+def channel_problem(channels: int, in_channels: int) -> str:
+    """Returns what is wrong with a case of another number of channels than the network takes."""
     return (
-        f"{files[0]}: has {len(files)} channel(s), one a file, and the network takes {in_channels}; pass "
-        f"--network_def#in_channels {len(files)}, or leave the other files out"
+        f"has {channels} channel(s), one a file, and the network takes {in_channels}; pass "
+        f"--network_def#in_channels {channels}, or leave the other files out"
     )
 
 

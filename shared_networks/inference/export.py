@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,13 +87,13 @@ def output_names(sources: Sequence[Source]) -> dict[str, str]:
         {case: case.replace("/", "_") for case in cases},
         {case: f"{case.replace('/', '_')}_{hashlib.sha256(case.encode()).hexdigest()[:8]}" for case in cases},
     ]
+    counts = [Counter(name.casefold() for name in form.values()) for form in forms]
     scans = {case_name(file).casefold() for source in sources for file in source.files}
     names = {}
     for case in cases:
-        for form in forms:
+        for form, count in zip(forms, counts, strict=True):
             name = form[case].casefold()
-            shared = sum(other.casefold() == name for other in form.values()) > 1
-            if not shared and not any(f"{name}_{result}" in scans for result in ("seg", "uncertainty")):
+            if count[name] == 1 and not any(f"{name}_{result}" in scans for result in ("seg", "uncertainty")):
                 break
         names[case] = form[case]
     return names
@@ -256,8 +257,8 @@ class Scans(IterableDataset):
             InputError: its axes are not at right angles.
         """
         channels = 1 if source.series else len(source.files)
-        if not source.problem and self.in_channels not in (None, channels):
-            raise BadScanError(channel_problem(source.files, self.in_channels or 1).partition(": ")[2])
+        if not source.problem and self.in_channels is not None and channels != self.in_channels:
+            raise BadScanError(channel_problem(channels, self.in_channels))
         if (grid := read_grid(source)) is not None and (free := free_memory()) is not None:
             needed = memory_estimate(*grid, self.spacing, self.classes)
             size = " x ".join(map(str, grid[0]))
