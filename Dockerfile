@@ -27,16 +27,16 @@ ENTRYPOINT ["python", "-m", "monai.bundle"]
 CMD ["--help"]
 
 FROM train AS releases
-RUN python -m shared_networks.release --output_dir /tmp/releases
+RUN python -m shared_networks.bundle.release --output_dir /tmp/releases
 
 FROM base AS serve
-COPY tests/monai_label/requirements.txt ./
+COPY shared_networks/bundle/monai_label/requirements.txt ./
 RUN pip install --requirement requirements.txt
-COPY tests/monai_label/server.py ./
+COPY shared_networks/bundle/monai_label/serve.py ./
 COPY --from=releases /tmp/releases/hi_end_mae_btcv_seg_v*.zip hi_end_mae_btcv_seg.zip
 COPY --from=releases /tmp/releases/hi_end_mae_flare_seg_v*.zip hi_end_mae_flare_seg.zip
 USER 1000
 EXPOSE 8000
-ENTRYPOINT ["python", "server.py", "--app", "/home/monai/app", "--studies", "/studies", \
+ENTRYPOINT ["python", "serve.py", "--app", "/home/monai/app", "--studies", "/studies", \
     "hi_end_mae_btcv_seg.zip", "hi_end_mae_flare_seg.zip"]
 CMD ["--port", "8000"]

@@ -46,7 +46,7 @@ if [ -z "$data" ]; then
     step "synthetic CTs"
     data=$out/data
     label_set=${bundle#hi_end_mae_}
-    "$python" -m shared_networks.data.phantom --out "$data" --label_set "${label_set%_seg}"
+    "$python" -m shared_networks.synthetic.phantom --out "$data" --label_set "${label_set%_seg}"
 fi
 scans=$data
 [ -d "$data/imagesTs" ] || scans=$data/imagesTr

@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 case ${1:-} in
     --monailabel)
-        pins=$PWD/tests/monai_label/requirements.txt
+        pins=$PWD/shared_networks/bundle/monai_label/requirements.txt
         [ -x .venv-monailabel/bin/python ] || python3 -m venv .venv-monailabel
         # Also for what is built from source: else each build fetches a PyTorch for itself.
         PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \

@@ -1,4 +1,4 @@
-"""Errors that the user can put right, and how they reach the terminal."""
+"""Raise errors that the user can put right, and print them in one line."""
 
 from __future__ import annotations
 

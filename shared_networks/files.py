@@ -1,69 +1,89 @@
-"""Files that are there whole or not at all."""
+"""Write files whole or not at all, and read JSON, with errors of one line."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from shared_networks.errors import InputError
 
+UNFINISHED = ".unfinished_"
+"""Prefix of a file that is being written; only a killed process leaves one behind."""
+
+OTHER_FOLDER = "make room there or give another --output_dir"
+GO_ON = "nothing saved before is lost. Make room or give another folder, then go on with --resume True"  # of a training
+
 
 @contextmanager
-def replaced_when_whole(file: Path, unfinished: Path) -> Iterator[Path]:
-    """Write beside a file and put the result in its place when the block ends, on disk as a whole.
+def atomic_write(file: str | Path, advice: str = OTHER_FOLDER) -> Iterator[Path]:
+    """Write beside a file and rename the result to it, so that readers see the old file or the new one.
 
     Args:
-        file: to write; its folder is made, an older file is left as it was if anything fails.
-        unfinished: path in the same folder to write to meanwhile; only a killed process leaves it behind.
+        file: to write; its folder is made.
+        advice: what to do if it cannot be written.
 
     Yields:
-        `unfinished`.
+        The path to write to, with the same ending, in the same folder.
 
     Raises:
-        OSError: it cannot be written.
+        InputError: it cannot be written (disk full, no permission); an older file is left unchanged.
     """
+    path = Path(file)
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         with unfinished.open("r+b") as stream:
             os.fsync(stream.fileno())
-        unfinished.replace(file)
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror or error}); {advice}") from error
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
 
 
-@contextmanager
-def explain_unwritable(file: str | Path) -> Iterator[None]:
-    """Turn a failure to write a file into one line.
+def write_csv(file: str | Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table; see :func:`atomic_write`."""
+    with atomic_write(file) as path, path.open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+
+
+def write_json(file: str | Path, content: Mapping[str, Any], advice: str = OTHER_FOLDER) -> None:
+    """Write strict JSON (no NaN); see :func:`atomic_write`."""
+    with atomic_write(file, advice) as path:
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: str | Path) -> Any:
+    """Read JSON.
 
     Raises:
-        InputError: in place of an `OSError`, or of the `RuntimeError` that torch raises for a full disk.
+        InputError: the file cannot be read, or holds something else.
     """
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise InputError(
-            f"{file}: cannot be written ({reason}); nothing saved before is lost. Make room or give another folder, "
-            "then go on with --resume True"
-        ) from error
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}); write it again") from None
 
 
 def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:
-    """Refuses a folder that cannot be written to, before any work is done. Makes nothing.
+    """Refuse a folder that cannot be written to, before any work is done. Make nothing.
 
     Args:
         folder: of results.
         setting: that names it.
 
     Raises:
-        InputError: it, or what it would be made in, is read-only or no folder.
+        InputError: the folder, or the one that it would be made in, is read-only or no folder.
     """
     path = Path(folder).absolute()
-    there = next(path for path in (path, *path.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        reason = "read-only" if there.is_dir() else "not a folder"
-        raise InputError(f"{folder}: cannot be written, as {there} is {reason}; give another --{setting}")
+    existing = next(path for path in (path, *path.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = "read-only" if existing.is_dir() else "not a folder"
+        raise InputError(f"{folder}: cannot be written, as {existing} is {reason}; give another --{setting}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared_networks.data.phantom import write_dataset
+from shared_networks.synthetic.phantom import write_dataset
 
 ROOT = Path(__file__).parent.parent
 BUNDLES = ("hi_end_mae_pretrain", "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg")

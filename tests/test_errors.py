@@ -13,12 +13,12 @@ from shared_networks.errors import InputError, input_error_in, report_in_one_lin
 CONFIG = {
     "initialize": [
         {"_target_": "shared_networks.errors.report_in_one_line"},
-        "$__import__('shared_networks.settings').settings.take_settings(__local_refs)",
+        "$__import__('shared_networks.settings.command_line').settings.take_settings(__local_refs)",
     ],
     "dataset_dir": "",
     "max_epochs": 1,
     "net": {"width": 4},
-    "step": "$lambda engine, batch: __import__('shared_networks.data.datalist', fromlist=['x']).find_images(batch)",
+    "step": "$lambda engine, batch: __import__('shared_networks.datasets.pairs', fromlist=['x']).find_images(batch)",
     "trainer": {"_target_": "ignite.engine.Engine", "process_function": "@step"},
     "run": ["$print('width', @net['width'])", "$@trainer.run([@dataset_dir])"],
 }

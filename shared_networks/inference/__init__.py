@@ -1,1 +1,1 @@
-"""From a network's output to files a user opens."""
+"""Segment, score and inspect scans."""

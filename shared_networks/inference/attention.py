@@ -17,14 +17,15 @@ from nibabel.affines import apply_affine, voxel_sizes
 from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
-from shared_networks.data.checks import open_nifti
-from shared_networks.data.datalist import Image, case_name, find_labels, pair_cases
+from shared_networks.datasets.nifti import open_nifti
+from shared_networks.datasets.pairs import Image, case_name, find_labels, pair_cases, source_file
 from shared_networks.errors import InputError
-from shared_networks.figures import attention_figure, orthogonal_planes
+from shared_networks.figures.attention import attention_figure
+from shared_networks.figures.planes import orthogonal_planes
+from shared_networks.files import atomic_write
 from shared_networks.inference.features import token_affine
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.vit import attention_maps
-from shared_networks.reports import source_file, written_whole
 
 
 def query_cases(
@@ -287,7 +288,7 @@ class SaveAttentiond(MapTransform):
         maps: dict[str, dict[str, Any]] = {}
         for name, attention in data[self.keys[0]].items():
             volume = to_scan_grid(convert_to_numpy(attention[0]), affine, scan_affine, shape)
-            with written_whole(self.output_dir / f"{case}_{name}.nii.gz") as part:
+            with atomic_write(self.output_dir / f"{case}_{name}.nii.gz") as part:
                 nib.save(nib.Nifti1Image(volume, scan_affine), part)
             kind, tap = name.split("_", 1)
             maps.setdefault(kind, {})[tap.replace("_", " ")] = orthogonal_planes(volume, scan_affine, voxel)[0]
@@ -297,6 +298,6 @@ class SaveAttentiond(MapTransform):
             self.window,
             f"{case}   voxel {voxel}",
         )
-        with written_whole(self.output_dir / f"{case}_attention.png") as part:
+        with atomic_write(self.output_dir / f"{case}_attention.png") as part:
             figure.savefig(part, bbox_inches="tight")
         return data

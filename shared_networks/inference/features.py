@@ -13,11 +13,11 @@ from monai.utils import convert_to_numpy, ensure_tuple_rep
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from torch import Tensor, nn
 
-from shared_networks.data.datalist import case_name
+from shared_networks.datasets.pairs import case_name, source_file
 from shared_networks.errors import InputError, not_finite
+from shared_networks.files import atomic_write
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR, tokens_to_volume
-from shared_networks.reports import source_file, written_whole
 
 
 class TokenFeatures(nn.Module):
@@ -141,7 +141,7 @@ class SaveFeaturesd(MapTransform):
         affine = token_affine(convert_to_numpy(image.affine), self.patch_size)
         grid = next(iter(features.values())).shape[1:]
         scan_affine, shape = (convert_to_numpy(image.meta[key]) for key in ("original_affine", "spatial_shape"))
-        with written_whole(self.output_dir / f"{case}_features.npz") as part:
+        with atomic_write(self.output_dir / f"{case}_features.npz") as part:
             np.savez(
                 part,
                 affine=affine,

@@ -1,4 +1,4 @@
-"""From the pre-training network's output to volumes that can be looked at."""
+"""Turn a pre-training prediction into volumes in the scan's intensities."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
+from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import not_finite
 from shared_networks.networks.hi_end_mae import restore_intensities
-from shared_networks.reports import source_file
 
 
 class RestoreReconstructiond(MapTransform):

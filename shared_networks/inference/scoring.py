@@ -1,4 +1,4 @@
-"""What MONAI Label scores cases by: where a network whose dropout is on sees organs."""
+"""Score unlabelled cases for MONAI Label by their uncertainty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels of a whole scan from windows, without ever holding the probabilities of a whole scan."""
+"""Segment a scan by sliding windows, without holding the probabilities of the whole scan."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from monai.utils import convert_to_numpy, ensure_tuple_rep
 from torch import Tensor
 from tqdm import tqdm
 
-from shared_networks.checkpoints import read_weights
 from shared_networks.errors import InputError, not_finite
-from shared_networks.inference.resample import LabelPlanes, Plane, ScanGrid
-from shared_networks.training.steps import AutocastInferer
+from shared_networks.inference.label_planes import LabelPlanes, Plane, ScanGrid
+from shared_networks.networks.checkpoints import read_weights
+from shared_networks.networks.precision import AutocastInferer
 
 Window = tuple[slice, ...]
 Network = Callable[..., Any]
@@ -47,7 +47,7 @@ class SlidingWindowLabels(Inferer):
             combinations. Labels are not exchanged: along axis 0 the network sees a left kidney where the right one is.
         checkpoints: files of weights to average the probabilities of; one network is in memory at a time. None takes
             the network as it is.
-        dtype: of mixed precision, see :func:`shared_networks.training.steps.autocast_type`.
+        dtype: of mixed precision, see :func:`shared_networks.networks.precision.autocast_type`.
         organ: name or value of the label whose probabilities are kept in `organ_probability`, [X, Y, Z] float16 of the
             last scan.
         label_names: names in order of label value, background first.
@@ -314,7 +314,7 @@ class Members:
     def in_turn(self, network: Any) -> Iterator[None]:
         """Yield once for each, its weights loaded; what is loaded already comes first.
 
-        Weights are loaded strictly; :func:`shared_networks.checkpoints.check_weights` has said whether they fit.
+        Weights are loaded strictly; `check_weights` has said whether they fit.
         """
         for checkpoint in sorted(self.checkpoints, key=lambda checkpoint: checkpoint != self.loaded):
             if checkpoint is not None and checkpoint != self.loaded:

@@ -27,12 +27,13 @@ from monai.utils import convert_to_numpy, convert_to_tensor
 from nibabel.affines import voxel_sizes
 from torch import Tensor, nn
 
+from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
-from shared_networks.inference.export import SaveSegmentationd, label_image
-from shared_networks.inference.resample import resample_linear
+from shared_networks.files import atomic_write, write_csv, write_json
+from shared_networks.inference.save import SaveSegmentationd, label_image
 from shared_networks.inference.sliding_window import Members, finite, scan_grid
-from shared_networks.reports import source_file, write_csv, write_json, written_whole
-from shared_networks.training.steps import AutocastInferer
+from shared_networks.networks.precision import AutocastInferer
+from shared_networks.transforms.spacing import resample_linear
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class UncertaintyInferer(SlidingWindowInferer):
         seed: of the draws.
         checkpoints: files of the weights of an ensemble, whose networks all contribute their samples; one is in memory
             at a time. None takes the network as it is.
-        dtype: of mixed precision, see :func:`shared_networks.training.steps.autocast_type`.
+        dtype: of mixed precision, see :func:`shared_networks.networks.precision.autocast_type`.
         window: further arguments of :class:`monai.inferers.SlidingWindowInferer`.
 
     Raises:
@@ -271,7 +272,7 @@ class SaveUncertaintyd(SaveSegmentationd):
         self.scores: dict[str, tuple[float, float]] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Save and rank one decollated case of :class:`shared_networks.inference.export.Scans`."""
+        """Save and rank one decollated case of :class:`shared_networks.inference.predict.Scans`."""
         name, scan, image = data["name"], data["scan"], data["image"]
         prediction = convert_to_tensor(data[self.keys[0]], device="cpu", track_meta=False)
         organs = prediction[1] > 0.5
@@ -285,7 +286,7 @@ class SaveUncertaintyd(SaveSegmentationd):
         like_scan = label_image(blank, convert_to_numpy(scan.affine), source_file(scan))
         like_scan.header.set_data_dtype(np.float32)
         like_scan.header["descrip"] = b"uncertainty, 0 to 1"
-        with written_whole(self.output_dir / f"{name}_uncertainty.nii.gz") as part:
+        with atomic_write(self.output_dir / f"{name}_uncertainty.nii.gz") as part:
             nib.save(nib.Nifti1Image(values, like_scan.affine, like_scan.header, dtype=np.float32), part)
         score = {"mean_uncertainty": mean, "predicted_ml": ml}
         made_with = self.made_with(data["stamp"])

@@ -1,1 +1,1 @@
-"""The networks: torch and MONAI blocks, no data."""
+"""Define the networks, and load their weights."""

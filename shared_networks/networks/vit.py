@@ -1,4 +1,4 @@
-"""The 3D vision transformer that pre-training and segmentation share."""
+"""Define the 3D vision transformer that pre-training and segmentation share."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What training adds to a network: loss, optimiser groups, batches."""
+"""Train: loss, optimiser, handlers, and resuming."""

@@ -1,26 +1,17 @@
-"""Whether training is healthy: what is written beside the loss, for TensorBoard and MONAI's experiment tracking."""
+"""Log whether training is healthy."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
-from monai.engines import IterationEvents
-from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
 
-from shared_networks.figures import overlay_figure, reconstruction_figure
-from shared_networks.metrics import MEASURES
-from shared_networks.networks.hi_end_mae import HiEndMAE, restore_intensities
+from shared_networks.networks.hi_end_mae import HiEndMAE
 
 
 class TrainingMonitor:
@@ -123,87 +114,3 @@ class FeatureSpread:
         for tap, (count, total, squares) in self.sums.items():
             variance = squares / count - (total / count).square()
             engine.state.metrics[f"spread_tap_{tap}"] = variance.clamp(min=0).sqrt().mean().item()
-
-
-class ReconstructionPanel:
-    """Writes a picture of the first validation crop for TensorBoard: the crop, what was seen of it, what was rebuilt.
-
-    Args:
-        log_dir: folder of TensorBoard's files.
-        patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
-        spacing: voxel size in mm.
-    """
-
-    def __init__(self, log_dir: str | Path, patch_size: Sequence[int] | int, spacing: Sequence[float]) -> None:
-        self.log_dir = log_dir
-        self.patch_size = ensure_tuple_rep(patch_size, 3)
-        self.affine = np.diag([*spacing, 1.0])
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator that does not decollate."""
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
-
-    def __call__(self, engine: Any) -> None:
-        """Draw the first batch of a validation."""
-        if engine.state.iteration != 1:
-            return
-        image, output = (engine.state.output[key][:1].float().cpu() for key in ("image", "pred"))
-        mask = output[:, -1:]
-        restored = image + (restore_intensities(output[:, :-1], image, self.patch_size) - image) * mask
-        scan, hidden, rebuilt = (np.asarray(volume[0, 0]) for volume in (image, mask, restored))
-        masked = np.where(hidden > 0, np.nan, scan)
-        figure = reconstruction_figure(scan, masked, rebuilt, self.affine, f"epoch {engine.state.epoch}")
-        with SummaryWriter(str(self.log_dir)) as writer:
-            writer.add_figure("reconstruction", figure, engine.state.epoch)
-
-
-class OrganDice:
-    """Adds each organ's mean Dice to an evaluator's metrics, as `dice_NAME`, for a curve of its own.
-
-    Args:
-        label_names: names in order of label value, background first.
-    """
-
-    def __init__(self, label_names: Sequence[str]) -> None:
-        self.organs = label_names[1:]
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator whose key metric is a :class:`shared_networks.metrics.OrganMetric`."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Any) -> None:
-        """Add the metrics, of organs that some case has, in truth or in prediction."""
-        dice = engine.state.metric_details[engine.state.key_metric_name][..., MEASURES.index("dice")]
-        for organ, value in zip(self.organs, dice.nanmean(dim=0).tolist(), strict=True):
-            if not math.isnan(value):
-                engine.state.metrics[f"dice_{organ.replace(' ', '_')}"] = value
-
-
-class OverlayPanel:
-    """Writes a picture of the first validation case for TensorBoard: truth and prediction over the CT.
-
-    Args:
-        log_dir: folder of TensorBoard's files.
-        label_names: names in order of label value, background first.
-    """
-
-    def __init__(self, log_dir: str | Path, label_names: Sequence[str]) -> None:
-        self.log_dir = log_dir
-        self.label_names = label_names
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator whose `pred` and `label` are label maps after post-processing."""
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
-
-    def __call__(self, engine: Any) -> None:
-        """Draw the first case of a validation."""
-        if engine.state.iteration != 1:
-            return
-        case = engine.state.output[0]
-        image = np.asarray(case["image"][0].cpu())
-        labels, truth = (np.asarray(case[key][0].cpu(), dtype=np.int16) for key in ("pred", "label"))
-        affine = np.asarray(getattr(case["image"], "affine", np.eye(4)), dtype=float)
-        title = f"epoch {engine.state.epoch}"
-        figure = overlay_figure(image, labels, affine, self.label_names, truth=truth, window=(0.0, 1.0), title=title)
-        with SummaryWriter(str(self.log_dir)) as writer:
-            writer.add_figure("overlay", figure, engine.state.epoch)

@@ -1,4 +1,4 @@
-"""What the optimiser may decay, and how fast each part of the network learns."""
+"""Group parameters by weight decay and learning rate."""
 
 from __future__ import annotations
 

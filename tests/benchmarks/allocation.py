@@ -1,11 +1,11 @@
-"""What glibc does with freed memory by itself, beside :func:`shared_networks.allocator.keep_freed_memory`."""
+"""What glibc does with freed memory by itself, beside :func:`shared_networks.networks.cpu.keep_freed_memory`."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 
-from shared_networks.allocator import keep_freed_memory
+from shared_networks.networks.cpu import keep_freed_memory
 
 
 def set_allocation(published: bool) -> None:

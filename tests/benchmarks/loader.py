@@ -33,8 +33,8 @@ from monai.transforms import (
     RandShiftIntensityd,
 )
 
-from shared_networks.data.store import (
-    RandReadCropsd,
+from shared_networks.store.crops import RandReadCropsd
+from shared_networks.store.format import (
     append_entry,
     centres_file,
     read_manifest,

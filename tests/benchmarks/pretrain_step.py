@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shared_networks.networks import vit
 from shared_networks.networks.hi_end_mae import HiEndMAE, standardise_patches
-from shared_networks.training.losses import MaskedPatchLoss
+from shared_networks.training.loss import MaskedPatchLoss
 from shared_networks.training.optim import parameter_groups
 from tests.benchmarks.allocation import set_allocation
 

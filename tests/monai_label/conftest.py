@@ -21,7 +21,7 @@ import pytest
 import requests
 from scipy.spatial.transform import Rotation
 
-from shared_networks.data.phantom import phantom_case, write_dataset
+from shared_networks.synthetic.phantom import phantom_case, write_dataset
 
 from ..conftest import ROOT
 
@@ -137,7 +137,7 @@ def releases(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     few = ["--epochs", "1", "--num_samples", "1", "--dataset_dir", folder / "flare", "--pretrained_encoder", ""]
     process([sys.executable, "-m", "monai.bundle", "run", "--config_file", TINY, *few], clone / FLARE)
     for bundle, weights in ((BTCV, ""), (FLARE, clone / FLARE / "models" / "model.pt")):
-        release = [sys.executable, "-m", "shared_networks.release", "--output_dir", folder, "--bundle", bundle]
+        release = [sys.executable, "-m", "shared_networks.bundle.release", "--output_dir", folder, "--bundle", bundle]
         process([*release, "--overlay", "tiny", *(["--weights", weights] if weights else [])], ROOT)
     return sorted(folder.glob("*.zip"))
 
@@ -151,7 +151,7 @@ def server(releases: list[Path], studies: Path, tmp_path_factory: pytest.TempPat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [PYTHON, ROOT / "tests" / "monai_label" / "server.py", "--app", folder / "app", "--studies", studies]
+    words = [PYTHON, ROOT / "shared_networks" / "bundle" / "monai_label" / "serve.py", "--app", folder / "app", "--studies", studies]
     words += [*releases, "--host", "127.0.0.1", "--port", port, "--conf", "epistemic_model", FLARE]
     environment = {
         **os.environ,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_networks.errors import InputError
-from shared_networks.reports import write_csv
+from shared_networks.files import write_csv
 
 from .. import transfer
 from ..loader import machine
@@ -49,7 +49,7 @@ def slug(name: str) -> str:
 def phantoms(folder: Path, size: Settings) -> Run:
     """Makes the synthetic scans."""
     options = [word for key, value in size["phantoms"].items() for word in (f"--{key}", str(value))]
-    words = ["-m", "shared_networks.data.phantom", "--out", str(folder), *options]
+    words = ["-m", "shared_networks.synthetic.phantom", "--out", str(folder), *options]
     return Run("synthetic scans", folder.parent / "phantoms", ".", words)
 
 

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared_networks.figures import TEXT_COLOUR, label_colour
-from shared_networks.reports import CONFIDENCE, RESAMPLES
+from shared_networks.datasets.labels import label_colour
+from shared_networks.evaluation.tables import CONFIDENCE, RESAMPLES
+from shared_networks.figures.planes import TEXT_COLOUR
 
 Array = NDArray[np.float64]
 

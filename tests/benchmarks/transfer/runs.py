@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared_networks.errors import InputError
-from shared_networks.reports import write_json
+from shared_networks.files import write_json
 
 ROOT = Path(__file__).parents[3]
 

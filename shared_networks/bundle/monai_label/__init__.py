@@ -1,0 +1,1 @@
+"""Serve the bundles by MONAI Label."""

@@ -1,0 +1,84 @@
+"""Start MONAI Label's own server on release zips of the bundles, in an environment with requirements.txt.
+
+    python serve.py --app APP --studies STUDIES hi_end_mae_btcv_seg_v0.1.0.zip hi_end_mae_flare_seg_v0.1.0.zip
+
+APP is made where it is not there: a copy of MONAI Label's app `monaibundle`, the zips unpacked in its folder `model`.
+What is unpacked already is left as it is, for it may have been trained since. Further options go to
+`monailabel start_server`: `--port 8000`, `--conf skip_trainers true`. All this can be done by hand:
+
+    monailabel apps --download --name monaibundle --output .
+    unzip -d monaibundle/model hi_end_mae_btcv_seg_v0.1.0.zip
+    monailabel start_server --app monaibundle --studies STUDIES --conf models hi_end_mae_btcv_seg --conf sam2 false
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import ZipFile
+
+
+def install(bundle: str, app: Path) -> str:
+    """Unpacks a release zip into the app, and returns the name of its bundle.
+
+    Args:
+        bundle: the zip, or the name of a bundle that is in the app already.
+        app: MONAI Label's app.
+    """
+    if (app / "model" / bundle).is_dir():
+        return bundle
+    with ZipFile(bundle) as archive:
+        name = archive.namelist()[0].split("/")[0]
+        if (app / "model" / name).exists():
+            print(f"{app / 'model' / name} is there already and is left as it is", flush=True)
+        else:
+            archive.extractall(app / "model")
+    return name
+
+
+def without_operators() -> bool:
+    """Whether torchvision does not import, because its operators are compiled for another build of torch.
+
+    That is so where torch is its CPU build, and of torchvision there is only the CUDA build. MONAI Label imports it to
+    draw grids of images, for which it needs no operator.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        return "operator torchvision::" in str(error)
+    return False
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the server and of the processes that it trains in, from the one given."""
+    changed = dict(given)
+    changed.setdefault("BUNDLE_DOWNLOAD_SRC", "ngc")  # by default GitHub is asked for models, even for local ones
+    changed["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")])  # torchrun
+    if without_operators():
+        folder = Path(__file__).resolve().with_name("torchvision_without_operators")
+        changed["PYTHONPATH"] = os.pathsep.join([str(folder), given.get("PYTHONPATH", "")])
+    return changed
+
+
+def main() -> None:
+    """Install and start; the server takes the place of this process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--app", type=Path, required=True)
+    parser.add_argument("--studies", required=True, help="folder of scans, or address of a DICOMweb server")
+    parser.add_argument("bundles", nargs="+", help="zips, or names of bundles in APP/model")
+    own, options = parser.parse_known_args()
+    if not own.app.is_dir():
+        shutil.copytree(Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle", own.app)
+    names = [install(bundle, own.app) for bundle in own.bundles]
+    words = ["--app", str(own.app), "--studies", own.studies, "--conf", "models", ",".join(names)]
+    words += ["--conf", "sam2", "false", *options]  # Segment Anything would be downloaded
+    words = [sys.executable, "-m", "monailabel.main", "start_server", *words]
+    os.execve(sys.executable, words, environment(os.environ))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Release zips: each bundle alone, with its own copy of this package, the same to the byte wherever it is made.
+
+Run in a clone of the repository:
+
+    python -m shared_networks.bundle.release --output_dir dist
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from zipfile import ZipFile, ZipInfo
+
+import torch
+from monai.bundle import ConfigParser
+
+from shared_networks.bundle.card import model_card
+from shared_networks.datasets.labels import model_labels
+from shared_networks.datasets.record import PARTS, read_record, record_file
+from shared_networks.errors import InputError, report_in_one_line
+from shared_networks.files import atomic_write
+from shared_networks.networks.checkpoints import check_weights
+from shared_networks.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL = "all"
+FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
+"""What of a bundle's folder is released, beside weights that are given."""
+
+
+def release(
+    output_dir: str | Path, bundle: str = ALL, overlay: str = "", weights: str | Path = "", root: Path = ROOT
+) -> list[Path]:
+    """Writes `NAME_vX.Y.Z.zip` of bundles, and beside each its checksum.
+
+    A zip has one folder, of the bundle's name: configs, documents and licence, the model card, this package,
+    `models/model.pt` where weights are given, and `SHA256SUMS` of them all. Files are stored uncompressed with one time
+    and one mode, so that the same source gives the same bytes with every version of Python and zlib.
+
+    Args:
+        output_dir: folder to write to; older zips of this version are replaced.
+        bundle: name of one bundle; by default all of them.
+        overlay: name of an overlay to bake into the configs, such as `tiny`; see :func:`bake`.
+        weights: flat state_dict of the bundle's network; see :func:`released_weights`.
+        root: source tree.
+
+    Returns:
+        The zips.
+
+    Raises:
+        InputError: `root` is no source tree, the bundles' versions differ, or an argument is of no use.
+    """
+    names = bundle_names(root)
+    check_versions(root, names)
+    if bundle not in (ALL, *names):
+        raise InputError(f"--bundle {bundle}: there is no such bundle; give {', '.join(names)} or {ALL}")
+    if weights and bundle == ALL:
+        raise InputError(f"--weights {weights}: are one bundle's; name it: --bundle {' or '.join(names)}")
+    return [
+        write_release(Path(output_dir), name, bundle_files(root, name, overlay, weights))
+        for name in (names if bundle == ALL else [bundle])
+    ]
+
+
+def bundle_names(root: Path) -> list[str]:
+    """Returns the names of the bundles of a source tree.
+
+    Raises:
+        InputError: it has none.
+    """
+    names = sorted(file.parts[-3] for file in root.glob("*/configs/metadata.json"))
+    if not names:
+        raise InputError(f"{root}: no bundles beside shared_networks; run in a clone of the repository")
+    return names
+
+
+def check_versions(root: Path, names: Sequence[str]) -> None:
+    """Compares the version of each bundle with that of this package: they share it, so they are released together.
+
+    Args:
+        root: source tree.
+        names: of the bundles.
+
+    Raises:
+        InputError: a bundle has another version, or no word on this one in its changelog.
+    """
+    for name in names:
+        file = root / name / "configs" / "metadata.json"
+        metadata = json.loads(file.read_text())
+        if metadata["version"] != __version__:
+            raise InputError(
+                f"{file}: version is {metadata['version']!r}, that of shared_networks/version.py is {__version__!r}; "
+                "all bundles are released together: set it to that of version.py"
+            )
+        if not metadata["changelog"].get(__version__):
+            raise InputError(f"{file}: changelog has nothing on {__version__!r}; write there what is new in it")
+
+
+def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path = "") -> dict[str, bytes]:
+    """Reads all that belongs into a bundle's zip but the checksums.
+
+    Args:
+        root: source tree.
+        name: of the bundle.
+        overlay: see :func:`bake`; none by default.
+        weights: see :func:`released_weights`; none by default.
+
+    Returns:
+        Content of files by their path in the bundle.
+
+    Raises:
+        InputError: as :func:`bake` and :func:`released_weights`.
+    """
+    bundle = root / name
+    files = {file: file.relative_to(bundle) for pattern in FILES for file in bundle.glob(pattern)}
+    files |= {file: file.relative_to(root) for file in (root / "shared_networks").rglob("*.py")}
+    content = {path.as_posix(): file.read_bytes() for file, path in files.items()}
+    if overlay:
+        content |= bake(content, overlay)
+    card, metadata = content["docs/README.md"].decode(), json.loads(content["configs/metadata.json"])
+    content["README.md"] = model_card(card, metadata).encode()
+    if weights:
+        config = ConfigParser(json.loads(content["configs/inference.json"]))
+        config["bundle_root"] = str(bundle)
+        content |= released_weights(config, Path(weights))
+    return content
+
+
+def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
+    """Makes an overlay's settings the defaults of all configs that run without another, and of the metadata.
+
+    Args:
+        files: of a bundle, by path.
+        overlay: name of a config that sets values, such as `tiny` of `configs/tiny.json`; expressions without
+            references count as such.
+
+    Returns:
+        The files that change, in their old layout.
+
+    Raises:
+        InputError: there is no such overlay, or it holds more than values, or a setting that no config has.
+    """
+    file = f"configs/{overlay}.json"
+    if file not in files:
+        raise InputError(f"--overlay {overlay}: there is no {file} in the bundle; give a name such as tiny")
+    settings = {key: value for key, value in json.loads(files[file]).items() if not key.startswith("_")}
+    if re.search(r'"[@%+]|"[$](\\.|[^"\\])*@|"_target_"', json.dumps(settings)):
+        raise InputError(f"--overlay {overlay}: {file} changes more than values, which cannot be baked in; try tiny")
+    configs = {path: json.loads(text) for path, text in files.items() if re.fullmatch(r"configs/\w+\.json", path)}
+    alone = [path for path, config in configs.items() if "bundle_root" in config]
+    if lost := [key for key in settings if not any(key.split("#")[0] in configs[path] for path in alone)]:
+        raise InputError(f"--overlay {overlay}: no config has {', '.join(lost)} of {file}; take them out")
+    own = {path: {k: v for k, v in settings.items() if k.split("#")[0] in configs[path]} for path in alone}
+    if "img_size" in settings:
+        shapes = ("inputs#image#spatial_shape", "outputs#pred#spatial_shape")
+        own["configs/metadata.json"] = {f"network_data_format#{shape}": settings["img_size"] for shape in shapes}
+    return {path: with_settings(files[path].decode(), values).encode() for path, values in own.items()}
+
+
+def with_settings(config: str, settings: Mapping[str, Any]) -> str:
+    """Writes other values into the text of a config and leaves every other line as it is.
+
+    Args:
+        config: JSON object, indented by four spaces.
+        settings: values by id, such as `{"img_size": [48, 48, 48], "network_def#hidden_size": 192}`.
+
+    Raises:
+        InputError: the config has no such id.
+    """
+    for name, value in settings.items():
+        start, end = 0, len(config)
+        for depth, key in enumerate(name.split("#"), 1):
+            indent = " " * 4 * depth
+            item = rf'^{indent}"{re.escape(key)}": (.*?),?$(?=\n{indent}"|\n{indent[4:]}\}})'
+            found = re.compile(item, re.MULTILINE | re.DOTALL).search(config, start, end)
+            if not found:
+                raise InputError(f"{name}: the config has no such setting to be changed; add it there first")
+            start, end = found.span(1)
+        config = config[:start] + json.dumps(value, ensure_ascii=False) + config[end:]
+    return config
+
+
+def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
+    """Reads weights for a bundle's zip, as they are, once they are known to be those of its network and labels.
+
+    Args:
+        config: the bundle's inference config.
+        weights: `model.pt` as training writes it: a flat state_dict, for a segmenter with its record beside it.
+
+    Returns:
+        Content of `models/model.pt` and of its record `models/model.json`, which no longer names any case.
+
+    Raises:
+        InputError: names or shapes are not the network's, the state_dict is not flat, or the labels are unknown or
+            not the bundle's.
+    """
+    names = config.get("label_names")
+    if names:
+        config["num_classes"] = len(names)
+    network = config.get_parsed_content("network_def")
+    check_weights(weights, network)
+    if torch.load(weights, map_location="cpu", weights_only=True).keys() != network.state_dict().keys():
+        raise InputError(
+            f"{weights}: not a flat state_dict under our names, as training writes it; save that alone to a model.pt"
+        )
+    files = {"models/model.pt": weights.read_bytes()}
+    if names and model_labels(weights) != names:
+        raise InputError(
+            f"{record_file(weights)}: not the labels of this bundle; release these weights in the one that trained them"
+        )
+    if record := read_record(weights):
+        # Names of cases may be names of people.
+        record |= {part: {} for part in PARTS} | {"seen_before": {"train": {}, "validation": {}}}
+        record["split"] = {key: value for key, value in record["split"].items() if key != "val_cases"}
+        files["models/model.json"] = (json.dumps(record, indent=1) + "\n").encode()
+    return files
+
+
+def write_release(output_dir: Path, name: str, files: Mapping[str, bytes]) -> Path:
+    """Writes a bundle's zip, with checksums in it and beside it, and prints what it is.
+
+    Args:
+        output_dir: folder to write to.
+        name: of the bundle, and of the one folder in the zip.
+        files: content by path in that folder.
+
+    Returns:
+        The zip.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    sums = "".join(checksum(content, path) for path, content in sorted(files.items()))
+    file = output_dir / f"{name}_v{__version__}.zip"
+    with atomic_write(file) as unfinished, ZipFile(unfinished, "w") as archive:
+        for path, content in sorted({**files, "SHA256SUMS": sums.encode()}.items()):
+            entry = ZipInfo(f"{name}/{path}")  # of 1980, stored
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16  # Unix on every system
+            archive.writestr(entry, content)
+    whole = file.read_bytes()
+    with atomic_write(file.with_name(f"{file.name}.sha256")) as unfinished:
+        unfinished.write_text(checksum(whole, file.name))
+    print(f"{file}: {len(files) + 1} files, {len(whole) / 1e6:.1f} MB", flush=True)
+    return file
+
+
+def checksum(content: bytes, path: str) -> str:
+    """A line that `sha256sum --check` reads."""
+    return f"{hashlib.sha256(content).hexdigest()}  {path}\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Command line of :func:`release`.
+
+    Raises:
+        InputError: as :func:`release`, or for an unknown option.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the options")
+
+    parser = argparse.ArgumentParser(
+        "python -m shared_networks.bundle.release", description=__doc__, allow_abbrev=False
+    )
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.add_argument("--output_dir", required=True, help="folder to write the zips to")
+    parser.add_argument("--bundle", default=ALL, help="name of one bundle (default: all)")
+    parser.add_argument("--overlay", default="", help="overlay to bake into the configs, such as tiny")
+    parser.add_argument(
+        "--weights", default="", help="the bundle's model.pt (a segmenter's with its record model.json beside it)"
+    )
+    release(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    report_in_one_line()
+    main(sys.argv[1:])

@@ -1,1 +1,0 @@
-"""Scans on disk: finding, checking and making them."""

@@ -1,0 +1,105 @@
+"""Find the labelled cases of a data set of any layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.utils import ensure_tuple
+
+from shared_networks.datasets.lists import pair_patterns, read_list
+from shared_networks.datasets.pairs import Image, UnpairedError, case_name, find_images, find_labels, pair_cases
+from shared_networks.errors import InputError
+
+
+def find_cases(
+    dataset_dir: str | Path | None,
+    images_glob: str | None = None,
+    labels_glob: str | None = None,
+    check: Callable[[list[dict[str, Any]]], Any] | None = None,
+    images: Sequence[Image] | None = None,
+    labels: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Finds the labelled cases of a data set of any layout.
+
+    Args:
+        dataset_dir: an nnU-Net folder (`imagesTr`, `labelsTr`); a `.json` list, see :func:`read_list`; or the folder
+            in which the patterns find files. Where it is not set there is no case.
+        images_glob: see :func:`pair_patterns`.
+        labels_glob: see :func:`pair_patterns`.
+        check: raises an `InputError` of several lines, the first a heading, on bad cases. It is called here only
+            where files are without partner, so that all that is wrong is listed at once.
+        images: files in place of those in `dataset_dir`, whatever their names.
+        labels: the label of each, in the same order.
+
+    Returns:
+        `{"image": image, "label": label}`, and `part` where a list says that it is for validation or test.
+
+    Raises:
+        InputError: as the function of the layout, or several cases have one name, after which results are named.
+    """
+    try:
+        if images is not None or labels is not None:
+            cases = _zip_lists(images or [], labels or [])
+        elif not dataset_dir:
+            return []
+        elif images_glob or labels_glob:
+            cases = pair_patterns(dataset_dir, images_glob or "", labels_glob or "")
+        elif Path(dataset_dir).suffix == ".json":
+            cases = read_list(dataset_dir)
+        else:
+            cases = pair_cases(find_images(dataset_dir), find_labels(dataset_dir))
+    except UnpairedError as error:
+        problems = [*error.problems, *_problems_of(error.pairs, check)]
+        raise InputError("\n".join([f"{dataset_dir}: {len(problems)} problem(s):", *problems])) from None
+    return named_apart(cases, dataset_dir)
+
+
+def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[dict[str, Any]]:
+    """Gives cases whose files have one name, as `case_00000/imaging.nii.gz`, the names of their folders.
+
+    Args:
+        cases: dicts with `image`.
+        source: of the cases, for the message.
+
+    Returns:
+        `cases`, with their name as `case` where that of the file is not unique.
+
+    Raises:
+        InputError: folders do not tell them apart either.
+    """
+    if len({case_name(case["image"]) for case in cases}) == len(cases):
+        return cases
+    paths = [Path(ensure_tuple(case["image"])[0]) for case in cases]
+    common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+    folders = ["_".join(Path(os.path.abspath(path.parent)).relative_to(common).parts) for path in paths]
+    files = [case_name(case["image"]) for case in cases]
+    whole = ["_".join(filter(None, pair)) for pair in zip(folders, files, strict=True)]
+    for names in (folders, whole):
+        if all(names) and len({name.casefold() for name in names}) == len(names):
+            return [{**case, "case": name} for case, name in zip(cases, names, strict=True)]
+    files_of: dict[str, list[str]] = {}
+    for name, path in zip(whole, paths, strict=True):
+        files_of.setdefault(name, []).append(str(path))
+    double = {name: files for name, files in files_of.items() if len(files) > 1}
+    lines = [f"{', '.join(files)}: all are the case {name}; name each apart" for name, files in double.items()]
+    raise InputError("\n".join([f"{source}: {len(lines)} problem(s):", *lines]))
+
+
+def _zip_lists(images: Sequence[Image], labels: Sequence[str]) -> list[dict[str, Any]]:
+    if len(images) != len(labels) or not images:
+        raise InputError(
+            f"images: {len(images)} file(s), labels: {len(labels)}; give both lists, a label for each image in order"
+        )
+    return [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+
+
+def _problems_of(cases: list[dict[str, Any]], check: Callable[[list[dict[str, Any]]], Any] | None) -> list[str]:
+    try:
+        if check is not None and cases:
+            check(cases)
+    except InputError as error:
+        return str(error).splitlines()[1:]
+    return []

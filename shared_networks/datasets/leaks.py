@@ -1,0 +1,143 @@
+"""Refuse to report on, or to choose a model by, cases that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shared_networks.datasets.record import (
+    PARTS,
+    Case,
+    Record,
+    case_digests,
+    common_cases,
+    different_settings,
+    listed_differences,
+    options,
+    read_record,
+    record_file,
+    seen_cases,
+    trained_labels,
+)
+from shared_networks.errors import InputError
+
+_FEW = ("num_train_cases",)
+
+
+def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: Sequence[Case]) -> None:
+    """Refuse a report on cases that trained a model or chose it, or one that names other settings than its training's.
+
+    Args:
+        checkpoints: `model.pt` files; without a record nothing is compared.
+        now: of :func:`shared_networks.datasets.record.training_record`, with the settings given for the report.
+        reported: the cases to report on. The validation cases may be reported on where nothing was held out.
+
+    Raises:
+        InputError: a model has seen such a case, was trained with another split of this data set, or has a record that
+            is of other weights.
+    """
+    tested = case_digests(reported)
+    of_split = tested.keys() & {
+        name for part in PARTS for name, digest in now[part].items() if digest == tested.get(name)
+    }
+    is_validation = bool(of_split) and tested.keys() <= now["validation"].keys()
+    for checkpoint in checkpoints:
+        record = read_record(checkpoint)
+        if record is None or not record["labels"]:
+            continue
+        file, same = record_file(checkpoint), record["dataset"] == now["dataset"]
+        # Scans beside the split (imagesTs) are any model's; only a few-shot report must be of that model.
+        asked = now["split"] if of_split else {key: n for key in _FEW if (n := now["split"].get(key)) is not None}
+        differing = different_settings(record["split"], asked)
+        if same and differing:
+            raise InputError(
+                f"{file}: the model was trained with another split: {listed_differences(differing)}. "
+                f"Give the settings of training: {split_options(record)}"
+            )
+        by_name = same and bool(of_split)
+        trained = common_cases(tested, seen_cases(record, "train"), by_name)
+        memorised = record["train"].keys() & record["validation"].keys()  # the only case: it was said in training
+        leaks = {"trained and would now test": [name for name in trained if name not in memorised]}
+        if not is_validation:
+            chose = common_cases(tested, seen_cases(record, "validation"), by_name)
+            leaks["chose the model and would now test"] = [name for name in chose if name not in memorised]
+        refuse_leaks(file, leaks, record)
+
+
+def check_start(record: Record, before: Record, source: str | Path) -> None:
+    """Refuse to go on with a training whose labels, scans or split are others now.
+
+    Args:
+        record: of the training now.
+        before: of the training that is gone on with.
+        source: the file that holds `before`.
+
+    Raises:
+        InputError: label names, preparation or split differ, or a case would validate or test that trained.
+    """
+    if trained_labels(before) != trained_labels(record):
+        raise InputError(
+            f"{source}: trained on other labels, {', '.join(trained_labels(before))}; here they are "
+            f"{', '.join(trained_labels(record))}. Give the --label_names of that training, or another --ckpt_dir"
+        )
+    if differing := different_settings(before["preparation"], record["preparation"]):
+        raise InputError(
+            f"{source}: trained on scans prepared otherwise: {listed_differences(differing)}. "
+            f"Pass {options({key: there for key, (there, _) in differing.items()})}, or another --ckpt_dir"
+        )
+    same = before["dataset"] == record["dataset"]
+    if same and (differing := different_settings(before["split"], record["split"])):
+        raise InputError(
+            f"{source}: trained with another split: {listed_differences(differing)}. "
+            f"Give the settings of training, {split_options(before)}, or another --ckpt_dir"
+        )
+    check_unseen(record, {part: seen_cases(before, part) for part in ("train", "validation")}, source, same, before)
+
+
+def check_unseen(
+    record: Record,
+    seen: Mapping[str, Mapping[str, str]],
+    source: str | Path,
+    same_names: bool = False,
+    before: Record | None = None,
+) -> None:
+    """Refuse a training in which cases validate or test that trained its first weights, or test that chose those.
+
+    Args:
+        record: of the training.
+        seen: digests by name of the cases that trained and that chose the weights, `train` and `validation`.
+        source: of the weights, for the message.
+        same_names: whether a name means the same case in both.
+        before: whose settings the message advises.
+
+    Raises:
+        InputError: there are such cases.
+    """
+    trained, chose = seen["train"], seen["validation"]
+    chooses = {name: digest for name, digest in record["validation"].items() if name not in record["train"]}
+    leaks = {
+        "trained and would now test": common_cases(record["test"], trained, same_names),
+        "trained and would now choose the model": common_cases(chooses, trained, same_names),
+        "chose the model and would now test": common_cases(record["test"], chose, same_names),
+    }
+    refuse_leaks(source, leaks, before)
+
+
+def refuse_leaks(source: str | Path, leaks: Mapping[str, Sequence[str]], record: Record | None) -> None:
+    """Raise an `InputError` that lists cases by what they would do twice, if there are any."""
+    lines = [f"{', '.join(sorted(cases)[:5])} ({len(cases)} in all) {what}" for what, cases in leaks.items() if cases]
+    if lines:
+        advice = (
+            f"Give the settings of training: {split_options(record)}"
+            if record
+            else ("Start from weights that have not seen these cases, or split the cases as they were split there")
+        )
+        raise InputError(f"{source}: {'; '.join(lines)}. {advice}")
+
+
+def split_options(record: Record) -> str:
+    """Return the command-line options that make a recorded split again."""
+    split = record["split"]
+    chosen = ("fold", "num_folds") if split.get("fold") is not None else ("test_fraction", "val_cases")
+    keys = ("seed", "val_fraction", "num_train_cases", *chosen)
+    return options({key: split[key] for key in keys if split.get(key) is not None and split[key] != []})

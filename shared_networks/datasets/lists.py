@@ -1,0 +1,150 @@
+"""Read a list of cases, and write one for a data set whose files two patterns name."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from monai.utils import ensure_tuple
+
+from shared_networks.datasets.nifti import is_nifti
+from shared_networks.datasets.pairs import Name, dataset_folder, pair_by_name
+from shared_networks.errors import InputError
+
+_LISTS = {"training": "", "validation": "validation", "test": "test"}
+# A wildcard, and what it matches: `**/` folders, `*` within a name, `?` a character, `[ab]` one of some.
+_WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]]+\]": ""}
+
+
+def pair_patterns(dataset_dir: str | Path | None, images_glob: str, labels_glob: str) -> list[dict[str, Any]]:
+    """Finds images and labels by two patterns and pairs those in which the wildcards stand for the same.
+
+    Args:
+        dataset_dir: where the patterns begin, unless they are absolute.
+        images_glob: such as `volume-*.nii.gz`; `*`, `?`, `[...]` and `**/` for folders at any depth.
+        labels_glob: such as `labels-*.nii.gz`, with as many wildcards in the same order.
+
+    Returns:
+        Sorted by what the wildcards stand for: `{"image": image, "label": label}`.
+
+    Raises:
+        UnpairedError: as :func:`pair_cases`.
+        InputError: a pattern is missing, has other wildcards, or finds nothing or no NIfTI file.
+    """
+    patterns = {"images_glob": images_glob, "labels_glob": labels_glob}
+    if missing := [setting for setting, pattern in patterns.items() if not pattern]:
+        raise InputError(f"{missing[0]} is not set; give both, as in --images_glob 'volume-*.nii.gz' "
+                         "--labels_glob 'labels-*.nii.gz'")  # fmt: skip
+    counts = {setting: len(_wildcards(pattern)) for setting, pattern in patterns.items()}
+    if len(set(counts.values())) > 1 or not all(counts.values()):
+        raise InputError(
+            f"images_glob {images_glob!r} has {counts['images_glob']} wildcard(s) and labels_glob {labels_glob!r} "
+            f"{counts['labels_glob']}; give both the same, at least one, as the parts that vary make the pairs"
+        )
+    root = dataset_folder(dataset_dir)
+    images = find_matches(root, "images_glob", images_glob)
+    labels = find_matches(root, "labels_glob", labels_glob)
+    return pair_by_name(
+        [(image, [name]) for image, name in images],
+        labels,
+        lambda name: _filled(images_glob, name),
+        lambda name: _filled(labels_glob, name),
+    )
+
+
+def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name]]:
+    """Finds NIfTI files by a pattern.
+
+    Args:
+        root: where the pattern begins, unless it is absolute.
+        setting: that the pattern is given by, for errors.
+        pattern: see :func:`pair_patterns`.
+
+    Returns:
+        Each file, and what the pattern's wildcards stand for in it, sorted by that.
+
+    Raises:
+        InputError: it finds nothing or other files, or does not tell what varies.
+    """
+    whole = pattern if os.path.isabs(pattern) else os.path.join(glob.escape(str(root)), pattern)
+    files = [file for file in glob.glob(whole, recursive=True) if os.path.isfile(file)]
+    if not files:
+        raise InputError(f"{setting}: {pattern!r} finds no file in {root}; give a pattern such as 'volume-*.nii.gz'")
+    if others := [file for file in files if not is_nifti(file)]:
+        raise InputError(
+            f"{setting}: {pattern!r} finds {len(others)} file(s) that are no NIfTI, such as {min(others)}; "
+            "end the pattern with .nii.gz, and convert the files to .nii.gz first if they are scans"
+        )
+    parts = re.split("(" + "|".join(_WILDCARDS) + ")", pattern)
+    start = "" if os.path.isabs(pattern) else re.escape(os.path.join(str(root), ""))
+    matching = re.compile(start + "".join(_expression(p) if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+    found = [(file, match.groups()) for file in files if (match := matching.fullmatch(file))]
+    if len(found) < len(files):
+        raise InputError(f"{setting}: {pattern!r} is too intricate to tell what varies; use *, ?, [ab] and **/ only")
+    return sorted(found, key=lambda item: (item[1], item[0]))
+
+
+def read_list(file: str | Path) -> list[dict[str, Any]]:
+    """Reads a Decathlon list of cases: `{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}], ...}`.
+
+    Args:
+        file: JSON; paths in it are relative to it. `validation` and `test` may be listed as well, of which only cases
+            with a label are of use here.
+
+    Returns:
+        In the file's order: `{"image": image, "label": label}`, for validation and test cases with their `part`.
+
+    Raises:
+        InputError: it is no such list, or training or validation cases have no label.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        lists = {key: content.get(key, []) for key in _LISTS}
+        if not lists["training"]:
+            raise ValueError("no 'training' cases")
+        if wrong := [case for case in (*lists["training"], *lists["validation"]) if not _is_labelled(case)]:
+            raise ValueError(f"{len(wrong)} case(s) without an image and one label, first {wrong[0]!r}")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{file}: no list of labelled cases ({error}); it needs "
+            '{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
+        ) from None
+    cases = []
+    for key, part in _LISTS.items():
+        for case in filter(_is_labelled, lists[key]):
+            image, label = ([_relative_to(file, path) for path in ensure_tuple(case[k])] for k in ("image", "label"))
+            cases.append({"image": image if len(image) > 1 else image[0], "label": label[0]})
+            if part:
+                cases[-1]["part"] = part
+    return cases
+
+
+def _wildcards(pattern: str) -> list[str]:
+    return re.findall("|".join(_WILDCARDS), pattern)
+
+
+def _filled(pattern: str, name: Name) -> str:
+    """A pattern with values in place of its wildcards."""
+    values = iter(name)
+    return re.sub("|".join(_WILDCARDS), lambda _: next(values), pattern)
+
+
+def _expression(wildcard: str) -> str:
+    """The regular expression of a wildcard, as a group."""
+    if wildcard.startswith("["):
+        return f"({wildcard.replace('[!', '[^')})"
+    return next(group for token, group in _WILDCARDS.items() if re.fullmatch(token, wildcard))
+
+
+def _is_labelled(case: Any) -> bool:
+    if not isinstance(case, dict) or not case.get("image"):
+        return False
+    return bool(case.get("label")) and len(ensure_tuple(case["label"])) == 1
+
+
+def _relative_to(file: str | Path, path: str) -> str:
+    return os.path.normpath(Path(file).parent / path)

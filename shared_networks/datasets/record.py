@@ -1,0 +1,279 @@
+"""Record what a model was trained on, beside its weights, and compare by digest.
+
+The record is `model.json` beside `model.pt`: SHA-256 of the weights, label names, the cases that trained, chose and
+test it, and the settings that its use depends on. Whoever copies a model takes both files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import ensure_tuple
+from torch import Tensor
+
+from shared_networks.datasets.pairs import name_of
+from shared_networks.errors import InputError
+from shared_networks.files import GO_ON, atomic_write, write_json
+from shared_networks.version import __version__
+
+Record = dict[str, Any]
+Case = Mapping[str, Any]
+
+PARTS = ("train", "validation", "test")
+_PIECE = 1 << 16  # bytes of a scan's start and end that tell it from others
+_REPLACES = "replaces"
+
+logger = logging.getLogger(__name__)
+
+
+def record_file(checkpoint: str | Path) -> Path:
+    """Return where the record of a model is: `model.json` for `model.pt`."""
+    return Path(checkpoint).with_suffix(".json")
+
+
+def training_record(
+    dataset_dir: str | Path | None,
+    split: Mapping[str, Sequence[Case]],
+    split_settings: Mapping[str, Any],
+    preparation: Mapping[str, Any],
+    label_names: Sequence[str] = (),
+    starts_from: Sequence[str | Path] = (),
+) -> Record:
+    """Collect what a training's `model.json` says.
+
+    Args:
+        dataset_dir: named by its last part.
+        split: the cases of each of :data:`PARTS`, dicts with `image`, and `label` where they are labelled.
+        split_settings: that made the split: `seed`, `fold` and so on.
+        preparation: what scans go through before the network: `modality`, `spacing`, `intensity_range`.
+        label_names: in order of value, background first; none for pre-training.
+        starts_from: weights that the training starts from; empty names are passed over. The labelled cases in their
+            records count as seen, whatever the split is now.
+
+    Returns:
+        `labels` as nnU-Net v2 has them in `dataset.json`; `dataset`, `split` and `preparation`; for each part the
+        names of its cases with a digest of each labelled scan; and `seen_before` likewise, of earlier trainings.
+
+    Raises:
+        InputError: a record of `starts_from` is of other weights or cannot be read.
+    """
+    seen: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
+    for checkpoint in starts_from:
+        if checkpoint and Path(checkpoint).is_file() and (earlier := read_record(checkpoint)) and earlier["labels"]:
+            for part in seen:
+                seen[part] |= seen_cases(earlier, part)
+    record = {
+        "version": __version__,
+        "labels": {name: value for value, name in enumerate(label_names)},
+        "dataset": dataset_name(dataset_dir),
+        "split": dict(split_settings),
+        "preparation": dict(preparation),
+        **{part: case_digests(split[part]) for part in PARTS},
+        "seen_before": seen,
+    }
+    return json.loads(json.dumps(record))  # tuples are lists on file
+
+
+def dataset_name(dataset_dir: str | Path | None) -> str:
+    """Return the name of a data set: its folder's, or for a list the folder's and its own."""
+    path = Path(dataset_dir or "").resolve()
+    return "" if not dataset_dir else "/".join(path.parts[-2:]) if path.suffix == ".json" else path.name
+
+
+def case_digests(cases: Sequence[Case]) -> dict[str, str]:
+    """Return the names of cases, each with a digest of its scan, which is empty for a case without label."""
+    return {name_of(case): _scan_digest(case) for case in cases}
+
+
+def seen_cases(record: Record, part: str) -> dict[str, str]:
+    """Return all cases that had a part in a model, `train` or `validation`, those of earlier trainings included."""
+    return {**record["seen_before"][part], **record[part]}
+
+
+def _scan_digest(case: Case) -> str:
+    """What a labelled scan is known by under any name: its files' sizes, starts and ends. Empty if there is no file."""
+    digest = hashlib.sha256()
+    try:
+        for file in ensure_tuple(case["image"]) if "label" in case else ():
+            with open(file, "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                digest.update(f"{size} ".encode() + stream.read(_PIECE))
+                stream.seek(max(size - _PIECE, 0))
+                digest.update(stream.read(_PIECE))
+    except OSError:  # checks of the data say so
+        return ""
+    return digest.hexdigest() if "label" in case else ""
+
+
+def common_cases(cases: Mapping[str, str], others: Mapping[str, str], same_names: bool) -> list[str]:
+    """Return the names of cases that are among others, by what is in their files.
+
+    Args:
+        cases: digests by name.
+        others: digests by name.
+        same_names: whether one name means one case, as within a data set.
+    """
+    digests = set(others.values()) - {""}
+    return [name for name, digest in cases.items() if digest in digests or (same_names and name in others)]
+
+
+def write_model(weights: Mapping[str, Tensor], file: str | Path, record: Record) -> str:
+    """Write weights and their record in one act: whenever it is interrupted, what is there fits together.
+
+    The new record is written first and holds the old one too. The weights then take their place by one rename, which
+    decides which of the two is meant.
+
+    Args:
+        weights: flat state_dict.
+        file: `model.pt`; its folder is made.
+        record: of :func:`training_record`, with whatever is to be added.
+
+    Returns:
+        The digest of the weights.
+
+    Raises:
+        InputError: a file cannot be written; what was there is left as it was.
+    """
+    path = Path(file)
+    with atomic_write(path, GO_ON) as unfinished:
+        save_tensors(weights, unfinished)
+        entry = {"weights_sha256": file_digest(unfinished), **record}
+        write_json(record_file(path), entry | {_REPLACES: _stored(path)}, GO_ON)
+    write_json(record_file(path), entry, GO_ON)
+    return str(entry["weights_sha256"])
+
+
+def save_tensors(content: Mapping[str, Any], file: Path) -> None:
+    """Write by :func:`torch.save`, for the block of an :func:`atomic_write`.
+
+    Raises:
+        OSError: the file cannot be written; torch raises a RuntimeError for a full disk.
+    """
+    try:
+        with file.open("wb") as stream:
+            torch.save(content, stream)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def read_record(checkpoint: str | Path) -> Record | None:
+    """Read the record of a model.
+
+    Args:
+        checkpoint: `model.pt`.
+
+    Returns:
+        As :func:`training_record`, with `weights_sha256`; `None` where there is no record.
+
+    Raises:
+        InputError: the record cannot be read, or is of other weights.
+    """
+    path = Path(checkpoint)
+    file = record_file(path)
+    if not path.is_file() or not file.is_file():
+        return None
+    if (record := _stored(path)) is None:
+        raise InputError(
+            f"{path}: not the weights that {file} is the record of, so that labels and cases are unknown. Copy both "
+            "files of one training, or remove the record to use the weights without"
+        )
+    return record
+
+
+def _stored(path: Path) -> Record | None:
+    """The record that is of the weights that are there; of the two that a broken-off writing leaves, the right one."""
+    file = record_file(path)
+    if not path.is_file() or not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = [record for record in (content, content.pop(_REPLACES, None)) if record]
+        digest = file_digest(path)
+        known = next((record for record in found if record["weights_sha256"] == digest), None)
+        if known is not None:
+            needed = {"labels": dict, "split": dict, "preparation": dict, "seen_before": dict, "dataset": str}
+            for key, kind in {**needed, **dict.fromkeys(PARTS, dict)}.items():
+                if not isinstance(known[key], kind):
+                    raise TypeError(f"{key} is {known[key]!r}")
+        return known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: no record of a model ({type(error).__name__}: {error}); remove it") from None
+
+
+def file_digest(file: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; read again only when the file has changed."""
+    stat = os.stat(file)
+    return _digest(str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest(file: str, *_version: int) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while piece := stream.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def model_facts(checkpoint: str | Path) -> dict[str, Any]:
+    """Return what a report says of a model: its file, digest, data set, split and number of cases that trained it."""
+    record = read_record(checkpoint)
+    facts: dict[str, Any] = {"file": str(checkpoint), "weights_sha256": file_digest(checkpoint)}
+    if record is not None:
+        facts |= {key: record[key] for key in ("dataset", "split")}
+        facts["trained_on"] = len(seen_cases(record, "train"))
+    return facts
+
+
+def trained_labels(record: Record) -> list[str]:
+    """Return the label names of a record in order of value, background first; none for pre-training."""
+    return sorted(record["labels"], key=record["labels"].__getitem__)
+
+
+def check_preparation(checkpoint: str | Path, preparation: Mapping[str, Any]) -> None:
+    """Refuse a model that was trained on scans prepared otherwise, such as to another voxel size.
+
+    Args:
+        checkpoint: `model.pt`; without a record nothing can be compared, which is said.
+        preparation: as for :func:`training_record`.
+
+    Raises:
+        InputError: a setting differs, or see :func:`read_record`.
+    """
+    record = read_record(checkpoint)
+    if record is None:
+        logger.warning(
+            "%s has no %s: label names, preparation of scans and cases of training cannot be compared",
+            checkpoint,
+            record_file(checkpoint).name,
+        )
+    elif differing := different_settings(record["preparation"], preparation):
+        raise InputError(
+            f"{checkpoint}: trained on scans prepared otherwise: {listed_differences(differing)}. "
+            f"Pass {options({key: there for key, (there, _) in differing.items()})}"
+        )
+
+
+def different_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return settings that are in both and differ, as pairs of values there and here."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(here)))
+    return {key: (there[key], value) for key, value in plain.items() if key in there and there[key] != value}
+
+
+def listed_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return settings that differ as text."""
+    return ", ".join(f"{key} was {there} and is {here}" for key, (there, here) in differing.items())
+
+
+def options(settings: Mapping[str, Any]) -> str:
+    """Return the command-line options that set settings."""
+    texts = {key: str(value).replace(", ", ",") for key, value in settings.items()}
+    return " ".join(f'--{key} "{text}"' if "'" in text else f"--{key} {text}" for key, text in texts.items())

@@ -1,0 +1,393 @@
+"""Find scans in a folder of any layout, and read them: NIfTI, DICOM series, lists.
+
+MONAI's own reader of DICOM sorts by instance number and takes the spacing between slices from two of them, so it is
+read by :mod:`shared_networks.datasets.dicom`.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from monai.utils import ensure_tuple
+from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from shared_networks.datasets.dicom import (
+    FEWEST_SLICES,
+    NO_IMAGES,
+    BadScanError,
+    is_dicom,
+    read_header,
+    read_series,
+    series_of_folder,
+)
+from shared_networks.datasets.lists import find_matches
+from shared_networks.datasets.nifti import grid_problems, is_nifti, read_nifti
+from shared_networks.datasets.pairs import Image, case_name, channel_groups, numbering_problem
+from shared_networks.datasets.validate import image_problems
+from shared_networks.errors import InputError
+
+OTHER_SCANS = (".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh")
+"""Endings of files that are scans perhaps, but are not read."""
+
+logger = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """Where a case comes from.
+
+    Attributes:
+        case: its id, the path below the data set with the data set's own name before it: `BTCV/imagesTr/img0001`.
+        files: its NIfTI files, one a channel, or the files of its DICOM series in any order.
+        series: the series' UID, or nothing for NIfTI.
+        problem: why it cannot be read, nothing where it can.
+    """
+
+    case: str
+    files: tuple[str, ...]
+    series: str = ""
+    problem: str = ""
+
+
+class Sources(list[Source]):
+    """Scans that were found.
+
+    Attributes:
+        passed_over: by path, why something is no scan.
+    """
+
+    def __init__(self, sources: Iterable[Source] = ()) -> None:
+        super().__init__(sources)
+        self.passed_over: dict[str, str] = {}
+
+
+class Scan(NamedTuple):
+    """A scan in memory.
+
+    Attributes:
+        image: `[C, H, W, D]` in the values of its source.
+        affine: `[4, 4]` from voxels to mm, RAS.
+    """
+
+    image: NDArray[Any]
+    affine: NDArray[np.float64]
+
+
+def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None) -> Sources:
+    """Finds all scans.
+
+    Args:
+        dataset_dir: a folder with scans at any depth, or a `.json` file with lists of cases (`training`, `validation`,
+            `test`, ...), whose `image` is a path, or a path a channel, relative to the file. Of a folder that has
+            `imagesTr` only that is read. Folders with `label`, `seg` or `mask` as a word of their name are passed over,
+            and so are results of this package.
+        images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else; see
+            :func:`shared_networks.datasets.lists.pair_patterns`.
+
+    Returns:
+        Sorted by case, with what was passed over. A case whose files are numbered oddly says so when it is read.
+
+    Raises:
+        InputError: there is no scan; two files are one case; a list cannot be read; or DICOM without SimpleITK.
+    """
+    if not dataset_dir:
+        raise InputError("dataset_dir is not set; pass --dataset_dir FOLDER, the folder that holds the scans")
+    root = Path(dataset_dir).resolve()
+    found = Sources()
+    if images_glob:
+        found += [_nifti_source(file, root) for file, _ in find_matches(root, "images_glob", images_glob)]
+    elif root.is_file():
+        found += _of_file(root)
+    elif root.is_dir():
+        found = _in_folder(root, root)
+    else:
+        raise InputError(f"{dataset_dir}: no such file or folder; pass --dataset_dir FOLDER, which holds the scans")
+    if not found:
+        passed_over = "".join(f"\n{path}: passed over: {reason}" for path, reason in found.passed_over.items())
+        raise InputError(
+            f"{dataset_dir}: no scan found; read are NIfTI (.nii.gz or .nii), DICOM series and .json lists of cases"
+            f"{passed_over}"
+        )
+    sources: dict[str, Source] = {}
+    for source in found:
+        other = sources.setdefault(source.case, source)
+        if other is not source and other != source:
+            raise InputError(f"{source.files[0]}, {other.files[0]}: both are the case {source.case}; rename one")
+    ordered = Sources(sources[case] for case in sorted(sources))
+    ordered.passed_over = found.passed_over
+    return ordered
+
+
+def _in_folder(folder: Path, root: Path) -> Sources:
+    walk = _Walk(root)
+    with tqdm(desc="finding scans", unit="case", disable=None) as bar:
+        walk.enter(folder, bar)
+    return walk.finish()
+
+
+def _of_file(file: Path) -> list[Source]:
+    """The scans that a file is or lists."""
+    if is_nifti(file.name):
+        return [_nifti_source(str(file), file.parent)]
+    if not _begins_as_dicom(str(file)):
+        return _listed(file)
+    if read_header(str(file)).frames < FEWEST_SLICES:
+        raise InputError(f"{file}: one slice of a DICOM series; give the folder of all, --dataset_dir {file.parent}")
+    return [Source(str(PurePosixPath(file.parent.name, file.stem)), (str(file),), "multi-frame")]
+
+
+def file_source(image: Image) -> Source:
+    """Returns the scan of a NIfTI file, or of a file a channel; its case is its whole path, so that no two are one."""
+    return _nifti_source(image, Path(os.sep))
+
+
+def read_scan(source: Source, modality: str | None) -> Scan:
+    """Reads and checks a scan.
+
+    Args:
+        source: as `find_sources` returns it.
+        modality: `"CT"` or `"MR"`; `None` accepts either.
+
+    Raises:
+        BadScanError: the file is damaged, the scan is not 3D or has no sound geometry, or its values are none of that
+            modality.
+    """
+    if source.problem:
+        raise BadScanError(source.problem)
+    scan = Scan(*read_series(source.files, modality)) if source.series else _read_files(source.files)
+    if problems := [problem for channel in scan.image for problem in image_problems(channel, modality)]:
+        raise BadScanError("; ".join(problems))
+    return scan
+
+
+def read_grid(source: Source) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Returns shape and spacing in mm from one header, for estimates; `None` where that says nothing."""
+    if source.series:
+        header = read_header(source.files[0])
+        slices = len(source.files) * header.frames
+        return ((*header.size, slices), tuple(header.spacing.tolist())) if header.size else None
+    grid = read_nifti(source.files[0], voxels=False).grid
+    return (grid[0][:3], tuple(voxel_sizes(grid[1]).tolist())) if grid else None
+
+
+class _Walk:
+    """A walk through a folder that collects scans and what is passed over."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sources = Sources()
+        self.series: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
+        self.visited: set[str] = set()
+
+    def pass_over(self, path: str | Path, reason: str) -> None:
+        """Note what is no scan."""
+        self.sources.passed_over[str(path)] = reason
+
+    def enter(self, folder: Path, bar: Any) -> None:
+        """Collect what is in a folder and in those below."""
+        if (folder / "imagesTr").is_dir():
+            folder = folder / "imagesTr"
+        real = os.path.realpath(folder)
+        if real in self.visited:
+            self.pass_over(folder, "a link to a folder that is read already")
+            return
+        self.visited.add(real)
+        try:
+            entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            self.pass_over(folder, f"cannot be read ({error.strerror})")
+            return
+        files = [e for e in entries if e.is_file()]
+        for entry in entries:
+            if entry.is_symlink() and not os.path.exists(entry.path) and is_nifti(entry.name):
+                self.sources.append(_nifti_source(entry.path, self.root))  # what is wrong with it is said as it is read
+        self.add_nifti(folder, [e.path for e in files if is_nifti(e.name)])
+        others = [e.path for e in files if not is_nifti(e.name)]
+        for file in others:
+            if file.casefold().endswith(OTHER_SCANS):
+                self.pass_over(file, "neither NIfTI nor DICOM; convert it to .nii.gz")
+        self.add_dicom(folder, {file for file in others if _begins_as_dicom(file)})
+        bar.update(len(self.sources) - bar.n)
+        for entry in entries:
+            if entry.is_dir() and names_labels(entry.name):
+                self.pass_over(entry.path, "its name says that it holds labels")
+            elif entry.is_dir():
+                self.enter(Path(entry.path), bar)
+
+    def add_nifti(self, folder: Path, files: list[str]) -> None:
+        """Add NIfTI files, those of a case's channels together, each case by itself."""
+        results = result_files(folder)
+        for file in files:
+            if os.path.basename(file) in results:
+                self.pass_over(file, "a result of an earlier run")
+        scans = [file for file in files if os.path.basename(file) not in results]
+        for name, group in sorted(channel_groups(scans, folder.name.startswith("images")).items()):
+            problem = numbering_problem(name, group)
+            self.sources.append(_nifti_source(group, self.root)._replace(problem=problem))
+
+    def add_dicom(self, folder: Path, files: set[str]) -> None:
+        """Note the DICOM series of a folder."""
+        if not files:
+            return
+        series = series_of_folder(folder)
+        if lost := files.difference(*series.values()):
+            # A damaged file would just be gone from the end of its series; a DICOMDIR lists files and is none.
+            damaged = [file for file in lost if os.path.basename(file).casefold() != "dicomdir"]
+            if damaged:
+                self.pass_over(min(damaged), f"not readable as DICOM, with {len(damaged) - 1} others of its folder")
+        for uid, names in series.items():
+            self.series.setdefault(uid, []).append((folder, names))
+
+    def finish(self) -> Sources:
+        """Add the series, each whole though it lies in several folders, and leave out what is no scan."""
+        found: list[Source] = []
+        for uid, parts in self.series.items():
+            if len(parts) > 1 and not _copies(parts):
+                folder = Path(os.path.commonpath([str(folder) for folder, _ in parts]))
+                parts = [(folder, tuple(file for _, files in parts for file in files))]
+            found += [Source(self.case(folder), files, uid) for folder, files in parts]
+        headers = {source: read_header(source.files[0]) for source in found}
+        reasons = {source: header.no_scan for source, header in headers.items() if header.no_scan}
+        for source in found:
+            if source not in reasons and len(source.files) < FEWEST_SLICES and headers[source].frames == 1:
+                reasons[source] = f"{len(source.files)} slice(s), such as a localiser"
+        no_images = {source for source in reasons if not headers[source].size or headers[source].modality in NO_IMAGES}
+        if not self.sources and len(reasons) == len(found):
+            reasons = {source: reasons[source] for source in no_images}  # else nothing would be said of the rest
+        for source, reason in reasons.items():
+            self.pass_over(source.files[0], reason)
+        scans = [source for source in found if source not in reasons]
+        shared = Counter(source.case for source in scans)
+        self.sources += [
+            source if shared[source.case] == 1 else source._replace(case=f"{source.case}/{source.series}")
+            for source in scans
+        ]
+        return self.sources
+
+    def case(self, folder: Path) -> str:
+        """The id of a series that is alone in a folder."""
+        if not folder.is_relative_to(self.root):  # of a list, whose ids must not lead out of the store
+            return folder.name
+        return str(PurePosixPath(self.root.name, *folder.relative_to(self.root).parts))
+
+
+def _copies(parts: Sequence[tuple[Path, tuple[str, ...]]]) -> bool:
+    """Whether folders hold the same slices of a series, and not some each."""
+    instances = [{read_header(file).instance for file in files} for _, files in parts]
+    return all(instances[0] == other for other in instances[1:])
+
+
+def _begins_as_dicom(file: str) -> bool:
+    try:
+        return is_dicom(file)
+    except OSError:
+        return False
+
+
+def names_labels(folder: str) -> bool:
+    """Return whether a folder's name says that it holds labels: a word of it is one, and not the start of one."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder)
+    found = {word.casefold() for word in re.split(r"[^a-zA-Z]+", words)}
+    return bool(found & {"label", "labels", "seg", "segs", "segmentation", "segmentations", "mask", "masks"})
+
+
+def result_files(folder: Path) -> set[str]:
+    """Return the names of files in a folder that this package has written, by the records beside them."""
+    found: set[str] = set()
+    for record in folder.glob("*.json"):
+        if record.stem.endswith(("_seg", "_uncertainty")):
+            try:
+                content = json.loads(record.read_text(encoding="utf-8"))
+                if isinstance(content, dict) and "made_with" in content:
+                    found |= {f"{record.stem}.nii.gz", *content.get("files", ())}
+            except (OSError, ValueError):
+                continue
+    for figure in folder.glob("*_reconstruction.png"):
+        name = figure.name.removesuffix("_reconstruction.png")
+        found |= {f"{name}{channel}_{kind}.nii.gz" for channel in ("", "_0000") for kind in ("reconstruction", "mask")}
+    for figure in folder.glob("*_attention.png"):
+        name = figure.name.removesuffix("_attention.png")
+        found |= {file.name for file in folder.glob(f"{glob.escape(name)}_*_tap_*.nii.gz")}
+    return found
+
+
+def _nifti_source(image: Image, root: Path) -> Source:
+    files = ensure_tuple(image)
+    return Source(str(PurePosixPath(root.name, *_below(Path(files[0]).parent, root), case_name(files))), files)
+
+
+def _below(folder: Path, root: Path) -> list[str]:
+    # Lists may name files that are not below the list: their ids must not lead out of the store.
+    return [part for part in Path(os.path.relpath(folder, root)).parts if part not in ("..", ".")]
+
+
+def _listed(file: Path) -> list[Source]:
+    try:
+        content = json.loads(file.read_text())
+        lists = content.values() if isinstance(content, dict) else [content]
+        cases = [case for cases in lists if isinstance(cases, list) for case in cases]
+        images = [case["image"] if isinstance(case, dict) else case for case in cases if _names_image(case)]
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file}: not readable as a list of cases ({error}); give a JSON file") from None
+    sources: list[Source] = []
+    for image in images:
+        paths = [os.path.normpath(file.parent / path) for path in ensure_tuple(image)]
+        if Path(paths[0]).is_dir():
+            sources += _in_folder(Path(paths[0]), file.parent)
+        else:
+            sources.append(_nifti_source(paths, file.parent))
+    return sources
+
+
+def _names_image(case: Any) -> bool:
+    if isinstance(case, dict):
+        return bool(case.get("image"))
+    return isinstance(case, str) and (is_nifti(case) or "/" in case)
+
+
+def _read_files(files: Sequence[str]) -> Scan:
+    channels = [read_nifti(file) for file in files]
+    problems = [
+        f"{Path(file).name}: {problem}" if len(files) > 1 else problem
+        for file, channel in zip(files, channels, strict=True)
+        for problem in channel.problems
+    ]
+    for file, channel in zip(files[1:], channels[1:], strict=True):
+        problems += grid_problems(files[0], channels[0], file, channel)
+    first = channels[0]
+    if problems or first.grid is None:
+        raise BadScanError("; ".join(problems))
+    values = [channel.values for channel in channels if channel.values is not None]
+    return Scan(np.stack([value.reshape(first.grid[0][:3]) for value in values]), first.grid[1])
+
+
+def find_scans(dataset_dir: str | Path | None, images_glob: str | None = None) -> Sources:
+    """Finds the scans to segment.
+
+    Args:
+        dataset_dir: a NIfTI file; an nnU-Net data set, of which `imagesTs` is read, or `imagesTr` where there is none
+            or nothing in it; or a folder with NIfTI files and DICOM series at any depth (see
+            :mod:`shared_networks.datasets.scans`).
+        images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else.
+
+    Raises:
+        InputError: there is no scan, or DICOM without SimpleITK.
+    """
+    root = Path(dataset_dir or "")
+    if images_glob:
+        return find_sources(dataset_dir, images_glob)
+    if dataset_dir and root.is_file() and is_nifti(root.name):
+        return Sources([Source(case_name(root.name), (str(root.resolve()),))])
+    tested = root / "imagesTs"
+    has_tested = bool(dataset_dir) and tested.is_dir() and any(tested.iterdir())
+    return find_sources(tested if has_tested else dataset_dir)

@@ -1,0 +1,1 @@
+"""Measure label maps against the truth, and report it."""

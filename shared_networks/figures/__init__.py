@@ -1,0 +1,1 @@
+"""Draw scans in the patient's geometry, and scores."""

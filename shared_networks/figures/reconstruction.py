@@ -1,0 +1,112 @@
+"""Draw a scan beside its masked input and its reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine
+from matplotlib.figure import Figure
+from monai.engines import IterationEvents
+from monai.transforms import MapTransform
+from monai.utils import convert_to_numpy, ensure_tuple_rep
+from torch.utils.tensorboard import SummaryWriter
+
+from shared_networks.datasets.pairs import case_name, source_file
+from shared_networks.figures.planes import add_caption, add_title, draw_panels, orthogonal_planes, require_same_grid
+from shared_networks.files import atomic_write
+from shared_networks.networks.hi_end_mae import restore_intensities
+
+
+def reconstruction_figure(
+    original: np.ndarray, masked: np.ndarray, reconstruction: np.ndarray, affine: np.ndarray, title: str = ""
+) -> Figure:
+    """Draw three planes of a scan beside its masked input and its reconstruction.
+
+    Args:
+        original: ``[X, Y, Z]``, in [0, 1].
+        masked: ``[X, Y, Z]``, in [0, 1], NaN where masked.
+        reconstruction: ``[X, Y, Z]``, in [0, 1], its masked patches put back with the true patches' mean and deviation.
+        affine: ``[4, 4]``, from voxel indices to RAS millimetres.
+        title: heading of the figure, such as the name of the case.
+    """
+    columns = {"original": original, "masked input": masked, "reconstruction": reconstruction}
+    grid = list(zip(*(orthogonal_planes(volume, affine) for volume in columns.values()), strict=True))
+    names = [row[0].name for row in grid]
+    figure, _ = draw_panels(grid, names, list(columns), (0.0, 1.0), (0.3, 0.1, 0.5, 0.4), "nearest")
+    add_title(figure, title)
+    add_caption(
+        figure,
+        "Means and standard deviations of masked patches come from the truth; only the pattern within is predicted.",
+    )
+    return figure
+
+
+class SaveReconstructiond(MapTransform):
+    """Write ``{case}_reconstruction.png``, a scan beside its reconstruction, and return the data as they came.
+
+    Args:
+        keys: key of the reconstruction ``[1, X, Y, Z]`` in [0, 1].
+        image_key: key of the scan ``[1, X, Y, Z]`` in [0, 1], whose file names the case.
+        mask_key: key of the mask ``[1, X, Y, Z]``, true where the network did not see the scan.
+        output_dir: folder of the figures, created if need be.
+
+    Raises:
+        InputError: on call, if the figure cannot be written.
+        ValueError: on call, if the grids differ or the image does not know its file.
+    """
+
+    def __init__(
+        self, keys: str = "reconstruction", image_key: str = "image", mask_key: str = "mask", *, output_dir: str | Path
+    ) -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.mask_key = mask_key
+        self.output_dir = Path(output_dir)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        """Write the figure of one decollated case."""
+        keys = (self.image_key, self.mask_key, self.keys[0])
+        image = data[self.image_key]
+        case = str(data.get("case") or case_name(source_file(image)))
+        require_same_grid(data, keys)
+        original, mask, reconstruction = (convert_to_numpy(data[key][0]) for key in keys)
+        masked = np.where(mask, np.nan, original)
+        figure = reconstruction_figure(original, masked, reconstruction, convert_to_numpy(image.affine), case)
+        with atomic_write(self.output_dir / f"{case}_reconstruction.png") as part:
+            figure.savefig(part, bbox_inches="tight")
+        return data
+
+
+class ReconstructionPanel:
+    """Writes a picture of the first validation crop for TensorBoard: the crop, what was seen of it, what was rebuilt.
+
+    Args:
+        log_dir: folder of TensorBoard's files.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
+        spacing: voxel size in mm.
+    """
+
+    def __init__(self, log_dir: str | Path, patch_size: Sequence[int] | int, spacing: Sequence[float]) -> None:
+        self.log_dir = log_dir
+        self.patch_size = ensure_tuple_rep(patch_size, 3)
+        self.affine = np.diag([*spacing, 1.0])
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator that does not decollate."""
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Draw the first batch of a validation."""
+        if engine.state.iteration != 1:
+            return
+        image, output = (engine.state.output[key][:1].float().cpu() for key in ("image", "pred"))
+        mask = output[:, -1:]
+        restored = image + (restore_intensities(output[:, :-1], image, self.patch_size) - image) * mask
+        scan, hidden, rebuilt = (np.asarray(volume[0, 0]) for volume in (image, mask, restored))
+        masked = np.where(hidden > 0, np.nan, scan)
+        figure = reconstruction_figure(scan, masked, rebuilt, self.affine, f"epoch {engine.state.epoch}")
+        with SummaryWriter(str(self.log_dir)) as writer:
+            writer.add_figure("reconstruction", figure, engine.state.epoch)

@@ -1,0 +1,284 @@
+"""Segment a folder of scans one by one; a scan that fails costs itself alone.
+
+What is wrong with a scan costs that scan alone; it is listed at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor, list_data_collate
+from monai.transforms import Compose, LoadImaged
+from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from shared_networks.datasets.memory import free_memory
+from shared_networks.datasets.pairs import Image, case_name
+from shared_networks.datasets.scans import (
+    BadScanError,
+    Scan,
+    Source,
+    file_source,
+    read_grid,
+    read_scan,
+)
+from shared_networks.datasets.validate import channel_problem
+from shared_networks.errors import InputError, input_error_in
+from shared_networks.inference.sliding_window import scan_grid
+
+_TORCH_TYPES = ("int8", "uint8", "int16", "int32", "float32")
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
+
+logger = logging.getLogger(__name__)
+
+
+def output_names(sources: Sequence[Source]) -> dict[str, str]:
+    """Names for the results by case, no two alike, also where small and capital letters are the same.
+
+    A name is the last part of the case's id; all parts where several cases share that, or where the results would be
+    named as another scan; and with a digest of the id where these are the same too.
+    """
+    cases = [source.case for source in sources]
+    forms = [
+        {case: case.rpartition("/")[2] for case in cases},
+        {case: case.replace("/", "_") for case in cases},
+        {case: f"{case.replace('/', '_')}_{hashlib.sha256(case.encode()).hexdigest()[:8]}" for case in cases},
+    ]
+    counts = [Counter(name.casefold() for name in form.values()) for form in forms]
+    scans = {case_name(file).casefold() for source in sources for file in source.files}
+    names = {}
+    for case in cases:
+        for form, count in zip(forms, counts, strict=True):
+            name = form[case].casefold()
+            if count[name] == 1 and not any(f"{name}_{result}" in scans for result in ("seg", "uncertainty")):
+                break
+        names[case] = form[case]
+    return names
+
+
+def scan_stamp(source: Source) -> str:
+    """What tells whether a scan has changed: its files' number, size and time of last change."""
+    stats = [os.stat(file) for file in source.files]
+    size, time = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+    return f"{source.files[0]}: {len(stats)} file(s), {size} bytes, changed {time}"
+
+
+def memory_estimate(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float], classes: int) -> int:
+    """Bytes that segmenting a scan takes at most, without the network, from tests/benchmarks/inference.py.
+
+    Args:
+        shape: (X, Y, Z) of the scan.
+        spacing: its voxel size in mm.
+        target: voxel size in mm that it is prepared to.
+        classes: background included.
+    """
+    prepared = [n * old / new for n, old, new in zip(shape, spacing, target, strict=True)]
+    slab = math.prod(prepared) / max(*prepared, 1) * min(max(prepared), 96)
+    return int(math.prod(shape) * 6 + math.prod(prepared) * 16 + slab * 4 * (classes + 1) + 6e8)
+
+
+def scan_tensor(scan: Scan, file: str) -> MetaTensor:
+    """A scan as `LoadImaged` and `EnsureChannelFirstd` would have it, [C, X, Y, Z], but in its own number type."""
+    image = scan.image.astype(scan.image.dtype.newbyteorder("="), copy=False)
+    image = image if image.dtype.name in _TORCH_TYPES else image.astype(np.float32)
+    affine = torch.as_tensor(scan.affine, dtype=torch.float64)
+    meta = {
+        MetaKeys.ORIGINAL_AFFINE: scan.affine.astype(float),
+        MetaKeys.SPATIAL_SHAPE: np.array(image.shape[1:]),
+        MetaKeys.SPACE: SpaceKeys.RAS,
+        MetaKeys.ORIGINAL_CHANNEL_DIM: 0,
+        ImageMetaKey.FILENAME_OR_OBJ: file,
+    }
+    return MetaTensor(torch.from_numpy(image), affine=affine, meta=meta)
+
+
+def one_case(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Makes a batch of a single case, as `monai.data.list_data_collate` does, but without copying its volumes."""
+    (item,) = items
+    tensors = {name: value for name, value in item.items() if isinstance(value, MetaTensor)}
+    # Only metadata are collated; what they belong to does not matter.
+    batch = list_data_collate(
+        [{**item, **{n: MetaTensor(torch.zeros(1)).copy_meta_from(t) for n, t in tensors.items()}}]
+    )
+    for name, tensor in tensors.items():
+        batch[name] = MetaTensor(tensor.as_tensor()[None]).copy_meta_from(batch[name])
+        batch[name].is_batch = True
+    return batch
+
+
+class Scans(IterableDataset):
+    """The scans of a folder, prepared one by one; what cannot be segmented is passed over and noted.
+
+    Each item has `image`, prepared; `scan`, [C, X, Y, Z] as on file; `name`, of the results; and `stamp`.
+
+    Args:
+        data: of :func:`find_scans`, or NIfTI files.
+        transform: the preprocessing. A `LoadImaged` at its start is passed over: scans are read, checked to the last
+            voxel and held in their own number type by :func:`shared_networks.datasets.scans.read_scan`.
+        spacing: voxel size in mm that it prepares, for estimates of memory.
+        classes: number of labels, background included, for the same.
+        skip: whether results of a name and stamp are there already.
+        modality: `CT`, whose values must be Hounsfield units, or `MR`; `None` accepts either.
+        in_channels: files that the network takes of each scan.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Source | Image],
+        transform: Compose,
+        spacing: Sequence[float],
+        classes: int,
+        skip: Callable[[str, str], bool] | None = None,
+        modality: str | None = "CT",
+        in_channels: int | None = None,
+    ) -> None:
+        self.passed_over: dict[str, str] = getattr(data, "passed_over", {})
+        self.data = [scan if isinstance(scan, Source) else file_source(scan) for scan in data]
+        self.transform = transform
+        self.spacing = spacing
+        self.classes = classes
+        self.skip = skip
+        self.modality = modality
+        self.in_channels = in_channels
+        self.start()
+
+    def start(self) -> None:
+        """Begin with the first scan again."""
+        self.failed: dict[str, str] = {}
+        self.skipped: list[str] = []
+        self.done: list[str] = []
+        self.next = 0
+        self.current: Source | None = None
+
+    def run(self, evaluator: Any) -> None:
+        """Have all scans segmented; one that fails, wherever that is, costs itself alone.
+
+        Args:
+            evaluator: MONAI evaluator over a loader of these scans.
+
+        Raises:
+            InputError: results cannot be written.
+        """
+        self.start()
+        while self.next < len(self.data):
+            at = self.next
+            try:
+                evaluator.run()
+                if self.next == at:
+                    evaluator.run()  # ignite's engine first ends the run that failed
+            except Exception as error:
+                if self.current is None or is_unwritable(error):
+                    raise
+                self.failed[self.current.files[0]] = reason_of(error)
+                self.current = None
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # the next scan may fit
+            if self.next == at:
+                raise RuntimeError(f"the evaluator asks for no scan after {at} of {len(self.data)}")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield what is left to be segmented, in order, with a progress bar over all cases."""
+        if self.next >= len(self.data):
+            self.start()
+        names = output_names(self.data)
+        bar = tqdm(self.data, "segmenting", unit="case", disable=None, initial=self.next)
+        while self.next < len(self.data):
+            source = self.data[self.next]
+            self.next += 1
+            bar.update()
+            try:
+                stamp = scan_stamp(source)
+                if self.skip is not None and self.skip(names[source.case], stamp):
+                    self.skipped.append(source.case)
+                    continue
+                item = {**self.prepare(source), "name": names[source.case], "stamp": stamp}
+            except (BadScanError, InputError) as error:
+                self.failed[source.files[0]] = str(error)
+                continue
+            except FileNotFoundError as error:
+                self.failed[source.files[0]] = f"no such file, or a broken link: {error.filename}"
+                continue
+            except Exception as error:  # one odd scan must not end the run
+                self.failed[source.files[0]] = reason_of(error)
+                continue
+            self.current = source
+            yield item
+            self.current = None
+            self.done.append(source.case)
+
+    def prepare(self, source: Source) -> dict[str, Any]:
+        """Read, check and prepare a scan.
+
+        Raises:
+            BadScanError: it is of no use, or too large for the memory.
+            InputError: its axes are not at right angles.
+        """
+        channels = 1 if source.series else len(source.files)
+        if not source.problem and self.in_channels is not None and channels != self.in_channels:
+            raise BadScanError(channel_problem(channels, self.in_channels))
+        if (grid := read_grid(source)) is not None and (free := free_memory()) is not None:
+            needed = memory_estimate(*grid, self.spacing, self.classes)
+            size = " x ".join(map(str, grid[0]))
+            if needed > free:
+                raise BadScanError(
+                    f"{size} voxels need about {needed / 1e9:.1f} GB beside the network, {free / 1e9:.1f} GB are free; "
+                    "close other programs, or crop the scan"
+                )
+            if needed > 0.5 * free:
+                logger.warning("%s: %s voxels, about %.1f GB beside the network", source.case, size, needed / 1e9)
+        scan = scan_tensor(read_scan(source, self.modality), source.files[0])
+        start = 1 if isinstance(self.transform.transforms[0], LoadImaged) else 0
+        item: Any = self.transform({"image": MetaTensor(scan), "scan": scan}, start=start)
+        if not min(item["image"].shape) or not (item["image"] > 0).any():
+            raise BadScanError("no voxel is above the floor of the intensity window; is it a CT in HU, or an MR?")
+        scan_grid(item["image"][None])
+        return item
+
+    def report(self) -> None:
+        """Say what was done.
+
+        Raises:
+            InputError: a line for each scan that could not be segmented.
+        """
+        for path, reason in self.passed_over.items():
+            logger.warning("%s: passed over: %s", path, reason)
+        print(
+            f"{len(self.done)} segmented, {len(self.skipped)} there already, {len(self.failed)} failed, "
+            f"{len(self.passed_over)} passed over",
+            flush=True,
+        )
+        if self.failed:
+            lines = [f"{file}: {reason}" for file, reason in self.failed.items()]
+            raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not segmented:", *lines]))
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a scan failed, in one line; what is unforeseen goes into the log with its traceback."""
+    found = input_error_in(error)
+    if found is not None:
+        return str(found)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "not enough memory for it; close other programs, or crop the scan"
+    if not isinstance(error, OSError | RuntimeError | ValueError):
+        logger.warning("unforeseen error", exc_info=error)
+    return f"failed ({' '.join(f'{type(error).__name__}: {error}'.split())}); export it again or remove the case"
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Return whether an error is that results cannot be written, as none of the scans after it could."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _UNWRITABLE:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

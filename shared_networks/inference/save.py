@@ -1,0 +1,193 @@
+"""Save label maps with the geometry of their scans."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from matplotlib.colors import to_rgb
+from monai.transforms import MapTransform, SaveImaged
+from monai.utils import convert_to_dst_type, convert_to_numpy
+from scipy import ndimage
+
+from shared_networks.datasets.labels import label_colour
+from shared_networks.datasets.nifti import is_nifti, open_nifti
+from shared_networks.datasets.pairs import source_file
+from shared_networks.datasets.record import file_digest
+from shared_networks.figures.overlay import overlay_figure
+from shared_networks.files import atomic_write
+from shared_networks.inference.predict import is_unwritable, reason_of
+from shared_networks.inference.sliding_window import SlidingWindowLabels
+
+logger = logging.getLogger(__name__)
+
+
+def keep_largest_components(labels: np.ndarray) -> np.ndarray:
+    """Of every label keep the largest piece, voxels with a common corner being one piece; the rest becomes background.
+
+    MONAI's `KeepLargestConnectedComponent` needs scikit-image and a pass over the whole volume for each label.
+
+    Args:
+        labels: [X, Y, Z] integers, 0 the background.
+    """
+    kept = labels.copy()
+    touching = ndimage.generate_binary_structure(3, 3)
+    for value, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        organ = labels[box] == value
+        pieces, count = ndimage.label(organ, touching)
+        if count > 1:
+            largest = np.bincount(pieces[organ]).argmax()
+            kept[box][organ & (pieces != largest)] = 0
+    return kept
+
+
+class KeepLargestComponentsd(MapTransform):
+    """:func:`keep_largest_components` of label maps [1, X, Y, Z]."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Clean one decollated case."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            kept = keep_largest_components(convert_to_numpy(out[key][0]))
+            out[key] = convert_to_dst_type(kept[None], out[key])[0]
+        return out
+
+
+def label_image(labels: np.ndarray, affine: np.ndarray, file: str) -> nib.Nifti1Image:
+    """Labels with the geometry of the scan's file: affine, units and the codes of sform and qform.
+
+    Args:
+        labels: [X, Y, Z], in the type that is written.
+        affine: [4, 4] of the scan.
+        file: of the scan; of a DICOM series the affine is all there is.
+    """
+    if not is_nifti(file):
+        image = nib.Nifti1Image(labels, affine)
+        image.set_sform(affine, 1)
+        image.set_qform(affine, 1)
+        image.header.set_xyzt_units("mm")
+        return image
+    source: Any = open_nifti(file)
+    header = source.header.copy()
+    header.set_data_dtype(labels.dtype)
+    header.set_data_shape(labels.shape)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = b"labels"
+    header.extensions.clear()
+    return nib.Nifti1Image(labels, source.affine, header)
+
+
+def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Value, name and RGB colour (0 to 255), the figures' colours, of every label but the background."""
+    return [
+        {"value": value, "name": name, "rgb": [round(255 * part) for part in to_rgb(label_colour(value))]}
+        for value, name in enumerate(label_names)
+        if value > 0
+    ]
+
+
+class SaveSegmentationd(SaveImaged):
+    """Writes labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and a look at them as `NAME_overlay.png`.
+
+    With an organ's probability, `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete.
+    It is one of MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
+
+    Args:
+        keys: key of the labels, [1, X, Y, Z] on the scan's grid.
+        label_names: names in order of label value, background first.
+        output_dir: folder of the results, created if need be.
+        window: intensities shown as black and as white; `None` takes percentiles, for MR.
+        overlay: whether to draw the figure.
+        inferer: with the `organ_probability` of the last scan.
+        checkpoints: files of the weights.
+        settings: all else that results depend on, by name.
+
+    Raises:
+        InputError: on call, if a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        keys: str = "pred",
+        *,
+        label_names: Sequence[str],
+        output_dir: str | Path,
+        window: Sequence[float] | None = (-175.0, 250.0),
+        overlay: bool = True,
+        inferer: SlidingWindowLabels | None = None,
+        checkpoints: Sequence[str | Path] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        self.label_names = list(label_names)
+        self.output_dir = Path(output_dir)
+        self.window = window
+        self.overlay = overlay
+        self.inferer = inferer
+        self.checkpoints = [str(file) for file in checkpoints]
+        self.settings = dict(settings or {})
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Save one decollated case of :class:`Scans`."""
+        name, scan = data["name"], data["scan"]
+        labels = convert_to_numpy(data[self.keys[0]][0])
+        affine, file = convert_to_numpy(scan.affine), source_file(scan)
+        written = [f"{name}_seg.nii.gz"]
+        with atomic_write(self.output_dir / written[0]) as part:
+            nib.save(label_image(labels, affine, file), part)
+        if self.inferer is not None and self.inferer.organ is not None and self.inferer.organ_probability is not None:
+            organ = self.label_names[self.inferer.organ].replace(" ", "_")
+            image = label_image(labels, affine, file)
+            image.header.set_data_dtype(np.float32)
+            chances = self.inferer.organ_probability.numpy()
+            written.append(f"{name}_{organ}.nii.gz")
+            with atomic_write(self.output_dir / written[-1]) as part:
+                nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
+        if self.overlay:
+            written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
+        content = {
+            "scan": file,
+            "labels": label_table(self.label_names),
+            "files": written,
+            "overlay": self.overlay,
+            "made_with": self.made_with(data["stamp"]),
+        }
+        with atomic_write(self.output_dir / f"{name}_seg.json") as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
+        return dict(data)
+
+    def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
+        """Write the figure and return its name; a figure that cannot be drawn is said and costs nothing else."""
+        try:
+            figure = overlay_figure(image, labels, affine, self.label_names, window=self.window, title=name)
+            with atomic_write(self.output_dir / f"{name}_overlay.png") as part:
+                figure.savefig(part, bbox_inches="tight")
+        except Exception as error:
+            if is_unwritable(error):
+                raise
+            logger.warning("%s: no picture, as it cannot be drawn (%s)", name, reason_of(error))
+            return []
+        return [f"{name}_overlay.png"]
+
+    def made_with(self, stamp: str) -> dict[str, Any]:
+        """What results depend on: the scan, the weights and the settings."""
+        weights = [f"{file}: {file_digest(file)}" for file in self.checkpoints]
+        return json.loads(json.dumps({"scan": stamp, "weights": weights, **self.settings}, default=str))
+
+    def is_done(self, name: str, stamp: str) -> bool:
+        """Whether the results of a name are there and of this scan, these weights and these settings."""
+        try:
+            content = json.loads((self.output_dir / f"{name}_seg.json").read_text())
+        except (OSError, ValueError):
+            return False
+        if content.get("made_with") != self.made_with(stamp) or (self.overlay and not content.get("overlay")):
+            return False
+        return all((self.output_dir / file).is_file() for file in content["files"])

@@ -1,0 +1,398 @@
+"""Load and convert checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import ensure_tuple
+from torch import Tensor, nn
+
+from shared_networks.datasets.record import check_preparation, read_record, save_tensors
+from shared_networks.errors import InputError
+from shared_networks.files import atomic_write
+from shared_networks.networks.hi_end_mae import HiEndMAE
+from shared_networks.networks.official import OFFICIAL_PREFIX, from_official, to_official
+from shared_networks.networks.unetr import HiEndUNETR
+from shared_networks.networks.vit import interpolate_positions, sincos_positions
+
+logger = logging.getLogger(__name__)
+POSITIONS = "position_embeddings"
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint as a flat state_dict under our names.
+
+    Reads our ``model.pt`` (flat), the published ``hi_end_mae_10k.pth`` (``{"state_dict": ...}``, names prefixed
+    ``module.``) and anything of either form. Nothing but tensors is unpickled. Tensors are mapped from the file, page
+    by page as they are used, so that the system can drop them from memory again.
+
+    Raises:
+        InputError: if there is no such file, or it holds no weights.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint. Give the path of a model.pt or of hi_end_mae_10k.pth.")
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written by a PyTorch before 1.6: cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each way of not being a checkpoint
+        # Its text stays in the traceback: for a file with code in it, torch advises to load it unsafely.
+        raise InputError(
+            f"{path}: not a readable PyTorch checkpoint ({type(error).__name__}): it is damaged, or holds more than "
+            "weights. Download or train it again."
+        ) from error
+    if isinstance(content, Mapping):
+        content = content.get("state_dict", content.get("model", content))
+    entries = content.items() if isinstance(content, Mapping) else ()
+    weights = {str(name).removeprefix(OFFICIAL_PREFIX): t for name, t in entries if isinstance(t, Tensor)}
+    if not weights:
+        raise InputError(f"{path}: holds no state_dict of weights. Give a model.pt or hi_end_mae_10k.pth.")
+    return from_official(weights) if "encoder.patch_embed.proj.weight" in weights else weights
+
+
+def check_weights(
+    checkpoints: str | Path | Sequence[str | Path],
+    network: nn.Module,
+    preparation: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse checkpoints that are not of this network and these scans, before any work is done.
+
+    Args:
+        checkpoints: a trained ``model.pt``, or several.
+        network: the network that is to be loaded.
+        preparation: how scans are prepared, see :func:`shared_networks.datasets.record.check_preparation`; None without
+            scans.
+
+    Raises:
+        InputError: if a file is missing or unreadable, its names or shapes differ from the network's, its positions
+            are of another token grid that has as many tokens, it is not the file that its record is of, or it was
+            trained on scans prepared otherwise.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    for checkpoint in ensure_tuple(checkpoints):
+        if not Path(checkpoint).is_file():
+            raise InputError(f"{checkpoint}: no trained weights there. Train first, or give --checkpoint a model.pt.")
+        weights = read_weights(checkpoint)
+        found = {name: list(tensor.shape) for name, tensor in weights.items()}
+        names = found.keys() | wanted.keys()
+        wrong = sorted(name for name in names if found.get(name) != wanted.get(name))
+        if wrong:
+            name = wrong[0]
+            raise InputError(
+                f"{checkpoint}: {len(wrong)} of {len(names)} tensors do not fit the network ({name} is "
+                f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was "
+                "trained with (such as tiny.json), or the weights of this network."
+            )
+        if isinstance(network, HiEndUNETR | HiEndMAE):
+            _check_grids(checkpoint, weights, network)
+        if preparation is not None:
+            check_preparation(checkpoint, preparation)
+
+
+def _check_grids(checkpoint: str | Path, weights: Mapping[str, Tensor], network: HiEndUNETR | HiEndMAE) -> None:
+    own = network.vit.grid
+    for name, tensor in weights.items():
+        if name.endswith(POSITIONS) and (grid := token_grid(tensor, own)) != own:
+            raise InputError(
+                f"{checkpoint}: its positions are of {_grid_text(grid)} tokens, img_size and patch_size make "
+                f"{_grid_text(own)}. Give the img_size that it was trained with."
+            )
+
+
+def token_grid(positions: Tensor, expected: Sequence[int]) -> list[int] | None:
+    """Tell the token grid of a position table, which a checkpoint does not hold.
+
+    Fixed tables are the sine-cosine table of their grid, and learned ones start there and stay near it. So a table is
+    of the expected grid unless that of another one is clearly nearer (three quarters of the squared distance), and else
+    of the grid whose table is clearly nearer than all others. Where neither tells, a cubic number of tokens is a cube.
+
+    Args:
+        positions: [1, L, E].
+        expected: (h, w, d), the network's own grid.
+
+    Returns:
+        (h, w, d), or none where it cannot be told.
+    """
+    length, hidden_size = positions.shape[1:]
+    table = positions[0].detach().float()
+    if length == math.prod(expected) and _is_sincos(positions, expected):
+        return list(expected)
+    divisors = [n for n in range(1, length + 1) if length % n == 0]
+    fast = max(hidden_size // 24, 4)  # of slow frequencies the tables of all grids are alike
+    lines = {n: sincos_positions((n, 1, 1), hidden_size)[0].unflatten(1, (6, -1))[:, :2, :fast] for n in divisors}
+    table = table.unflatten(1, (6, -1))[..., :fast]
+    distances = {}
+    for h in divisors:
+        for w in (n for n in divisors if length // h % n == 0):
+            grid = (h, w, length // h // w)
+            axes = table.reshape(*grid, 3, 2, -1).unbind(3)
+            views = (lines[n].reshape(*(n if a == axis else 1 for a in range(3)), 2, -1) for axis, n in enumerate(grid))
+            distances[grid] = sum(float((a - v).square().sum()) for a, v in zip(axes, views, strict=True))
+    nearest, *others = sorted(distances, key=lambda grid: distances[grid])
+    own = tuple(expected)
+    if own in distances and distances[nearest] >= 0.75 * distances[own]:
+        return list(expected)
+    if not others or distances[nearest] < 0.75 * distances[others[0]]:
+        return list(nearest)
+    cube = (round(length ** (1 / 3)),) * 3
+    return list(cube) if cube in distances and distances[nearest] >= 0.75 * distances[cube] else None
+
+
+def _is_sincos(positions: Tensor, grid: Sequence[int]) -> bool:
+    """Whether a table [1, L, E] is the fixed one of its grid."""
+    return torch.allclose(positions.float(), sincos_positions(grid, positions.shape[2]), rtol=0, atol=1e-5)
+
+
+def _grid_text(grid: Sequence[int] | None) -> str:
+    return " x ".join(map(str, grid)) if grid else "an unknown grid of"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor when weights were loaded.
+
+    Attributes:
+        source: the checkpoint.
+        landed: names copied into the network.
+        missing: names that the network has and the checkpoint has not, or has in another shape.
+        unexpected: names that the checkpoint has and the network has not.
+        kept: left as they were, because the checkpoint's are for another number of classes, or are the fixed positions
+            of another token grid, of which the network computes its own.
+        part: what was loaded.
+        interpolated: learned positions that were resampled to the network's token grid: the two grids, by name.
+    """
+
+    source: str
+    landed: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    part: str = "encoder"
+    interpolated: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"weights from {self.source}: {len(self.landed)} tensors landed in the {self.part}"]
+        lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
+        lines += [f"  unexpected, not used: {', '.join(summarise(self.unexpected)) or 'none'}"]
+        lines += [f"  interpolated from {grids} tokens: {name}" for name, grids in self.interpolated.items()]
+        lines += [f"  kept as it was, of another size there: {name}" for name in self.kept]
+        return "\n".join(lines)
+
+
+def summarise(names: Sequence[str]) -> list[str]:
+    """Shorten parameter names to their top module with a count; single ones stay whole."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".")[0], []).append(name)
+    return [f"{top}.* ({len(group)})" if len(group) > 1 else group[0] for top, group in groups.items()]
+
+
+def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
+    """Load a pre-trained encoder into a network's ``vit``, print what landed, and refuse half an encoder.
+
+    Args:
+        network: whose ``vit`` is to be loaded.
+        checkpoint: our pre-training ``model.pt``, the published ``hi_end_mae_10k.pth``, a segmenter's ``model.pt``, or
+            an empty string to start from scratch. At another ``img_size`` positions that were learned are interpolated;
+            of fixed ones the network has its own.
+
+    Returns:
+        The report, None from scratch.
+
+    Raises:
+        InputError: if the file is missing or unreadable, does not cover the whole encoder, or the token grid of its
+            learned positions cannot be told.
+    """
+    if not checkpoint:
+        print("pretrained_encoder is empty: the encoder starts from scratch", flush=True)
+        return None
+    if not Path(checkpoint).is_file():
+        raise InputError(
+            f"{checkpoint}: no pre-trained encoder there. Give --pretrained_encoder a model.pt of hi_end_mae_pretrain, "
+            "the published hi_end_mae_10k.pth, or '' to train from scratch."
+        )
+    return _load(network, checkpoint, "encoder")
+
+
+def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
+    """Load a whole pre-training network, to go on with its pre-training, print what landed, and refuse anything else.
+
+    Args:
+        network: to be loaded.
+        checkpoint: our ``model.pt``, the published ``hi_end_mae_10k.pth``, or an empty string to start from scratch.
+            Position tables of another ``img_size`` are left out, as the network computes its own.
+
+    Returns:
+        The report, None from scratch.
+
+    Raises:
+        InputError: if the file is missing or unreadable, or its names or shapes are not the network's.
+    """
+    return _load(network, checkpoint, "network") if checkpoint else None
+
+
+def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | None:
+    """Load a fine-tuned segmenter, to go on from it, print what landed, and drop its head if the classes differ.
+
+    Args:
+        network: to be loaded.
+        checkpoint: a ``model.pt`` of a segmentation bundle, or an empty string for none. At another ``img_size`` its
+            learned positions are interpolated.
+
+    Returns:
+        The report, None for none.
+
+    Raises:
+        InputError: if the file is missing or unreadable, if anything but head and positions is not the network's, or
+            if the token grid of its positions cannot be told.
+    """
+    return _load(network, checkpoint, "segmenter") if checkpoint else None
+
+
+def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> LoadReport:
+    """Load the network, or its encoder alone, and leave it as it was if the checkpoint does not cover that."""
+    if read_record(checkpoint) is None and part == "segmenter":
+        logger.warning("%s has no record: cases that trained it may now validate or test unnoticed", checkpoint)
+    weights = read_weights(checkpoint)
+    prefix = "vit." if part == "encoder" else ""
+    own = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}
+    kept: tuple[str, ...] = ()
+    interpolated = {}
+    for name in (name for name in own if name.endswith(POSITIONS) and name in weights):
+        table, here = weights[name], network.vit.grid
+        if table.ndim != 3 or table.shape[::2] != own[name].shape[::2]:
+            continue  # of another width, so it is missing
+        there = token_grid(table, here)
+        if there == here:
+            continue
+        if "vit.cls_token" in weights or (there and _is_sincos(table, there)):  # pre-training never trains them
+            kept += (name,)
+            del weights[name]
+        elif there:
+            interpolated[name] = f"{_grid_text(there)} to {_grid_text(here)}"
+            weights[name] = interpolate_positions(table.float(), there, here)
+        else:
+            raise InputError(
+                f"{checkpoint}: the token grid of its {table.shape[1]} learned positions cannot be told, to "
+                f"interpolate them to {_grid_text(here)} tokens. Give the img_size that it was trained with."
+            )
+    fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    if part == "segmenter":
+        head = [name for name in own if name.startswith("out.") and name in weights.keys() - fits.keys()]
+        if head:
+            found, wanted = len(weights[head[0]]), len(own[head[0]])
+            print(f"{checkpoint}: has {found} classes, not {wanted}: its head is left out and starts anew", flush=True)
+            kept += tuple(head)
+    report = LoadReport(
+        source=str(checkpoint),
+        landed=tuple(name for name in fits if name not in kept and name not in interpolated),
+        missing=tuple(name for name in own if name not in fits and name not in kept),
+        unexpected=tuple(name for name in weights if name not in own),
+        kept=kept,
+        part=part,
+        interpolated=interpolated,
+    )
+    print(report, flush=True)
+    if report.missing:
+        wrong = [
+            f"{name} is {list(weights[name].shape)} there, {list(own[name].shape)} here"
+            for name in sorted(report.missing, key=lambda name: name.endswith(POSITIONS))
+            if name in weights
+        ]
+        detail = wrong[0] if wrong else f"{report.missing[0]} is not there"
+        raise InputError(
+            f"{checkpoint}: does not cover the {part}, {len(report.missing)} of {len(own)} tensors are missing "
+            f"({detail}). Give a checkpoint of the same patch size, width and depth as network_def."
+        )
+    if report.unexpected and part != "encoder":
+        raise InputError(
+            f"{checkpoint}: {len(report.unexpected)} tensors have no place in the network (such as "
+            f"{report.unexpected[0]}). Give a checkpoint of the same depth as network_def."
+        )
+    network.load_state_dict({**network.state_dict(), **fits}, strict=True)
+    return report
+
+
+def load_hi_end_mae_10k(
+    num_classes: int = 14, checkpoint: str | Path = "hi_end_mae_10k.pth", **network: Any
+) -> HiEndUNETR:
+    """A segmenter on the encoder that the authors pre-trained on ten thousand CTs.
+
+    Args:
+        num_classes: output channels, background included.
+        checkpoint: the published file (the address is in the README), or our pre-training ``model.pt``.
+        network: further arguments of :class:`HiEndUNETR`; by default the published vit_large_p12 at 96^3.
+
+    Returns:
+        The network, its encoder loaded in full, its convolutions freshly initialised.
+
+    Raises:
+        InputError: if the file is missing, unreadable, or not of this encoder.
+
+    Example:
+        >>> network = load_hi_end_mae_10k(num_classes=14, checkpoint="hi_end_mae_10k.pth")
+        >>> logits = network(torch.zeros(1, 1, 96, 96, 96))  # [1, 14, 96, 96, 96]
+    """
+    segmenter = HiEndUNETR(out_channels=num_classes, **network)
+    load_encoder(segmenter, checkpoint)
+    return segmenter
+
+
+def to_monai_vit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of a :class:`HiEndMAE` or :class:`HiEndUNETR` under the names of :class:`monai.networks.nets.ViT`.
+
+    They load strictly into ``ViT(..., proj_type="perceptron", qkv_bias=True)`` of the same sizes. That ViT has no CLS
+    token unless it classifies, and there its norms have epsilon 1e-5, so the CLS token is left out: the outputs are
+    those of the encoder as the segmenters run it, not those of pre-training, where all tokens attend to CLS too.
+
+    Args:
+        state_dict: all weights of the network.
+    """
+    weights = {name.removeprefix("vit."): tensor for name, tensor in state_dict.items() if name.startswith("vit.")}
+    weights.pop("cls_token", None)
+    # MONAI's blocks carry a norm for cross-attention even where there is none.
+    norms = {n.replace("norm1", "norm_cross_attn"): t for n, t in weights.items() if ".norm1." in n}
+    return weights | {n: torch.ones_like(t) if n.endswith("weight") else torch.zeros_like(t) for n, t in norms.items()}
+
+
+def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Path, form: str) -> None:
+    """Write a checkpoint in another form, after loading it strictly.
+
+    Args:
+        network: of the checkpoint's sizes; it is loaded.
+        checkpoint: our ``model.pt`` or the published ``hi_end_mae_10k.pth``.
+        output: the file to write, which must not exist.
+        form: ``model``, our flat ``model.pt``; ``official``, the published form and names (``{"state_dict": ...}``);
+            or ``monai_vit``, the encoder alone, see :func:`to_monai_vit`.
+
+    Raises:
+        InputError: for an unknown form, an output that is not set or exists, or a checkpoint that
+            :func:`load_hi_end_mae` refuses.
+    """
+    if form not in ("model", "official", "monai_vit"):
+        raise InputError(f"format is {form!r}: give --format model, official or monai_vit")
+    if not output:
+        raise InputError("output is not set; pass --output FILE, the file to write")
+    target = Path(output)
+    if target.exists():
+        raise InputError(f"{target}: exists and is not overwritten; move it away or give another --output")
+    if not checkpoint:
+        raise InputError("checkpoint is not set; pass --checkpoint FILE, a model.pt or hi_end_mae_10k.pth")
+    load_hi_end_mae(network, checkpoint)
+    weights = network.state_dict()
+    content: Mapping[str, Any] = weights
+    if form == "official":
+        content = {"state_dict": to_official(weights, network.vit.patch_size)}
+    elif form == "monai_vit":
+        content = to_monai_vit(weights)
+    with atomic_write(target, "give another --output") as unfinished:
+        save_tensors(content, unfinished)
+    print(f"{target}: {len(content.get('state_dict', content))} tensors written as {form}", flush=True)

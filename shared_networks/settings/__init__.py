@@ -1,0 +1,1 @@
+"""Read the settings of a command line."""

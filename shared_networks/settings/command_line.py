@@ -1,0 +1,420 @@
+"""Settings: what each one takes, and how the words of a command line become its value.
+
+`python -m monai.bundle run` reads options as Python literals: `out#1` becomes `out`, `20261125` a number, `yes` a text
+that counts as true. Here every setting of all configs is declared once, and its value is read from the text as typed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pydoc import ErrorDuringImport, locate
+from typing import Any, NamedTuple
+
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, create_workflow, run
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+
+from shared_networks.errors import InputError
+from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, Kind, list_of, number, whole
+from shared_networks.settings.table import SETTINGS
+from shared_networks.version import check_copy
+
+_FLAG = re.compile(r"--|-[a-zA-Z]")  # what fire takes for an option; "-175" is a value
+
+
+class Given(NamedTuple):
+    """A value that somebody gave for a setting.
+
+    Attributes:
+        name: of the setting, `a#b` for a deeper one.
+        value: text as typed; True or False of an option without a value; a value of a file.
+        passed: what MONAI made of it.
+        file: that gives the value; none for the command line.
+    """
+
+    name: str
+    value: Any
+    passed: Any
+    file: str = ""
+
+    def __str__(self) -> str:
+        if self.file:
+            return f"{self.name} = {self.value!r} in {self.file}"
+        return f"--{self.name}" + ("" if isinstance(self.value, bool) else f" {self.value or repr(self.value)}")
+
+
+def take_settings(resolved: dict[str, Any]) -> None:
+    """Puts the settings of `python -m monai.bundle run` in place of what MONAI made of them.
+
+    Does nothing in any other process: there settings are Python values.
+
+    Args:
+        resolved: what the config's references stand for, by id; MONAI hands it to expressions as `__local_refs`, and
+            an id that is in it already is not resolved again.
+
+    Raises:
+        InputError: a line for each setting that does not exist or cannot have its value.
+    """
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    if getattr(main, "name", None) != "monai.bundle.__main__" or sys.argv[1:2] not in (["run"], ["run_workflow"]):
+        return
+    words = sys.argv[2:]
+    if sys.argv[1] == "run_workflow" and words[:1] and not _FLAG.match(words[0]):  # the workflow's class
+        words = words[1:]
+    settings = command_line_settings(words)
+    if settings.get("bundle_root", resolved.get("bundle_root")) != resolved.get("bundle_root"):
+        check_copy(settings["bundle_root"])
+    resolved.update(settings)
+
+
+def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """Reads all settings of a run: those of its config files, of `args_file` and of the command line.
+
+    Args:
+        arguments: the words after `run`.
+
+    Returns:
+        Values by name, of the declared settings that are neither components nor expressions.
+
+    Raises:
+        InputError: a line for each setting that does not exist or cannot have its value.
+    """
+    from fire.parser import DefaultParseValue  # only here: in process, fire is not needed
+
+    options = command_line_options(arguments)
+    passed: dict[str, Any] = {
+        key: DefaultParseValue(value) if isinstance(value, str) else value for key, value in options.items()
+    }
+    file = passed.get("args_file")
+    defaults = ConfigParser.load_config_file(file) if file else {}
+    of_monai = {**defaults, **passed}
+    if "config_file" not in of_monai:  # named by position, as nobody does
+        return {}
+    files = of_monai["config_file"]
+    config = ConfigParser(ConfigParser.load_config_files(files))
+    beside = _monai_settings(of_monai.get("tracking"))
+    given = [
+        *(Given(name, value, value, str(file)) for name, value in defaults.items()),
+        *(Given(name, value, passed[name]) for name, value in options.items()),
+    ]
+    to_run = [*positional_words(arguments), *([of_monai["run_id"]] if "run_id" in of_monai else ())]
+    problems = [
+        f"{word}: is neither an option nor its value, and nothing of this name can be run; give a list as [a,b,c]"
+        for word in to_run
+        if str(word) not in config
+    ]
+    try:
+        settings = read_settings(config, given, beside, str(files))
+    except InputError as error:
+        problems.append(str(error))
+    if of_monai.get("tracking") and "#" in str(options.get("output_dir", "")):
+        problems.append(f"--output_dir {options['output_dir']}: MONAI's --tracking cannot take a # there")
+    if problems:
+        raise InputError("\n".join(problems))
+    return settings
+
+
+def read_settings(
+    config: ConfigParser, given: Iterable[Given], beside: Collection[str] = (), files: str = ""
+) -> dict[str, Any]:
+    """Checks what was given for a config, and all its settings.
+
+    Args:
+        config: as the files have it; what was given is put into it.
+        given: in order of precedence, the last one counts.
+        beside: names that may be given too, but are not in the config.
+        files: that the config is from.
+
+    Returns:
+        Values by name, of the declared settings that are neither components nor expressions.
+
+    Raises:
+        InputError: a line for each setting that does not exist or cannot have its value.
+    """
+    settings: dict[str, Any] = {}
+    problems = []
+    for one in given:
+        one = one._replace(name=one.name.removeprefix("+").replace("::", "#"))
+        name, top = one.name, one.name.partition("#")[0]
+        if top in beside and top not in config.get():
+            continue
+        if one.value is False and not one.file and top[:1] == "_" and top[1:] in config:
+            problems.append(f"--no-{top[1:]}: is no option; write --{top[1:]} False")
+            continue
+        if unknown := unknown_options([one.name], {*config.get(), *beside}):
+            problems += [f"{line} ({f'{one.file}; ' if one.file else ''}config: {files})" for line in unknown]
+            continue
+        try:
+            value = _checked(config, one)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        settings.pop(top, None)
+        if name == top and name in SETTINGS and not _is_expression(value, one) and not isinstance(value, dict):
+            settings[name] = value
+        before = config.get(name)
+        if name in config or name.rpartition("#")[0] in config:
+            config[name] = one.passed
+        if name != top and top in SETTINGS and not isinstance(config[top], dict):
+            try:
+                _read(SETTINGS[top], Given(top, config[top], config[top], "the config"))
+            except InputError as error:
+                problems.append(f"{one}: {top} would be {config[top]}; {str(error).rpartition(': ')[2]}")
+                config[name] = before
+    for name, kind in SETTINGS.items():
+        if name in settings or name not in config:
+            continue
+        one = Given(name, config[name], config[name], files or "the config")
+        if isinstance(one.value, dict) or _is_expression(one.value, one):
+            continue
+        try:
+            value = _read(kind, one)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            settings |= {} if "#" in name else {name: value}
+    problems += _misfits(settings)
+    if problems:
+        raise InputError("\n".join(problems))
+    return settings
+
+
+def _misfits(settings: Mapping[str, Any]) -> list[str]:
+    """A line for settings that do not go together."""
+    if "img_size" not in settings or "patch_size" not in settings:
+        return []
+    size, patch = settings["img_size"], settings["patch_size"]
+    patches = patch if isinstance(patch, list) else [patch] * 3
+    if not any(n % p for n, p in zip(size, patches, strict=True)):
+        return []
+    nearest = [max(round(n / p), 1) * p for n, p in zip(size, patches, strict=True)]
+    line = f"--img_size {size} is no multiple of --patch_size {patch}; give such as --img_size {nearest}"
+    return [line.replace(", ", ",")]
+
+
+def _is_expression(value: Any, one: Given) -> bool:
+    """Whether MONAI evaluates a value: an expression, a reference or a macro; paths on the command line are none."""
+    if isinstance(value, (list, tuple)):
+        return bool(one.file) and any(_is_expression(item, one) for item in value)
+    if not isinstance(value, str) or value[:1] not in ("$", "@", "%"):
+        return False
+    kind = SETTINGS.get(one.name)
+    return bool(one.file) or kind is None or not kind.as_typed
+
+
+def _read(kind: Kind, one: Given) -> Any:
+    """Reads a value, or raises InputError with what to give."""
+    expected = kind.expected if isinstance(kind.expected, str) else kind.expected()
+    if not one.file and isinstance(one.value, bool) and kind.native != (bool,):
+        raise InputError(f"--{one.name}: has no value; give {expected}")
+    try:
+        return kind.read(one.value)
+    except (ValueError, TypeError, OverflowError):
+        raise InputError(f"{one}: give {expected}") from None
+
+
+def _checked(config: ConfigParser, one: Given) -> Any:
+    """The value of one setting that exists at its first level, checked against the config as far as it is known."""
+    name = one.name
+    if _is_expression(one.value, one):
+        _check_reference(config, one)
+        return one.value
+    if name == ConfigParser.meta_key or name.startswith(f"{ConfigParser.meta_key}#"):
+        return one.passed
+    if "#" not in name and name in SETTINGS:
+        return one.value if isinstance(one.value, dict) and one.file else _read(SETTINGS[name], one)
+    current, annotation = _found(config, name)
+    if not one.file and isinstance(one.value, str) and "#" in one.value:
+        raise InputError(f"{one}: MONAI cannot take a # in this setting; give a value or a path without")
+    if "#" not in name:
+        part = dict if isinstance(current, dict) else list if isinstance(current, list) else object
+        if part is not object and not isinstance(one.passed, (part, tuple) if part is list else part):
+            raise InputError(f"{one}: {name} is not one value; set its parts, as --{name}#PART VALUE")
+        return one.passed
+    kind = SETTINGS.get(name) or _kind_of(current, annotation)
+    if kind:
+        value = _read(kind, one)
+        if type(one.passed) not in kind.native or (kind.as_typed and one.passed != value):
+            text = repr(value).replace(" ", "")
+            fix = f"write --{one.name} {text}" if kind.native and type(value) in kind.native else "give it in a config"
+            raise InputError(f"{one}: deeper settings are taken as Python writes them; {fix}")
+    return one.passed
+
+
+def _check_reference(config: ConfigParser, one: Given) -> None:
+    found = re.fullmatch(r"@([\w#:]+)", one.value)
+    if found and found[1] not in config:
+        nearest = difflib.get_close_matches(found[1], sorted(config.get()), n=1)
+        fix = f"did you mean @{nearest[0]}?" if nearest else "give the name of a setting after @"
+        raise InputError(f"{one}: there is no {found[1]!r}; {fix}")
+
+
+def _found(config: ConfigParser, name: str) -> tuple[Any, str]:
+    """What a config has under a name, else the default of the component that takes it; with its annotation."""
+    value, annotation = config.get(), ""
+    *path, last = name.split("#")
+    for depth, key in enumerate([*path, last]):
+        if isinstance(value, list) and re.fullmatch(r"\d+", key) and int(key) < len(value):
+            value = value[int(key)]
+            continue
+        if not isinstance(value, (dict, list)):
+            raise InputError(f"--{name}: {'#'.join([*path, last][:depth])} has no parts")
+        known = [str(k) for k in value] if isinstance(value, dict) else [str(index) for index in range(len(value))]
+        parameters = _parameters(value) if depth == len(path) else {}
+        if key in parameters:
+            annotation = str(parameters[key].annotation)
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif key in parameters or (key in ConfigComponent.non_arg_keys and "_target_" in value):
+            value = parameters[key].default if key in parameters else None
+        elif any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            value = None
+        else:
+            choices = sorted({*known, *parameters} - {"_desc_", "_target_", "_requires_"})
+            nearest = difflib.get_close_matches(key, choices, n=1)
+            prefix = "".join(f"{part}#" for part in [*path, last][:depth])
+            fix = f"did you mean --{prefix}{nearest[0]}?" if nearest else f"there are {', '.join(choices)}"
+            raise InputError(f"--{name}: there is no setting {prefix + key!r}; {fix}")
+    return value, annotation
+
+
+def _parameters(component: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of what a component of a config makes."""
+    if not isinstance(component, dict) or not isinstance(component.get("_target_"), str):
+        return {}
+    try:
+        target: Any = locate(str(ConfigComponent(component).resolve_module_name()))
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError, ErrorDuringImport):  # not found, or written in C: it may take anything
+        return inspect.signature(lambda **anything: anything).parameters
+
+
+def _kind_of(current: Any, annotation: str) -> Kind | None:
+    """What may stand in place of a value of a config; None where anything may."""
+    if isinstance(current, str) and current.startswith("@"):
+        return SETTINGS.get(current[1:])
+    if isinstance(current, bool):
+        return FLAG
+    if isinstance(current, float) or (isinstance(current, int) and "float" in annotation):
+        return number("a number", math.isfinite)
+    if isinstance(current, int) and "Sequence" not in annotation:
+        return NOT_NEGATIVE if current >= 0 else whole("a whole number", lambda n: True)
+    if isinstance(current, list) and current and all(type(item) in (int, float) for item in current):
+        return list_of(number("a number", math.isfinite), f"a list of numbers, such as {str(current).replace(' ', '')}")
+    return None
+
+
+def command_line_options(arguments: Sequence[str]) -> dict[str, str | bool]:
+    """Reads options as fire does.
+
+    Args:
+        arguments: the words after `run`, such as `["--dataset-dir", "/data", "--net#width=8", "--noamp"]`.
+
+    Returns:
+        Their texts by name, or True or False without a text, here
+        `{"dataset_dir": "/data", "net#width": "8", "amp": False}`.
+    """
+    return _split(arguments)[0]
+
+
+def positional_words(arguments: Sequence[str]) -> list[str]:
+    """Returns the words that are neither options nor their values; arguments as `command_line_options`."""
+    return _split(arguments)[1]
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
+    words = list(arguments)
+    if "--" in words:  # what follows the last one is for fire itself
+        words = words[: len(words) - 1 - words[::-1].index("--")]
+    options: dict[str, str | bool] = {}
+    positional = []
+    taken = False
+    for word, following in zip_longest(words, words[1:], fillvalue="--"):
+        if taken or not _FLAG.match(word):
+            positional += [] if taken else [word]
+            taken = False
+            continue
+        key, equals, text = word.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        value: str | bool = text
+        if not equals and not _FLAG.match(following):
+            value, taken = following, True
+        elif not equals:
+            key, value = (key[2:], False) if key.startswith("no") else (key, True)
+        options[key] = value
+    return options, positional
+
+
+def unknown_options(options: Collection[str], known: Collection[str]) -> list[str]:
+    """Compares option names with the top-level keys of a config.
+
+    Args:
+        options: names, which may be nested (`a#b` or `a::b`) or carry monai's leading `+`.
+        known: top-level names.
+
+    Returns:
+        A line for each option whose first component is not known, with the nearest known name.
+    """
+    lines = []
+    for option in options:
+        name = re.split("#|::", option.removeprefix("+"))[0]
+        if name not in known:
+            names = sorted(key for key in known if not key.startswith("_"))
+            nearest = difflib.get_close_matches(name, names, n=1)
+            fix = f"did you mean --{nearest[0]}?" if nearest else f"the settings are {', '.join(names)}"
+            lines.append(f"--{option}: there is no setting {name!r}; {fix}")
+    return lines
+
+
+def call_with_options(function: Callable[..., Any], kinds: Mapping[str, Kind], arguments: Sequence[str]) -> Any:
+    """Calls a function with the options of a command line, as its own command line.
+
+    Args:
+        function: its docstring is the help; parameters without a default are required.
+        kinds: what each parameter takes.
+        arguments: words of the command line, `--name value` or `--name=value`.
+
+    Returns:
+        What the function returns; None where `--help` was asked for.
+
+    Raises:
+        InputError: a line for each option that is unknown, missing or has a wrong value; or a file cannot be read or
+            written.
+    """
+    if {"--help", "-h"} & set(arguments):
+        print(inspect.getdoc(function))
+        return None
+    options = command_line_options(arguments)
+    problems = [f"{word}: is no option and no value; give --name value" for word in positional_words(arguments)]
+    problems += unknown_options(options, kinds)
+    values = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in options:
+            try:
+                values[name] = _read(kinds[name], Given(name, options[name], options[name]))
+            except InputError as error:
+                problems.append(str(error))
+        elif name in kinds and parameter.default is parameter.empty:
+            problems.append(f"--{name}: is missing; give {kinds[name].expected}")
+    if problems:
+        raise InputError("\n".join(problems))
+    try:
+        return function(**values)
+    except OSError as error:
+        raise InputError(str(error)) from error
+
+
+def _monai_settings(tracking: Any) -> set[str]:
+    """Names that monai itself reads: the parameters that an option of `run` can reach, and experiment tracking's."""
+    functions: tuple[Callable[..., Any], ...] = (run, create_workflow, ConfigWorkflow)
+    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} | {ConfigParser.meta_key}
+    if tracking:
+        settings: Any = DEFAULT_EXP_MGMT_SETTINGS.get(str(tracking)) or ConfigParser.load_config_files(tracking)
+        names |= {"output_dir", "save_execute_config", *settings["configs"]}
+    return names

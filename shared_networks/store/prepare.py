@@ -1,0 +1,497 @@
+"""Preprocess scans into a store, in parallel and resumable."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import monai
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from shared_networks.datasets.names import find_excluded, read_names
+from shared_networks.datasets.scans import BadScanError, Scan, Source, Sources, find_sources, read_grid, read_scan
+from shared_networks.errors import InputError
+from shared_networks.files import UNFINISHED
+from shared_networks.store.format import (
+    append_entry,
+    centres_file,
+    is_complete,
+    manifest_entries,
+    volume_bytes,
+    volume_file,
+    write_array,
+    write_manifest,
+    write_volume,
+)
+from shared_networks.version import __version__
+
+_FORMAT = 1  # to be raised with every change of what is stored, so that old cases are made again
+_CENTRES = 4096
+_SAMPLE = 1_000_000  # voxels for percentiles
+# Measured on a core of a cloud server, for CTs of 1 to 26 million voxels: 0.7 to 1.7 s each.
+_SECONDS_A_SOURCE_VOXEL = 4e-8
+_SECONDS_A_STORED_VOXEL = 7e-8
+
+logger = logging.getLogger(__name__)
+
+Entry = dict[str, Any]
+Transform = Callable[[dict[str, Any]], Mapping[Any, Any]]
+
+
+class Task(NamedTuple):
+    """What is the same for all cases: how they are prepared, and where they go."""
+
+    prepared_dir: Path
+    preprocessing: Transform
+    settings: dict[str, Any]
+    min_size: int
+    seed: int
+
+
+def prepare(
+    dataset_dir: str,
+    prepared_dir: str,
+    preprocessing: Transform,
+    modality: str,
+    spacing: Sequence[float],
+    intensity_range: Sequence[float],
+    exclude: str = "",
+    num_workers: int = 1,
+    max_failed: float = 0.05,
+    min_size: int = 24,
+    seed: int = 0,
+) -> None:
+    """Prepares what is missing or has changed, and lists what cannot be prepared.
+
+    Args:
+        dataset_dir: as :func:`find_sources` takes it.
+        prepared_dir: the store; it may hold cases of other data sets, which stay.
+        preprocessing: from `{"image": [C, H, W, D]}` in source values to RAS, `spacing` and [0, 1].
+        modality: `"CT"` or `"MR"`.
+        spacing: in mm, as `preprocessing` makes it.
+        intensity_range: HU that become 0 and 1 (CT).
+        exclude: a file with names of cases to leave out, and to remove if they are in the store.
+        num_workers: processes; 0 prepares in this one.
+        max_failed: the share of the cases that may fail.
+        min_size: voxels on each axis, resampled, below which a scan is too small.
+        seed: of the crop centres.
+
+    Raises:
+        InputError: a setting makes no sense, there is no scan, the disk has not the room, a process was killed, or more
+            than `max_failed` of the cases failed (the others are prepared all the same).
+    """
+    if not prepared_dir:
+        raise InputError("prepared_dir is not set; pass --prepared_dir FOLDER, the folder to write the store to")
+    if modality not in ("CT", "MR"):
+        raise InputError(f"modality is {modality!r}; pass --modality CT or --modality MR")
+    # How MR is scaled is part of the format, as it has no unit and no window.
+    window = {} if modality == "MR" else {"intensity_range": [float(value) for value in intensity_range]}
+    settings = {
+        "modality": modality,
+        "spacing": [float(size) for size in spacing],
+        **window,
+        "seed": seed,
+        "centres": _CENTRES,
+        "format": _FORMAT,
+    }
+    names = read_names(exclude) if exclude else []
+    sources = find_sources(dataset_dir)
+    _flag_other_channels(sources)
+    task = Task(Path(prepared_dir).resolve(), preprocessing, settings, min_size, seed)
+    task.prepared_dir.mkdir(parents=True, exist_ok=True)
+    with _lock(task.prepared_dir):
+        _remove_leftovers(task.prepared_dir, f"{UNFINISHED}*")
+        entries = manifest_entries(task.prepared_dir)
+        left_out = _excluded_cases(sources, entries, names)
+        _remove_cases(task.prepared_dir, entries, left_out & set(entries))
+        wanted = [source for source in sources if source.case not in left_out]
+        if not wanted:
+            raise InputError(f"{exclude}: leaves out all {len(sources)} cases of {dataset_dir}; name fewer")
+        todo = [source for source in wanted if not _is_current(task, source, entries.get(source.case))]
+        print(f"{len(todo)} cases to prepare, {len(wanted) - len(todo)} already done, {len(left_out)} excluded")
+        _check_room(task, todo, entries, max(num_workers, 1))
+        try:
+            failed = _prepare_all(task, todo, entries, num_workers)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; run again to go on from here") from None
+        write_manifest(task.prepared_dir, entries)
+        known = {path for case in entries for path in _files(task.prepared_dir, case)}
+        _remove_leftovers(task.prepared_dir, "*.npy", known)
+        for path, reason in sources.passed_over.items():
+            logger.warning("%s: passed over: %s", path, reason)
+        _report(task.prepared_dir, entries, failed, len(sources.passed_over))
+    if len(failed) > max_failed * len(wanted):
+        raise InputError(
+            f"{len(failed)} of {len(wanted)} cases failed, more than the share of {max_failed:g} that may "
+            f"(max_failed); {task.prepared_dir / 'failed.txt'} lists them, the others are prepared"
+        )
+
+
+def _flag_other_channels(sources: Sources) -> None:
+    """Has cases fail whose number of channels is not that of most: a store is of one number."""
+    counts = Counter(1 if source.series else len(source.files) for source in sources if not source.problem)
+    usual = counts.most_common(1)[0][0] if counts else 1
+    for index, source in enumerate(sources):
+        count = 1 if source.series else len(source.files)
+        if not source.problem and count != usual:
+            problem = f"{count} channel(s), where most cases have {usual}; add the others or remove the case"
+            sources[index] = source._replace(problem=problem)
+
+
+def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entry:
+    """Prepares one case and writes its files.
+
+    Args:
+        task: how and where.
+        source: the scan.
+        known: its entry in the manifest, if it has one. Where the bytes of the source and the settings are the same,
+            only what the file system says of the source is renewed.
+
+    Returns:
+        The entry of the case for the manifest.
+
+    Raises:
+        BadScanError: the scan is of no use.
+    """
+    origin = {
+        "source": _origin(source),
+        "series": source.series,
+        **_stat(source.files),
+        "sha256": _sha256(source.files),
+    }
+    if known and known["sha256"] == origin["sha256"] and _fits(task, known):
+        return {**known, **origin}
+    if known and known["sha256"] != origin["sha256"] and known["source"] != origin["source"]:
+        _check_moved(known)
+    scan = read_scan(source, task.settings["modality"])
+    tensor = MetaTensor(torch.as_tensor(scan.image.astype(np.float32, copy=False)), affine=torch.as_tensor(scan.affine))
+    resampled = task.preprocessing({"image": tensor})["image"]
+    image, affine = resampled.numpy(), resampled.affine.numpy().astype(float)
+    if min(image.shape[1:]) < task.min_size:
+        raise BadScanError(f"too small: {image.shape[1:]} voxels resampled, {task.min_size} are needed on each axis")
+    foreground = (image > 0).any(0)
+    if not foreground.any():
+        raise BadScanError("empty: no voxel is above the floor of the intensity window")
+    box = _bounding_box(foreground)
+    image, foreground = image[(slice(None), *box)], foreground[box]
+    file = volume_file(task.prepared_dir, source.case)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState([task.seed, zlib.crc32(source.case.encode())])
+    write_array(centres_file(file), draw_centres(foreground, random))
+    write_volume(file, image)
+    return {
+        "id": source.case,
+        "file": str(file.relative_to(task.prepared_dir)),
+        **origin,
+        **_source_grid(scan),
+        "intensity": intensity_statistics(scan.image),
+        "shape": list(image.shape),
+        "spacing": task.settings["spacing"],
+        "affine": (affine @ nib.affines.from_matvec(np.eye(3), [axis.start for axis in box])).tolist(),
+        "foreground": round(float(foreground.mean()), 4),
+        "centres": _CENTRES,
+        "settings": task.settings,
+        "settings_hash": _settings_hash(task.settings),
+        "versions": _versions(),
+    }
+
+
+def draw_centres(
+    foreground: NDArray[np.bool_], random: np.random.RandomState, count: int = _CENTRES
+) -> NDArray[np.int16]:
+    """Draws voxels with replacement.
+
+    Args:
+        foreground: `[H, W, D]`, not all false.
+        random: generator.
+        count: of voxels of either kind.
+
+    Returns:
+        `[2, count, 3]`: in the foreground, and in the background (in the foreground too where there is none).
+    """
+    inside, outside = np.flatnonzero(foreground), np.flatnonzero(~foreground)
+    drawn = [
+        voxels[random.randint(len(voxels), size=count)] for voxels in (inside, outside if len(outside) else inside)
+    ]
+    return np.stack(np.unravel_index(np.stack(drawn), foreground.shape), -1).astype(np.int16)
+
+
+def intensity_statistics(image: NDArray[Any]) -> dict[str, float]:
+    """Returns minimum, maximum, mean, standard deviation and percentiles (of a million voxels at even steps)."""
+    sample = image.reshape(-1)[:: max(1, image.size // _SAMPLE)]
+    shares = (0.5, 5, 50, 95, 99.5)
+    found = {"min": image.min(), "max": image.max(), "mean": image.mean(dtype=float), "std": image.std(dtype=float)}
+    found |= {f"p{share:g}": value for share, value in zip(shares, np.percentile(sample, shares), strict=True)}
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def _prepare_all(task: Task, todo: Sequence[Source], entries: dict[str, Entry], num_workers: int) -> dict[str, str]:
+    """Prepares cases, adds them to `entries` and the manifest as they come, and returns why others failed."""
+    failed = {}
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    results = _results(task, [(source, entries.get(source.case)) for source in todo], num_workers)
+    with tqdm(total=len(todo), desc="preparing", unit="case", mininterval=seconds, disable=not todo) as bar:
+        for source, result in results:
+            bar.update()
+            if isinstance(result, dict):
+                append_entry(task.prepared_dir, result)
+                entries[source.case] = result
+                continue
+            failed[source.case] = result
+            if source.case in entries and entries[source.case]["source"] == _origin(source):
+                _remove_cases(task.prepared_dir, entries, {source.case})  # what it was made of is gone
+    return failed
+
+
+def _results(
+    task: Task, jobs: Sequence[tuple[Source, Entry | None]], num_workers: int
+) -> Iterator[tuple[Source, Entry | str]]:
+    """Yields entries, or the reasons why there is none, in the order in which they get ready."""
+    if num_workers == 0 or not jobs:
+        yield from ((source, _entry_or_reason(task, source, known)) for source, known in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
+    pending: dict[Future[Entry | str], Source] = {}
+    waiting = iter(jobs)
+    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), spawn, _start_worker, (task,))
+    try:
+        while True:
+            # Few at a time, so that an interruption has little to take back.
+            while len(pending) < 2 * num_workers and (job := next(waiting, None)):
+                pending[pool.submit(_work, *job)] = job[0]
+            if not pending:
+                return
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                result = future.result()
+                yield pending.pop(future), result
+    except BrokenProcessPool:
+        cases = ", ".join(source.case for source in pending.values())
+        raise InputError(
+            f"a process was killed, mostly for want of memory, at one of {cases}; run again with fewer --num_workers, "
+            "which goes on where this stopped, or leave the case out with --exclude"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_task: Task
+
+
+def _start_worker(task: Task) -> None:
+    global _task
+    _task = task
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+
+    def follow_parent() -> None:
+        # A killed parent cannot tell its workers, and they would wait for work for ever.
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _work(source: Source, known: Entry | None) -> Entry | str:
+    return _entry_or_reason(_task, source, known)
+
+
+def _entry_or_reason(task: Task, source: Source, known: Entry | None) -> Entry | str:
+    try:
+        return prepare_case(task, source, known)
+    except BadScanError as error:
+        return str(error)
+    except MemoryError:
+        return "not enough memory for it; run again with fewer --num_workers"
+    except InputError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return str(error)
+    except OSError as error:
+        return f"cannot be read or written ({error}); see to it that the file is there and may be read"
+    except Exception as error:  # one odd scan must not end the run
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"cannot be prepared ({reason}); export it again or remove the case"
+
+
+def _check_moved(known: Entry) -> None:
+    """Refuses a case whose id another scan has; of a data set that was moved, the old place is empty."""
+    if all(Path(file).exists() for file in known["source"]):
+        raise BadScanError(f"the store has another scan under this id, {known['source'][0]}; rename a folder")
+
+
+def _excluded_cases(sources: Sequence[Source], entries: Mapping[str, Entry], names: Sequence[str]) -> set[str]:
+    also = {case: [entry["series"]] if entry["series"] else entry["source"] for case, entry in entries.items()}
+    also |= {source.case: [source.series] if source.series else source.files for source in sources}
+    found = find_excluded(also, names)
+    for name in (name for name, cases in found.items() if not cases):
+        logger.warning("%s: to be excluded, but no case is named so", name)
+    return {case for cases in found.values() for case in cases}
+
+
+def _is_current(task: Task, source: Source, entry: Entry | None) -> bool:
+    if entry is None or entry["source"] != _origin(source) or not _fits(task, entry):
+        return False
+    try:
+        stat = _stat(source.files)
+    except FileNotFoundError:
+        return False
+    return all(entry[name] == value for name, value in stat.items())
+
+
+def _fits(task: Task, entry: Entry) -> bool:
+    return entry["settings_hash"] == _settings_hash(task.settings) and is_complete(task.prepared_dir, entry)
+
+
+def _check_room(task: Task, todo: Sequence[Source], entries: Mapping[str, Entry], workers: int) -> None:
+    """Prints what the cases will take of disk and time, from their headers."""
+    if not todo:
+        return
+    with ThreadPoolExecutor(4) as pool:
+        grids = tqdm(pool.map(read_grid, todo), "reading headers", len(todo), unit="case", disable=None)
+        costs = [_cost(source, grid, task.settings["spacing"]) for source, grid in zip(todo, grids, strict=True)]
+    needed = sum(size for size, _ in costs)
+    replaced = sum(volume_bytes(entries[source.case]["shape"]) for source in todo if source.case in entries)
+    free = shutil.disk_usage(task.prepared_dir).free
+    minutes = sum(seconds for _, seconds in costs) / min(workers, len(todo)) / 60
+    disk = f"at most {_gigabytes(needed)} of disk (free: {_gigabytes(free)})"
+    print(f"{disk}, about {minutes:.1f} min with {workers} process(es)", flush=True)
+    if needed - replaced > free:
+        raise InputError(
+            f"{task.prepared_dir}: needs up to {_gigabytes(needed - replaced)}, but only {_gigabytes(free)} are free; "
+            "make room, or pass --prepared_dir on another disk"
+        )
+
+
+def _cost(source: Source, grid: Any, spacing: Sequence[float]) -> tuple[int, float]:
+    """Bytes and seconds, at most, for a case; none for one whose header cannot be read."""
+    if grid is None:
+        return 0, 0.0
+    shape, source_spacing = grid
+    channels = 1 if source.series else len(source.files)
+    stored = [int(np.ceil(n * old / new)) for n, old, new in zip(shape, source_spacing, spacing, strict=True)]
+    seconds = float(np.prod(shape)) * _SECONDS_A_SOURCE_VOXEL + float(np.prod(stored)) * _SECONDS_A_STORED_VOXEL
+    return volume_bytes((channels, *stored)), channels * seconds
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[str, str], passed_over: int) -> None:
+    """Prints how much is in the store, what is there twice and what failed, and writes the latter to failed.txt."""
+    cases_of: dict[str, list[str]] = {}
+    for case, entry in entries.items():
+        cases_of.setdefault(entry["sha256"], []).append(case)
+    for cases in cases_of.values():
+        if len(cases) > 1:
+            logger.warning("the same scan under several ids: %s; exclude all but one", ", ".join(sorted(cases)))
+    lines = [f"{case}\t{failed[case]}" for case in sorted(failed)]
+    (prepared_dir / "failed.txt").write_text("".join(f"{line}\n" for line in lines))
+    size = sum(volume_bytes(entry["shape"]) for entry in entries.values())
+    source = sum(entry["bytes"] for entry in entries.values())
+    if lines:
+        print("\n".join([f"{len(lines)} failed:", *(line.replace("\t", ": ") for line in lines)]))
+    print(
+        f"{len(entries)} cases in {prepared_dir}, {_gigabytes(size)} from {_gigabytes(source)} of scans; "
+        f"{len(failed)} failed, {passed_over} passed over"
+    )
+
+
+@contextmanager
+def _lock(prepared_dir: Path) -> Iterator[None]:
+    with (prepared_dir / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{prepared_dir}: another process is preparing into it; wait for its end") from None
+        yield
+
+
+def _remove_leftovers(prepared_dir: Path, pattern: str, keep: set[Path] | frozenset[Path] = frozenset()) -> None:
+    for path in (prepared_dir / "cases").rglob(pattern):
+        if path not in keep:
+            path.unlink()
+
+
+def _remove_cases(prepared_dir: Path, entries: dict[str, Entry], cases: set[str]) -> None:
+    if not cases:
+        return
+    for case in cases:
+        del entries[case]
+    write_manifest(prepared_dir, entries)
+    for case in cases:
+        for path in _files(prepared_dir, case):
+            path.unlink(missing_ok=True)
+
+
+def _files(prepared_dir: Path, case: str) -> tuple[Path, Path]:
+    file = volume_file(prepared_dir, case)
+    return file, centres_file(file)
+
+
+def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    ends = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] for axis in range(3)]
+    return tuple(slice(int(first), int(last) + 1) for first, last in ends)
+
+
+def _origin(source: Source) -> list[str]:
+    """The files of a case; of a series only their folder, as there are hundreds."""
+    return [str(Path(source.files[0]).parent)] if source.series else list(source.files)
+
+
+def _source_grid(scan: Scan) -> dict[str, Any]:
+    return {
+        "source_shape": list(scan.image.shape),
+        "source_spacing": np.round(nib.affines.voxel_sizes(scan.affine), 6).tolist(),
+        "source_axcodes": "".join(nib.aff2axcodes(scan.affine)),
+    }
+
+
+def _stat(files: Sequence[str]) -> dict[str, int]:
+    stats = [os.stat(file) for file in files]
+    return {"bytes": sum(s.st_size for s in stats), "modified": max(s.st_mtime_ns for s in stats), "files": len(files)}
+
+
+def _sha256(files: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _settings_hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "hi-end-mae-bundles": __version__,
+        "monai": monai.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,1 @@
+"""Make synthetic CTs with organ labels."""

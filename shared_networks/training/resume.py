@@ -1,0 +1,424 @@
+"""Save training states, resume from them, and guard the folder of a run.
+
+Nothing random is stored but the seed: crops are a function of (seed, epoch, place) and masks of (seed, rank,
+iteration), see `shared_networks.training.sampler` and :class:`shared_networks.training.handlers.SeedIterations`.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator, Trainer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shared_networks.datasets.leaks import check_start, check_unseen
+from shared_networks.datasets.record import (
+    Record,
+    different_settings,
+    listed_differences,
+    read_record,
+    record_file,
+    save_tensors,
+    seen_cases,
+    trained_labels,
+    write_model,
+)
+from shared_networks.errors import InputError
+from shared_networks.files import GO_ON, UNFINISHED, atomic_write
+from shared_networks.training.handlers import completes_step
+from shared_networks.training.sampler import DrawSampler
+
+STATES = "state"
+"""Folder of the states of a training, in that of its `model.pt`."""
+
+logger = logging.getLogger(__name__)
+
+
+def check_run_folder(
+    folder: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    in_place: bool = False,
+    record: Record | None = None,
+) -> None:
+    """Refuse to train into a folder that holds a model or states of another training, before any work is done.
+
+    Args:
+        folder: `ckpt_dir`, of `model.pt` and of states in `state`.
+        resume: whether to go on with the newest state. A folder with nothing in it is trained into from the start.
+        overwrite: whether the training that is there is to be removed when this one starts.
+        in_place: whether a model that is there is trained on and replaced by a better one, as MONAI Label does.
+        record: of this training; a model that is trained on must be of the same labels and preparation.
+
+    Raises:
+        InputError: there is a training, and nothing says what to do with it; or settings contradict each other.
+    """
+    if resume and overwrite:
+        raise InputError(
+            "resume and overwrite are both set; give --resume True to go on, or --overwrite True to start anew"
+        )
+    model, states = Path(folder) / "model.pt", sorted((Path(folder) / STATES).glob("state_*.ckpt"))
+    if in_place and not overwrite:
+        check_same_training(model, record)
+    elif (model.is_file() or states) and not overwrite and not (resume and states):
+        resumable = "--resume True to go on with it" if not resume else "no --resume, as it has no state to resume from"
+        raise InputError(
+            f"{folder}: holds {'a trained model' if model.is_file() else 'an unfinished training'}; give {resumable}, "
+            "--overwrite True to remove it and start anew, or another --ckpt_dir"
+        )
+    if record is not None and not resume:
+        try:
+            check_unseen(record, record["seen_before"], model if in_place else "the weights to start from")
+        except InputError as error:
+            if not in_place:
+                raise
+            logger.warning("%s", error)  # an annotator's cases change their parts as more are labelled
+
+
+def check_same_training(model: Path, record: Record | None) -> None:
+    """Refuse a model to be trained on in place that is of other labels, or of scans prepared otherwise."""
+    before = read_record(model)
+    if record is None or before is None:
+        return
+    labels_and_preparation = ({"label_names": trained_labels(made), **made["preparation"]} for made in (before, record))
+    if differing := different_settings(*labels_and_preparation):
+        raise InputError(
+            f"{model}: trained otherwise than it would be now: {listed_differences(differing)}. "
+            "Give the settings of that training, or move the model away to start anew"
+        )
+
+
+class SaveBestModel:
+    """Write the network's weights, flat, with their record, whenever a validation is the best so far.
+
+    Args:
+        network: bare network (not wrapped for several GPUs).
+        file: where, `models/model.pt`.
+        record: of :func:`shared_networks.datasets.record.training_record`.
+    """
+
+    def __init__(self, network: nn.Module, file: str | Path, record: Record) -> None:
+        self.network = network
+        self.file = file
+        self.record = record
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator with a key metric."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Save, if the evaluator has just found a new best."""
+        state = engine.state
+        if state.best_metric_epoch == state.epoch:
+            score = {"name": state.key_metric_name, "value": float(state.best_metric), "epoch": state.epoch}
+            write_model(self.network.state_dict(), self.file, {**self.record, "score": score})
+
+
+class TrainingState:
+    """What training needs to go on, saved by epoch, by time and on SIGTERM, and read when it starts again.
+
+    States are files `state/state_ITERATION.ckpt`, written atomically by rank 0, the newest `keep` kept. They hold
+    network, optimiser, schedule, gradient scaler, epoch, iteration, best metric, seed and record, and are read by every
+    rank, so the folder must be one that all machines see. Call :meth:`start`, run the trainer while :attr:`unfinished`,
+    validate while :attr:`unvalidated`, and call :meth:`finish`.
+
+    Args:
+        folder: of the run, with `model.pt`, which validation writes (see :class:`SaveBestModel`), and `state`.
+        network: bare network.
+        optimizer: its optimiser.
+        lr_scheduler: stepped every iteration.
+        trainer: MONAI trainer, `trainer.data_loader.sampler` a :class:`shared_networks.training.sampler.DrawSampler`.
+        evaluator: MONAI evaluator that the trainer's handlers run.
+        record: of :func:`shared_networks.datasets.record.training_record`, shared with :class:`SaveBestModel`.
+        seed: of the run.
+        every_epochs: save after so many epochs.
+        every_minutes: save between as well, after so many minutes without.
+        keep: states kept.
+        also: by name, what else has a `state_dict` to be saved and restored; `None` is left out.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        network: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler,
+        trainer: Trainer,
+        evaluator: Evaluator,
+        record: Record,
+        seed: int = 0,
+        every_epochs: int = 1,
+        every_minutes: float = 15.0,
+        keep: int = 2,
+        also: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder) / STATES
+        self.model = Path(folder) / "model.pt"
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.trainer: Any = trainer
+        self.evaluator: Any = evaluator
+        self.record = record
+        self.seed = seed
+        self.every_epochs = every_epochs
+        self.every_seconds = 60 * every_minutes
+        self.keep = keep
+        self.also = {name: part for name, part in (also or {}).items() if part is not None}
+        self.rank: int = self.trainer.state.rank
+        self.validated_epoch = 0
+        self.saved_at = time.monotonic()
+        self.own: list[Path] = []
+        self.stop_signal = 0
+        self.votes: dist.ProcessGroup | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether epochs are left to train."""
+        state = self.trainer.state
+        return state.iteration < state.epoch_length * state.max_epochs
+
+    @property
+    def unvalidated(self) -> bool:
+        """Whether all epochs are trained and the last was not validated, so that the last model might go unsaved."""
+        return not self.unfinished and not self.stop_signal and self.validated_epoch < self.trainer.state.max_epochs
+
+    def start(self, resume: bool, overwrite: bool = False, in_place: bool = False) -> None:
+        """Attach to trainer and evaluator, and take up, remove or challenge what is in the folder.
+
+        Args:
+            resume: go back to the newest state there is.
+            overwrite: remove the training that is there.
+            in_place: a `model.pt` that is there is the one to beat: it is validated first, on the validation cases of
+                now, and replaced by a better one only.
+
+        Raises:
+            InputError: as :func:`check_run_folder`; or no state can be read though there are some, or they are of
+                another network, seed, split or other labels.
+        """
+        check_run_folder(self.model.parent, resume, overwrite, in_place, self.record)
+        found = sorted(self.folder.glob("state_*.ckpt"), reverse=True)
+        if resume and found:
+            self.load(found)
+            self.own = found[::-1]
+            for broken_off in self.folder.glob(f"{UNFINISHED}*") if self.rank == 0 else ():
+                broken_off.unlink()
+        elif overwrite:
+            self.remove(self.model, record_file(self.model))
+        elif in_place:
+            self.remove()
+            self.challenge()
+        if dist.is_available() and dist.is_initialized():
+            self.votes = dist.new_group(backend="gloo")  # on the CPU: asking NCCL would halt the GPU in every iteration
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.request_stop)
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.after_iteration)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
+        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.after_validation)
+
+    def remove(self, *files: Path) -> None:
+        """Remove the states of an earlier training, then further files of it."""
+        if self.rank == 0:
+            for file in (*self.folder.glob("state_*.ckpt"), *self.folder.glob(f"{UNFINISHED}*"), *files):
+                file.unlink(missing_ok=True)
+
+    def challenge(self) -> None:
+        """Make a model that is already there the one to beat.
+
+        Raises:
+            InputError: it is of another network.
+        """
+        if not self.model.is_file():
+            return
+        older = torch.load(self.model, map_location="cpu", weights_only=True)
+        own = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        check_same_network(own, older, self.model)
+        self.network.load_state_dict(older)
+        self.evaluator.run()
+        self.network.load_state_dict(own)
+        if self.evaluator.state.best_metric_epoch != -1:
+            self.evaluator.state.best_metric_epoch = 0  # before the first
+            if self.rank == 0:
+                score = f"{self.evaluator.state.key_metric_name} {self.evaluator.state.best_metric:.4f}"
+                print(f"{self.model} has {score}; only a better model replaces it", flush=True)
+
+    def finish(self) -> None:
+        """Save the weights as `model.pt` where there was nothing to validate them on."""
+        if self.rank == 0 and not self.unfinished and self.evaluator.state.best_metric_epoch == -1:
+            average = self.also.get("average")
+            weights = getattr(average, "average", None) or self.network.state_dict()
+            write_model(weights, self.model, {**self.record, "score": None})
+            logger.warning("no validation cases: %s holds the weights at the end of the training", self.model)
+
+    def request_stop(self, number: int, _frame: Any) -> None:
+        """Note a signal; training stops after the iteration that is under way."""
+        self.stop_signal = number
+
+    def after_validation(self, engine: Any) -> None:
+        """Remember which epoch was validated."""
+        self.validated_epoch = engine.state.epoch
+
+    def after_iteration(self, engine: Any) -> None:
+        """Save within an epoch, if time is up, and leave, if told to."""
+        if not completes_step(engine) or engine.state.iteration % engine.state.epoch_length == 0:
+            return  # gradients accumulated by halves are not saved; the epoch's last state comes after its validation
+        if self.is_told_to_stop():
+            self.leave(engine)
+        elif self.is_time():
+            self.save()
+
+    def after_epoch(self, engine: Any) -> None:
+        """Save at the end of an epoch, if it is due, and leave, if told to."""
+        if self.is_told_to_stop():
+            self.leave(engine)
+        elif engine.state.epoch % self.every_epochs == 0 or not self.unfinished or self.is_time():
+            self.save()
+
+    def is_time(self) -> bool:
+        """Whether the last state is older than `every_minutes`."""
+        return time.monotonic() - self.saved_at > self.every_seconds
+
+    def is_told_to_stop(self) -> bool:
+        """Whether any process was sent SIGTERM; all must leave after the same iteration, or some wait for ever."""
+        if self.votes is not None:
+            vote = torch.tensor(self.stop_signal)
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.votes)
+            self.stop_signal = int(vote)
+        return self.stop_signal != 0
+
+    def leave(self, engine: Any) -> None:
+        """Save and end the trainer's run."""
+        self.save()
+        if self.rank == 0:
+            at = f"epoch {engine.state.epoch}, iteration {engine.state.iteration}"
+            print(
+                f"stopped by signal {self.stop_signal} at {at}; --resume True goes on from {self.own[-1]}", flush=True
+            )
+        engine.terminate()
+
+    def save(self) -> None:
+        """Write a state, then remove those that are no longer kept. Only rank 0 writes.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        self.saved_at = time.monotonic()
+        if self.rank != 0:
+            return
+        at = self.trainer.state
+        content = {
+            "iteration": at.iteration,
+            "epoch": at.epoch,
+            "epoch_length": at.epoch_length,
+            "seed": self.seed,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.lr_scheduler.last_epoch,
+            "scaler": None if self.trainer.scaler is None else self.trainer.scaler.state_dict(),
+            "best_metric": float(self.evaluator.state.best_metric),
+            "best_metric_epoch": self.evaluator.state.best_metric_epoch,
+            "validated_epoch": self.validated_epoch,
+            "record": self.record,
+            **{name: part.state_dict() for name, part in self.also.items()},
+        }
+        file = self.folder / f"state_{at.iteration:09d}.ckpt"
+        with atomic_write(file, GO_ON) as unfinished:
+            save_tensors(content, unfinished)
+        kept = [*(other for other in self.own if other != file), file]
+        self.own = kept[-self.keep :]
+        for other in kept[: -self.keep]:
+            other.unlink(missing_ok=True)
+
+    def load(self, files: list[Path]) -> None:
+        """Go back to the first of the files that can be read; see :meth:`start`."""
+        for file in files:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                break
+            except Exception as error:  # torch raises a different type for each way of being damaged
+                logger.warning("%s: cannot be read (%s); trying the one before", file, type(error).__name__)
+        else:
+            raise InputError(f"{self.folder}: none of its states can be read; remove them to start anew")
+        self.check(state, file)
+        for part, cases in self.record["seen_before"].items():  # also those that are no longer in the data set
+            cases.update(seen_cases(state["record"], part))
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.trainer.scaler is not None and state["scaler"] is not None:
+            self.trainer.scaler.load_state_dict(state["scaler"])
+        self.evaluator.state.best_metric = state["best_metric"]
+        self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        if state["best_metric_epoch"] != -1 and not self.model.is_file():
+            logger.warning("%s is gone: the best model is chosen anew", self.model)
+            self.evaluator.state.best_metric_epoch = -1
+        self.validated_epoch = state["validated_epoch"]
+        for name, part in self.also.items():
+            if name in state:
+                part.load_state_dict(state[name])
+
+        length, max_epochs = self.trainer.state.epoch_length, self.trainer.state.max_epochs
+        iteration, schedule = state["iteration"], state["schedule"]
+        if length != state["epoch_length"]:  # another number of processes, batch size or cases
+            epochs_done = iteration // state["epoch_length"]
+            iteration = schedule = epochs_done * length
+            logger.warning(
+                "an epoch had %d iterations and has %d now: going on from the start of epoch %d",
+                state["epoch_length"],
+                length,
+                epochs_done + 1,
+            )
+        self.lr_scheduler.last_epoch = schedule
+        # The state's rates are its own schedule's: at the end of a run 0, with which more epochs would begin.
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+        self.trainer.load_state_dict({"iteration": iteration, "epoch_length": length, "max_epochs": max_epochs})
+        sampler, batch = self.trainer.data_loader.sampler, self.trainer.data_loader.batch_size
+        if isinstance(sampler, DrawSampler):
+            sampler.start = iteration % length * batch
+        if self.rank == 0 and self.unfinished:
+            print(f"resuming from {file}: iteration {iteration} of {length * max_epochs}", flush=True)
+        elif self.rank == 0:
+            print(f"finished: {file} is at epoch {state['epoch']} of {max_epochs}; --epochs N trains on", flush=True)
+
+    def check(self, state: Mapping[str, Any], file: Path) -> None:
+        """Refuse a state of another training; see :meth:`start`."""
+        if "record" not in state:
+            raise InputError(f"{file}: saved by an earlier version, without a record; --overwrite True starts anew")
+        if state["seed"] != self.seed:
+            raise InputError(f"{file}: its seed is {state['seed']}, not {self.seed}; pass --seed {state['seed']}")
+        check_start(self.record, state["record"], file)
+        check_same_network(self.network.state_dict(), state["network"], file)
+        own, there = (
+            [len(group["params"]) for group in groups]
+            for groups in (self.optimizer.param_groups, state["optimizer"]["param_groups"])
+        )
+        if own != there:
+            raise InputError(
+                f"{file}: its optimiser has {len(there)} group(s) of {sum(there)} parameters, here {len(own)} of "
+                f"{sum(own)}; give the --layer_decay and --freeze_encoder that it was trained with"
+            )
+
+
+def check_same_network(own: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Compare names and shapes of two state_dicts.
+
+    Raises:
+        InputError: they differ.
+    """
+    shapes, others = ({name: tensor.shape for name, tensor in weights.items()} for weights in (own, there))
+    if wrong := sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)):
+        raise InputError(
+            f"{file}: is of another network ({len(wrong)} tensors differ, the first {wrong[0]}); give the settings "
+            "that it was trained with, or another --ckpt_dir to start anew"
+        )

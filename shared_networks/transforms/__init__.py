@@ -1,0 +1,1 @@
+"""Resample and scale scans."""

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigParser
+
+from shared_networks.errors import InputError, input_error_in
+from shared_networks.version import check_copy
+from tests.conftest import BUNDLES, ROOT
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A released bundle, of the version of its copy alone."""
+    shutil.copytree(ROOT / BUNDLES[1] / "configs", tmp_path / "configs")
+    (tmp_path / "shared_networks").mkdir()
+    shutil.copy(ROOT / "shared_networks" / "version.py", tmp_path / "shared_networks")
+    return tmp_path
+
+
+def test_the_same_version_is_fine_and_so_is_none(bundle: Path) -> None:
+    check_copy(bundle)
+    check_copy(ROOT / BUNDLES[1])
+
+
+@pytest.mark.parametrize("config", ["train.json", "inference.json"])
+def test_a_bundle_of_another_version_is_refused(config: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the config adds to it
+    own = bundle / "shared_networks" / "version.py"
+    own.write_text('__version__ = "9.0.0"\n')
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / config)
+    parser["bundle_root"] = str(bundle)
+    with pytest.raises(RuntimeError) as caught:
+        parser.get_parsed_content("network_def")
+    error = input_error_in(caught.value)
+    assert isinstance(error, InputError)
+    assert str(error).startswith(f"{own}: another version than {ROOT / 'shared_networks' / 'version.py'}")

@@ -1,0 +1,249 @@
+"""The synthetic scans: repeatable, in true patient geometry, with plausible organs, in nnU-Net layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from shared_networks import files
+from shared_networks.synthetic import phantom
+from shared_networks.synthetic.anatomy import BTCV, FLARE22
+from shared_networks.synthetic.phantom import phantom_case, write_dataset
+
+SEEDS = range(16)
+# Of organs wholly in view, in ml: limits for every case and for the median one.
+VOLUMES = {
+    "liver": (900, 2500, 1300, 1800),
+    "spleen": (90, 320, 130, 250),
+    "right kidney": (90, 260, 120, 200),
+    "left kidney": (90, 260, 120, 200),
+    "gallbladder": (15, 70, 20, 60),
+    "pancreas": (40, 130, 60, 120),
+    "stomach": (150, 600, 200, 450),
+    "duodenum": (40, 160, 60, 130),
+    "right adrenal gland": (2, 9, 3, 8),
+    "left adrenal gland": (2, 9, 3, 8),
+}
+
+Case = tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.float64]]
+
+
+def make(seed: int, label_set: str = "flare", voxel_mm: float = 4.0) -> Case:
+    return phantom_case(np.random.default_rng([0, 0, seed]), label_set, voxel_mm)
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return [make(seed) for seed in SEEDS]
+
+
+def centre(case: Case, organ: str) -> NDArray[np.float64] | None:
+    """World position in mm (right, anterior, superior) of an organ's centre of mass, None where it is absent."""
+    _, label, affine = case
+    voxels = np.argwhere(label == FLARE22.index(organ))
+    return nib.affines.apply_affine(affine, voxels.mean(0)) if len(voxels) else None
+
+
+def cut(label: NDArray[np.uint8], value: int) -> bool:
+    """Whether an organ touches the edge of the array."""
+    return any((np.take(label, end, axis) == value).any() for axis in range(3) for end in (0, -1))
+
+
+def test_label_orders_are_the_published_ones() -> None:
+    assert len(BTCV) == len(FLARE22) == 14
+    assert set(BTCV) ^ set(FLARE22) == {"portal vein and splenic vein", "duodenum"}
+    assert [BTCV.index(n) for n in ("spleen", "liver", "pancreas", "left adrenal gland")] == [1, 6, 11, 13]
+    assert [FLARE22.index(n) for n in ("liver", "spleen", "duodenum", "left kidney")] == [1, 3, 12, 13]
+
+
+def test_same_seed_same_scan_other_seed_other_scan(cases: list[Case]) -> None:
+    for first, again in zip(cases[3], make(3), strict=True):
+        np.testing.assert_array_equal(first, again)
+    assert cases[3][0].shape != cases[4][0].shape or (cases[3][0] != cases[4][0]).any()
+
+
+def test_label_sets_show_the_same_patient(cases: list[Case]) -> None:
+    image, flare, affine = cases[1]
+    image_btcv, btcv, affine_btcv = make(1, "btcv")
+    np.testing.assert_array_equal(image, image_btcv)
+    np.testing.assert_array_equal(affine, affine_btcv)
+    for value, organ in enumerate(BTCV[1:], 1):
+        if organ in FLARE22:
+            np.testing.assert_array_equal(btcv == value, flare == FLARE22.index(organ), err_msg=organ)
+    assert not btcv[flare == FLARE22.index("duodenum")].any()
+    assert not flare[btcv == BTCV.index("portal vein and splenic vein")].any()
+    assert (btcv == BTCV.index("portal vein and splenic vein")).sum() > 50
+
+
+def test_types_and_ranges(cases: list[Case]) -> None:
+    for image, label, affine in cases:
+        assert image.dtype == np.int16 and label.dtype == np.uint8 and affine.shape == (4, 4)
+        assert image.shape == label.shape and image.flags.c_contiguous and label.flags.c_contiguous
+        assert image.min() >= -1024 and image.max() <= 3071 and image.max() > 400
+        assert label.max() <= 13
+
+
+def test_geometry_varies_as_in_clinics(cases: list[Case]) -> None:
+    affines = [affine for _, _, affine in cases]
+    codes = {"".join(nib.aff2axcodes(affine)) for affine in affines}
+    spacings = np.array([nib.affines.voxel_sizes(affine) for affine in affines])
+    assert codes <= set(phantom.ORIENTATIONS) and len(codes) >= 4
+    assert any(code[2] not in "SI" for code in codes), "some arrays do not end in the head-foot axis"
+    assert (spacings.max(1) > 1.1 * spacings.min(1)).sum() >= 4
+    assert spacings.min() > 3.4 and spacings.max() < 5.1
+    oblique = [nib.affines.obliquity(affine).max() > 0.005 for affine in affines]
+    assert any(oblique) and not all(oblique)
+    for affine in affines:
+        directions = affine[:3, :3] / nib.affines.voxel_sizes(affine)
+        np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-9)
+
+
+def test_organs_lie_on_their_side_of_the_patient(cases: list[Case]) -> None:
+    """Along x (right), y (anterior) and z (superior) of the world, the first organ is beyond the second."""
+    pairs = (
+        (0, "liver", "spleen"),
+        (0, "right kidney", "left kidney"),
+        (0, "right adrenal gland", "left adrenal gland"),
+        (0, "inferior vena cava", "aorta"),
+        (0, "gallbladder", "stomach"),
+        (0, "duodenum", "aorta"),
+        (1, "stomach", "spleen"),
+        (1, "pancreas", "left kidney"),
+        (2, "right adrenal gland", "right kidney"),
+        (2, "left kidney", "right kidney"),
+    )
+    for number, case in enumerate(cases):
+        for axis, first, second in pairs:
+            here, there = centre(case, first), centre(case, second)
+            whole = not any(cut(case[1], FLARE22.index(organ)) for organ in (first, second))
+            if here is not None and there is not None and (axis != 2 or whole):
+                assert here[axis] > there[axis], f"case {number}: {first} is not beyond {second} along axis {axis}"
+
+
+def test_organs_are_there_but_not_always_whole(cases: list[Case]) -> None:
+    present = np.array([[(label == value).any() for value in range(1, 14)] for _, label, _ in cases])
+    assert (present.mean(0) > 0.7).all()
+    assert not present.all(), "some organ is absent after surgery or out of view"
+    liver = FLARE22.index("liver")
+    cuts = [cut(label, liver) for _, label, _ in cases]
+    assert any(cuts) and not all(cuts)
+
+
+def test_volumes_are_those_of_adults(cases: list[Case]) -> None:
+    for organ, (least, most, low, high) in VOLUMES.items():
+        value = FLARE22.index(organ)
+        volumes = [
+            (label == value).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
+            for _, label, affine in cases
+            if (label == value).any() and not cut(label, value)
+        ]
+        assert len(volumes) >= 5, organ
+        assert least < min(volumes) and max(volumes) < most, f"{organ}: {np.round(volumes)} ml"
+        assert low < np.median(volumes) < high, f"{organ}: {np.round(volumes)} ml"
+
+
+def test_hounsfield_units(cases: list[Case]) -> None:
+    enhancement = []
+    for image, label, _ in cases:
+        mean = {
+            organ: np.median(image[label == value]) for value, organ in enumerate(FLARE22) if (label == value).any()
+        }
+        assert 5 < mean["liver"] < 140
+        assert 15 < mean["aorta"] < 420
+        if "gallbladder" in mean:
+            assert -10 < mean["gallbladder"] < 45
+        enhancement.append(mean["aorta"] - mean["liver"])
+        counts, edges = np.histogram(image, np.arange(-200, 0, 10))
+        assert -120 <= edges[counts.argmax()] <= -85, "fat is the commonest of the soft tissues below water"
+        corners = image[tuple(np.ix_(*[[0, -1]] * 3))]
+        assert (np.abs(np.median(corners) + 1000) < 40).all(), "air surrounds the patient"
+        if not cut(label, FLARE22.index("liver")):
+            assert ((image > -920) & (image < -780)).mean() > 0.01, "lung"
+    assert min(enhancement) < 30 and max(enhancement) > 80, "phases range from none to arterial contrast"
+
+
+def test_finer_voxels_are_finer() -> None:
+    coarse, fine = make(2, voxel_mm=6), make(2, voxel_mm=3)
+    np.testing.assert_allclose(
+        nib.affines.voxel_sizes(fine[2]).min() / nib.affines.voxel_sizes(coarse[2]).min(), 0.5, rtol=1e-6
+    )
+    liver = [(c[1] == 1).sum() * abs(np.linalg.det(c[2][:3, :3])) for c in (coarse, fine)]
+    assert fine[0].size > 3 * coarse[0].size and all(volume > 3e5 for volume in liver)
+
+
+@pytest.mark.integration
+def test_dataset_by_the_command_line(tmp_path: Path) -> None:
+    """The documented command writes nnU-Net's layout; each case depends on its own number only."""
+    out = tmp_path / "Dataset901_Phantom"
+    options = ["--label_set", "btcv", "--train", "2", "--test", "1", "--seed", "5", "--voxel_mm", "6"]
+    command = [sys.executable, "-m", "shared_networks.synthetic.phantom", "--out", str(out), *options]
+    root = str(Path(phantom.__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    subprocess.run(command, check=True, env=env, cwd=tmp_path, capture_output=True)
+
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
+        "dataset.json",
+        "imagesTr/train_000_0000.nii.gz",
+        "imagesTr/train_001_0000.nii.gz",
+        "imagesTs/test_000_0000.nii.gz",
+        "labelsTr/train_000.nii.gz",
+        "labelsTr/train_001.nii.gz",
+        "labelsTs/test_000.nii.gz",
+    ]
+    assert json.loads((out / "dataset.json").read_text()) == {
+        "name": "Dataset901_Phantom",
+        "channel_names": {"0": "CT"},
+        "labels": {name: value for value, name in enumerate(BTCV)},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+    }
+    for name, key in (("Tr/train_001", [5, 0, 1]), ("Ts/test_000", [5, 1, 0])):
+        image, label = nib.load(out / f"images{name}_0000.nii.gz"), nib.load(out / f"labels{name}.nii.gz")
+        expected_image, expected_label, affine = phantom_case(np.random.default_rng(key), "btcv", 6)
+        assert image.get_data_dtype() == np.int16 and label.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(np.asarray(image.dataobj), expected_image)
+        np.testing.assert_array_equal(np.asarray(label.dataobj), expected_label)
+        np.testing.assert_array_equal(image.affine, label.affine)
+        np.testing.assert_allclose(image.affine, affine, atol=1e-4)
+
+
+def test_writing_again_gives_the_same_bytes_and_never_mixes_sets(tmp_path: Path) -> None:
+    write_dataset(tmp_path, train=1, test=0, voxel_mm=6)
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write_dataset(tmp_path, train=1, test=0, voxel_mm=6)
+    assert first == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "labelsTr" / "somebody_else.nii.gz").touch()
+    with pytest.raises(FileExistsError, match="somebody_else"):
+        write_dataset(tmp_path, train=1, test=0, voxel_mm=6)
+
+
+def test_interrupted_writing_leaves_no_half_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, train=1, test=0, voxel_mm=6)
+    assert not list(tmp_path.rglob("*.nii.gz")) and not (tmp_path / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("function", [lambda s: make(0, s), lambda s: write_dataset("never_made", s, train=0, test=0)])
+def test_unknown_label_set(function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'amos'; choose one of btcv, flare"):
+        function("amos")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("voxel_mm", [0.1, 7.0, float("nan")])
+def test_impossible_voxel_size(voxel_mm: float) -> None:
+    with pytest.raises(ValueError, match=rf"voxel_mm is {voxel_mm}; choose a size from 0.4 to 6 mm"):
+        make(0, voxel_mm=voxel_mm)

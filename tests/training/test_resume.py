@@ -1,0 +1,570 @@
+"""Never losing work: real runs of the pre-training bundle, killed and stopped, and the writing of states."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from ignite.metrics import Loss
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
+from monai.optimizers import WarmupCosineSchedule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from shared_networks.datasets.record import Record, read_record, save_tensors, training_record, write_model
+from shared_networks.errors import InputError
+from shared_networks.files import GO_ON, atomic_write
+from shared_networks.training.ema import MovingAverage
+from shared_networks.training.resume import SaveBestModel, TrainingState, check_run_folder
+from shared_networks.training.sampler import DrawSampler
+from tests.conftest import ROOT, full_disk
+
+PRETRAIN = ROOT / "hi_end_mae_pretrain"
+SMALL = "--epochs 4 --warmup_epochs 1 --val_interval 2 --num_samples 2 --batch_size 1 --val_fraction 0.3"
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    files = "['configs/train.json','configs/tiny.json']"
+    words = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files, *SMALL.split()]
+    return [*words, "--dataset_dir", str(data), "--ckpt_dir", str(out), "--output_dir", str(out), *more]
+
+
+def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(data, out, *more), cwd=PRETRAIN, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def wait_for(found: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    """Wait for something in the folder of a run that is under way."""
+    end = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None, process.communicate()[0][-5000:]
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
+def loss_curve(out: Path) -> dict[int, float]:
+    """Loss by iteration, as TensorBoard would show it; the resumed run's where it repeats one."""
+    events = EventAccumulator(str(out))
+    events.Reload()
+    return {scalar.step: scalar.value for scalar in events.Scalars("masked_mse")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(datasets["btcv"], out))
+    return out
+
+
+def assert_same_run(out: Path, uninterrupted: Path) -> None:
+    curve = loss_curve(uninterrupted)
+    assert list(curve) == list(range(1, 9)) and len(set(curve.values())) == 8
+    assert loss_curve(out) == curve  # exactly
+    whole, resumed = (torch.load(folder / "model.pt", weights_only=True) for folder in (uninterrupted, out))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.integration
+def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
+    datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    states = tmp_path / "state"
+    process = start(datasets["btcv"], tmp_path, "--save_minutes", "0")
+    wait_for(lambda: list(states.glob(".unfinished_state_*3.ckpt")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [file.name for file in states.glob(".*")] == [".unfinished_state_000000003.ckpt"]  # it was in the middle
+    output = finish(start(datasets["btcv"], tmp_path, "--resume"))
+    assert f"resuming from {states}/state_000000002.ckpt: iteration 2 of 8" in output
+    assert_same_run(tmp_path, uninterrupted)
+    assert sorted(file.name for file in states.iterdir()) == ["state_000000004.ckpt", "state_000000008.ckpt"]
+
+    before = (tmp_path / "model.pt").stat().st_mtime_ns
+    output = finish(start(datasets["btcv"], tmp_path, "--resume"))
+    assert f"finished: {states}/state_000000008.ckpt is at epoch 4 of 4; --epochs N trains on" in output
+    assert (tmp_path / "model.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.integration
+def test_sigterm_saves_and_exits_cleanly(datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path) -> None:
+    process = start(datasets["btcv"], tmp_path, "--save_minutes", "0")
+    wait_for(lambda: list((tmp_path / "state").glob("state_*.ckpt")), process)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by signal 15 at epoch" in finish(process)
+    assert "resuming from" in finish(start(datasets["btcv"], tmp_path, "--resume"))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+# What follows runs in process, on a network of one number.
+
+
+class Line(nn.Linear):
+    """A network that counts nothing but its steps."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+
+def training(
+    folder: Path, epochs: int = 2, cases: int = 6, batch: int = 2, seed: int = 0, val: int = 1, **kwargs: Any
+) -> TrainingState:
+    torch.manual_seed(0)
+    network = Line()
+    record = kwargs.pop("record", None) or a_record()
+    data = Dataset([{"image": torch.tensor([float(i)]), "label": torch.ones(1)} for i in range(cases)])
+    sampler = DrawSampler(data, num_replicas=1, rank=0, seed=seed)
+    loader = DataLoader(Indexed(data), sampler=sampler, batch_size=batch)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    schedule = WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=epochs * len(loader))
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(data, batch_size=cases),
+        network=network,
+        key_val_metric={"error": Loss(nn.MSELoss(), output_transform=from_engine(["pred", "label"]))},
+        metric_cmp_fn=lambda current, best: current < best,
+        val_handlers=[SaveBestModel(network, folder / "model.pt", record)],
+        decollate=False,
+    )
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=loader,
+        network=network,
+        optimizer=optimizer,
+        loss_function=nn.MSELoss(),
+        train_handlers=[
+            LrScheduleHandler(schedule, print_lr=False, epoch_level=False),
+            ValidationHandler(interval=val, validator=evaluator, epoch_level=True),
+        ],
+        decollate=False,
+        accumulation_steps=kwargs.pop("accumulation_steps", 1),
+    )
+    return TrainingState(folder, network, optimizer, schedule, trainer, evaluator, record, seed=seed, **kwargs)
+
+
+def a_record(
+    labels: Sequence[str] = ("background", "liver"),
+    train: str = "abcd",
+    validation: str = "e",
+    test: str = "f",
+    dataset: str = "/data/ours",
+    spacing: Sequence[float] = (2.0, 2.0, 5.0),
+    starts_from: Sequence[Path] = (),
+    **split: Any,
+) -> Record:
+    """A record of cases named by letters, whose scans are not on disk."""
+    parts = {"train": train, "validation": validation, "test": test}
+    cases = {
+        part: [{"image": f"{n}_0000.nii.gz", "label": f"{n}.nii.gz"} for n in names] for part, names in parts.items()
+    }
+    settings = {"seed": 0, "fold": None, "num_folds": 5, "num_train_cases": None, **split}
+    return training_record(dataset, cases, settings, {"spacing": spacing}, labels, starts_from)
+
+
+class Indexed:
+    """Takes draws in place of indices."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draw: Any) -> Any:
+        return self.data[draw.case]
+
+
+def run(state: TrainingState, resume: bool = False, **ways: bool) -> TrainingState:
+    state.start(resume, **ways)
+    if state.unfinished:
+        state.trainer.run()
+    if state.unvalidated:
+        state.evaluator.run(state.trainer.state.max_epochs)
+    state.finish()
+    return state
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in (folder / "state").iterdir())
+
+
+def stop_after(state: TrainingState, iteration: int) -> None:
+    """SIGTERM arrives during an iteration."""
+    event = Events.ITERATION_STARTED(once=iteration)
+    state.trainer.add_event_handler(event, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_states_are_rotated(tmp_path: Path) -> None:
+    run(training(tmp_path, epochs=5))
+    assert names(tmp_path) == ["state_000000012.ckpt", "state_000000015.ckpt"]
+
+
+def test_states_are_written_by_epoch_and_by_time(tmp_path: Path) -> None:
+    run(training(tmp_path / "epoch", epochs=5, every_epochs=2, keep=9))
+    assert names(tmp_path / "epoch") == [f"state_{i:09d}.ckpt" for i in (6, 12, 15)]  # and the last
+    run(training(tmp_path / "time", epochs=2, every_minutes=0.0, keep=9))
+    assert names(tmp_path / "time") == [f"state_{i:09d}.ckpt" for i in range(1, 7)]
+
+
+def test_a_state_holds_all_that_training_needs(tmp_path: Path) -> None:
+    state = run(training(tmp_path))
+    assert read_record(tmp_path / "model.pt")["score"] == {  # type: ignore[index]
+        "name": "error",
+        "value": state.evaluator.state.best_metric,
+        "epoch": state.evaluator.state.best_metric_epoch,
+    }
+    content = torch.load(tmp_path / "state" / "state_000000006.ckpt", weights_only=True)
+    assert (content["iteration"], content["epoch"], content["epoch_length"], content["schedule"]) == (6, 2, 3, 6)
+    assert content["best_metric"] == state.evaluator.state.best_metric and content["best_metric_epoch"] in (1, 2)
+    torch.testing.assert_close(content["network"]["weight"], state.network.state_dict()["weight"])
+    assert content["optimizer"]["state"][0]["step"] == 6
+    assert content["seed"] == 0 and content["scaler"] is None and content["validated_epoch"] == 2
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6])
+def test_stopping_anywhere_changes_nothing(tmp_path: Path, at: int) -> None:
+    whole = run(training(tmp_path / "whole"))
+    stopped = training(tmp_path / "parts")
+    stop_after(stopped, at)
+    run(stopped)
+    assert stopped.trainer.state.iteration == at
+    resumed = run(training(tmp_path / "parts"), resume=True)
+    for key in ("weight", "bias"):
+        assert torch.equal(whole.network.state_dict()[key], resumed.network.state_dict()[key])
+    assert whole.evaluator.state.best_metric == resumed.evaluator.state.best_metric
+    assert whole.evaluator.state.best_metric_epoch == resumed.evaluator.state.best_metric_epoch
+    assert whole.optimizer.state_dict()["param_groups"] == resumed.optimizer.state_dict()["param_groups"]
+
+
+def test_half_accumulated_gradients_are_not_saved(tmp_path: Path) -> None:
+    state = training(tmp_path, epochs=1, cases=12, accumulation_steps=4)  # 6 iterations, steps after 4 and 6
+    stop_after(state, 2)
+    run(state)
+    assert state.trainer.state.iteration == 4
+
+
+def test_the_last_epoch_is_validated_though_not_due(tmp_path: Path) -> None:
+    state = training(tmp_path, epochs=3, val=2)
+    run(state)
+    assert state.validated_epoch == 3
+    assert not state.unvalidated and not state.unfinished
+
+
+def test_more_epochs_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(training(tmp_path, epochs=2))
+    longer = run(training(tmp_path, epochs=3), resume=True)
+    assert longer.trainer.state.iteration == 9
+    assert longer.lr_scheduler.t_total == 9  # type: ignore[attr-defined]
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_more_epochs_and_another_epoch_length_begin_at_the_rate_of_their_schedule(tmp_path: Path) -> None:
+    run(training(tmp_path / "a", epochs=2))
+    longer = training(tmp_path / "a", epochs=4)
+    rates: list[float] = []
+    longer.trainer.add_event_handler(
+        Events.ITERATION_STARTED, lambda engine: rates.append(engine.optimizer.param_groups[0]["lr"])
+    )
+    run(longer, resume=True)
+    whole = WarmupCosineSchedule(torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=0.1), 1, t_total=12)
+    expected = [0.1 * whole.lr_lambda(step) for step in range(6, 12)]
+    assert rates == expected and rates[0] > 0.05
+
+    state = training(tmp_path / "b", epochs=4)
+    stop_after(state, 5)
+    run(state)
+    other = training(tmp_path / "b", epochs=4, batch=3)
+    other.start(resume=True)
+    assert other.optimizer.param_groups[0]["lr"] == 0.1 * other.lr_scheduler.lr_lambda(2)  # type: ignore[attr-defined]
+
+
+def test_another_number_of_processes_goes_on_from_the_start_of_the_epoch(tmp_path: Path) -> None:
+    state = training(tmp_path, epochs=4)
+    stop_after(state, 5)  # the second of three iterations of epoch 2
+    run(state)
+    other = training(tmp_path, epochs=4, batch=3)  # as if there were more: 2 iterations an epoch
+    other.start(resume=True)
+    assert other.trainer.state.iteration == 2 and other.lr_scheduler.last_epoch == 2
+    other.trainer.run()
+    assert other.trainer.state.iteration == 8
+
+
+def test_a_folder_with_a_training_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    held = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    with pytest.raises(InputError) as caught:
+        training(tmp_path).start(resume=False)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds a trained model; give --resume True to go on with it, --overwrite True to remove it and "
+        "start anew, or another --ckpt_dir"
+    )
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == held
+
+
+def test_a_folder_with_states_alone_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    (tmp_path / "model.pt").unlink()
+    with pytest.raises(InputError, match="holds an unfinished training; give --resume True to go on with it"):
+        check_run_folder(tmp_path)
+
+
+def test_a_model_without_states_cannot_be_resumed(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    for file in (tmp_path / "state").iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="holds a trained model; give no --resume, as it has no state to resume from"):
+        check_run_folder(tmp_path, resume=True)
+
+
+def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="resume and overwrite are both set"):
+        check_run_folder(tmp_path, resume=True, overwrite=True)
+
+
+def test_overwriting_removes_the_earlier_training_and_starts_anew(tmp_path: Path) -> None:
+    good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # nothing can be better
+    run(training(tmp_path, epochs=5))
+    write_model(good, tmp_path / "model.pt", a_record(fold=0))
+    state = training(tmp_path, record=a_record(fold=1))
+    state.start(resume=False, overwrite=True)
+    assert not names(tmp_path) and not list(tmp_path.glob("model.*"))
+    state.trainer.run()
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and record["split"]["fold"] == 1
+    assert names(tmp_path) == ["state_000000003.ckpt", "state_000000006.ckpt"]
+
+
+def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
+    assert run(training(tmp_path), resume=True).trainer.state.iteration == 6
+
+
+def test_a_damaged_state_falls_back_on_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(training(tmp_path, epochs=2))
+    (tmp_path / "state" / "state_000000006.ckpt").write_bytes(b"half")
+    state = training(tmp_path, epochs=2)
+    state.start(resume=True)
+    assert state.trainer.state.iteration == 3
+    assert "state_000000006.ckpt: cannot be read" in caplog.text
+    (tmp_path / "state" / "state_000000003.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match="none of its states can be read"):
+        training(tmp_path).start(resume=True)
+
+
+def test_states_of_another_seed_or_network_are_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    with pytest.raises(InputError, match=r"its seed is 0, not 5; pass --seed 0"):
+        training(tmp_path, seed=5).start(resume=True)
+    other = training(tmp_path)
+    other.network = nn.Linear(2, 1)
+    with pytest.raises(InputError, match=r"is of another network \(1 tensors differ, the first weight\)"):
+        other.start(resume=True)
+
+
+def test_the_best_model_is_kept_across_a_resume(tmp_path: Path) -> None:
+    state = training(tmp_path)
+    run(state)
+    (tmp_path / "model.pt").write_bytes(b"the best so far")
+    longer = training(tmp_path, epochs=3)
+    longer.start(resume=True)
+    longer.evaluator.state.best_metric = -1.0  # nothing can be better
+    longer.trainer.run()
+    assert (tmp_path / "model.pt").read_bytes() == b"the best so far"
+
+
+def test_in_place_a_better_model_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # answers 1, which is the target
+    write_model(good, tmp_path / "model.pt", a_record())
+    run(training(tmp_path), in_place=True)
+    assert "model.pt has error 0.0000; only a better model replaces it" in capsys.readouterr().out
+    assert torch.load(tmp_path / "model.pt", weights_only=True) == good
+    run(training(tmp_path), in_place=True)  # the states of the run before are in nobody's way
+
+    worse = {"weight": torch.zeros(1, 1), "bias": torch.tensor([99.0])}
+    write_model(worse, tmp_path / "model.pt", a_record(train="xyz"))
+    again = a_record(starts_from=[tmp_path / "model.pt"])
+    state = run(training(tmp_path, record=again), in_place=True)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["bias"] < 90
+    assert (state.evaluator.state.best_metric_epoch) in (1, 2)
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and set(record["train"]) == set("abcd")
+    assert set(record["seen_before"]["train"]) == set("xyz")
+
+
+def test_in_place_a_model_of_another_network_is_refused(tmp_path: Path) -> None:
+    write_model({"other": torch.zeros(2)}, tmp_path / "model.pt", a_record())
+    with pytest.raises(InputError, match=r"model\.pt: is of another network \(3 tensors differ, the first bias\)"):
+        training(tmp_path).start(resume=False, in_place=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"labels": ("background", "spleen")}, r"label_names was \['background', 'spleen'\]"),
+        ({"spacing": (1.0, 1.0, 1.0)}, r"spacing was \[1.0, 1.0, 1.0\] and is \[2.0, 2.0, 5.0\]"),
+    ],
+)
+def test_in_place_a_model_of_other_labels_or_preparation_is_refused(
+    tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
+    write_model({}, tmp_path / "model.pt", a_record(**other))
+    with pytest.raises(InputError, match=f"trained otherwise than it would be now: {said}"):
+        check_run_folder(tmp_path, in_place=True, record=a_record())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            {"labels": ("background", "spleen")},
+            "trained on other labels, background, liver; here they are background, s",
+        ),
+        ({"spacing": (1.0, 1.0, 1.0)}, r"spacing was \[2.0, 2.0, 5.0\] and is .*Pass --spacing \[2.0,2.0,5.0\]"),
+        ({"fold": 1}, "trained with another split: fold was None and is 1"),
+        ({"num_train_cases": 1}, "num_train_cases was None and is 1. Give the settings of training, --seed 0"),
+        ({"train": "abc", "validation": "d"}, r"d \(1 in all\) trained and would now choose the model"),
+    ],
+)
+def test_a_state_is_resumed_with_its_own_labels_scans_and_split(
+    tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
+    run(training(tmp_path))
+    with pytest.raises(InputError, match=said):
+        training(tmp_path, epochs=3, record=a_record(**other)).start(resume=True)
+
+
+def test_cases_that_are_gone_when_a_training_is_resumed_stay_on_record(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    run(training(tmp_path, epochs=9, record=a_record(train="abcx")), resume=True)
+    state = torch.load(tmp_path / "state" / "state_000000027.ckpt", weights_only=True)
+    assert set(state["record"]["seen_before"]["train"]) == set("abcd") and set(state["record"]["train"]) == set("abcx")
+
+
+def test_a_state_of_other_parameter_groups_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    state = training(tmp_path, epochs=3)
+    state.optimizer.param_groups.append({**state.optimizer.param_groups[0], "params": []})
+    with pytest.raises(
+        InputError, match=r"optimiser has 1 group\(s\) of 2 parameters, here 2 of 2; give the --layer_d"
+    ):
+        state.start(resume=True)
+
+
+def test_a_state_without_a_record_is_refused(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    for file in (tmp_path / "state").iterdir():
+        state = torch.load(file, weights_only=True)
+        del state["record"]
+        torch.save(state, file)
+    with pytest.raises(
+        InputError, match=r"saved by an earlier version, without a record; --overwrite True starts anew"
+    ):
+        training(tmp_path).start(resume=True)
+
+
+def test_a_lost_model_is_chosen_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(training(tmp_path))
+    (tmp_path / "model.pt").unlink()
+    run(training(tmp_path, epochs=3), resume=True)
+    assert "model.pt is gone: the best model is chosen anew" in caplog.text
+    assert (tmp_path / "model.pt").is_file()
+
+
+def test_without_validation_cases_the_last_weights_are_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = training(tmp_path)
+    state.evaluator.data_loader = []
+    state.evaluator.state.epoch_length = 0
+    run(state)
+    assert "no validation cases" in caplog.text
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=True)["bias"], state.network.state_dict()["bias"])
+
+
+def averaged(folder: Path, **kwargs: Any) -> TrainingState:
+    state = training(folder, **kwargs)
+    average = MovingAverage(state.network, 0.5, state.trainer, state.evaluator)
+    state.also["average"] = average
+    return state
+
+
+def test_the_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
+    state = averaged(tmp_path, epochs=1)
+    seen: list[Tensor] = []
+    state.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append(state.network.state_dict()["bias"].clone())
+    )
+    first = state.network.state_dict()["bias"].clone()
+    run(state)
+    expected = first
+    for steps, bias in enumerate(seen, 1):
+        expected = expected + (1 - min(0.5, (1 + steps) / (10 + steps))) * (bias - expected)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)["bias"]
+    torch.testing.assert_close(saved, expected)
+    assert torch.equal(state.network.state_dict()["bias"], seen[-1])  # training goes on with its own weights
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_the_moving_average_survives_an_interruption(tmp_path: Path, at: int) -> None:
+    run(averaged(tmp_path / "whole"))
+    stopped = averaged(tmp_path / "parts")
+    stop_after(stopped, at)
+    run(stopped)
+    run(averaged(tmp_path / "parts"), resume=True)
+    whole, parts = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "parts"))
+    assert torch.equal(whole["weight"], parts["weight"]) and torch.equal(whole["bias"], parts["bias"])
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_out_of_range_is_refused(tmp_path: Path, decay: float) -> None:
+    state = training(tmp_path)
+    with pytest.raises(ValueError, match=f"ema_decay is {decay}; it must be at least 0"):
+        MovingAverage(state.network, decay, state.trainer, state.evaluator)
+
+
+def save(content: dict[str, torch.Tensor], file: Path) -> None:
+    with atomic_write(file, GO_ON) as unfinished:
+        save_tensors(content, unfinished)
+
+
+def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    save({"weight": torch.ones(3)}, file)
+    with full_disk(), pytest.raises(InputError) as caught:
+        save({"weight": torch.ones(100_000)}, file)
+    assert str(caught.value).startswith(f"{file}: cannot be written (")
+    assert "\n" not in str(caught.value) and "--resume True" in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"] and torch.load(file, weights_only=True)[
+        "weight"
+    ].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/state_1.ckpt: cannot be written \(Not a directory|File exists"):
+        save({}, tmp_path / "file" / "state_1.ckpt")
