@@ -193,7 +193,7 @@ class QueryAttention(nn.Module):
         """
         grid = self.network.vit.patch_grid(image)
         batch, length = image.shape[0], math.prod(grid)
-        taps = self.network.vit.tap_layers
+        taps = self.network.vit.out_indices
         rows = torch.arange(batch, device=image.device)
         with attention_maps(self.network) as maps:
             self.network.vit(image)

@@ -49,7 +49,7 @@ class TokenFeatures(nn.Module):
         """
         grid = self.vit.patch_grid(image)
         latent, taps = self.vit(image)
-        layers = {**{f"tap_{n}": tap for n, tap in zip(self.vit.tap_layers, taps, strict=True)}, "latent": latent}
+        layers = {**{f"tap_{n}": tap for n, tap in zip(self.vit.out_indices, taps, strict=True)}, "latent": latent}
         first = 0 if self.vit.cls_token is None else 1
         return {name: tokens_to_volume(tokens[:, first:], grid).float() for name, tokens in layers.items()}
 

@@ -82,7 +82,7 @@ class SlidingWindowLabels(Inferer):
         self.overlap = overlap
         self.blending = blending
         self.flips = [flip for count in range(len(flip_axes) + 1) for flip in combinations(sorted(flip_axes), count)]
-        self.members = Members(checkpoints)
+        self.ensemble = CheckpointEnsemble(checkpoints)
         self.predict = AutocastInferer(SimpleInferer(), dtype)
         self.organ = None if organ is None else organ_value(organ, label_names)
         self.organ_probability: Tensor | None = None
@@ -90,7 +90,7 @@ class SlidingWindowLabels(Inferer):
     @property
     def averages_probabilities(self) -> bool:
         """Whether probabilities are summed, and not logits."""
-        return len(self.flips) * len(self.members) > 1
+        return len(self.flips) * len(self.ensemble) > 1
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> MetaTensor:
@@ -118,7 +118,7 @@ class SlidingWindowLabels(Inferer):
         grid = ScanGrid(grid.axes, tuple(p + b for p, b in zip(grid.positions, before, strict=True)))
         foreground = (volume[0] > 0).any(dim=0)
         self.organ_probability = None
-        self.members.start()
+        self.ensemble.start()
         if not foreground.any():
             shape = [grid.shape[axis] for axis in grid.axes]
             labels = torch.zeros(shape, dtype=torch.uint8)
@@ -156,7 +156,7 @@ class SlidingWindowLabels(Inferer):
         sums, weights = torch.empty(0), torch.zeros(thick, device=volume.device)
         at = box[axis][0]  # the next plane to yield
         with tqdm(
-            total=len(windows) * len(self.members), desc="windows", unit="window", leave=False, disable=None
+            total=len(windows) * len(self.ensemble), desc="windows", unit="window", leave=False, disable=None
         ) as bar:
             for index, (start, group) in enumerate(groups):
                 for window, output in self._outputs(volume, group, network, args, kwargs, bar):
@@ -172,7 +172,7 @@ class SlidingWindowLabels(Inferer):
                 for window in group:
                     place = list(window)
                     place[axis] = slice(0, roi[axis])
-                    weights[tuple(place)] += weight * len(self.members)
+                    weights[tuple(place)] += weight * len(self.ensemble)
                 following = groups[index + 1][0] if index + 1 < len(groups) else size[axis]
                 end = min(following, box[axis][1])
                 for first in range(max(at, start), min(end, start + roi[axis]), _PLANES):
@@ -187,7 +187,7 @@ class SlidingWindowLabels(Inferer):
         self, volume: Tensor, group: Sequence[Window], network: Network, args: Any, kwargs: Any, bar: Any
     ) -> Iterator[tuple[Window, Tensor]]:
         """Yields what each network makes of each window, [C, *roi_size]: logits, or the flips' mean probabilities."""
-        for _ in self.members.in_turn(network):
+        for _ in self.ensemble.in_turn(network):
             for first in range(0, len(group), self.sw_batch_size):
                 some = group[first : first + self.sw_batch_size]
                 batch = torch.stack([volume[0][(slice(None), *window)] for window in some])
@@ -289,7 +289,7 @@ def organ_value(organ: str | int, label_names: Sequence[str]) -> int:
     raise InputError(f"organ_probability is {organ!r}; give one of {', '.join(label_names)}")
 
 
-class Members:
+class CheckpointEnsemble:
     """The weights of an ensemble, one network of which is in memory at a time.
 
     Each file is opened once a scan and mapped: what the network takes over comes from memory as long as there is room

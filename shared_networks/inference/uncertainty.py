@@ -31,7 +31,7 @@ from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write, write_csv, write_json
 from shared_networks.inference.save import SaveSegmentationd, label_image
-from shared_networks.inference.sliding_window import Members, finite, scan_grid
+from shared_networks.inference.sliding_window import CheckpointEnsemble, finite, scan_grid
 from shared_networks.networks.precision import AutocastInferer
 from shared_networks.transforms.spacing import resample_linear
 
@@ -189,7 +189,7 @@ class UncertaintyInferer(SlidingWindowInferer):
         drawn = {"tta": draw_views(samples, flip_axes, seed), "ensemble": [View()]}
         self.views = drawn.get(method, [View()] * samples)
         self.seed = seed
-        self.members = Members(checkpoints)
+        self.ensemble = CheckpointEnsemble(checkpoints)
         self.predict = AutocastInferer(SimpleInferer(), dtype)
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +204,7 @@ class UncertaintyInferer(SlidingWindowInferer):
         Returns:
             [B, 2, H, W, D], both from 0 to 1: the uncertainty, and the share of windows that see an organ there.
         """
-        self.members.start()
+        self.ensemble.start()
         if self.method != "dropout":
             return super().__call__(inputs, partial(self.look, network), *args, **kwargs)
         devices = [inputs.device] if inputs.device.type == "cuda" else []
@@ -216,7 +216,7 @@ class UncertaintyInferer(SlidingWindowInferer):
         """Look at windows [B, C, H, W, D]; see :meth:`__call__`."""
         samples = (
             view.mirror(finite(self.predict(view.of(window), network, *args, **kwargs)).softmax(dim=1))
-            for _ in self.members.in_turn(network)
+            for _ in self.ensemble.in_turn(network)
             for view in self.views
         )
         mean, unsure = uncertainty_of_samples(samples, self.measure)

@@ -161,7 +161,7 @@ class LoadReport:
 
     Attributes:
         source: the checkpoint.
-        landed: names copied into the network.
+        loaded: names copied into the network.
         missing: names that the network has and the checkpoint has not, or has in another shape.
         unexpected: names that the checkpoint has and the network has not.
         kept: left as they were, because the checkpoint's are for another number of classes, or are the fixed positions
@@ -171,7 +171,7 @@ class LoadReport:
     """
 
     source: str
-    landed: tuple[str, ...]
+    loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     kept: tuple[str, ...] = ()
@@ -179,7 +179,7 @@ class LoadReport:
     interpolated: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"weights from {self.source}: {len(self.landed)} tensors landed in the {self.part}"]
+        lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded into the {self.part}"]
         lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
         lines += [f"  unexpected, not used: {', '.join(summarise(self.unexpected)) or 'none'}"]
         lines += [f"  interpolated from {grids} tokens: {name}" for name, grids in self.interpolated.items()]
@@ -196,7 +196,7 @@ def summarise(names: Sequence[str]) -> list[str]:
 
 
 def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
-    """Load a pre-trained encoder into a network's ``vit``, print what landed, and refuse half an encoder.
+    """Load a pre-trained encoder into a network's ``vit``, print what was loaded, and refuse half an encoder.
 
     Args:
         network: whose ``vit`` is to be loaded.
@@ -223,7 +223,7 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
 
 
 def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
-    """Load a whole pre-training network, to go on with its pre-training, print what landed, and refuse anything else.
+    """Load a whole pre-training network to continue its pre-training, print a report, and refuse anything else.
 
     Args:
         network: to be loaded.
@@ -240,7 +240,7 @@ def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | N
 
 
 def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | None:
-    """Load a fine-tuned segmenter, to go on from it, print what landed, and drop its head if the classes differ.
+    """Load a fine-tuned segmenter, to go on from it, print what was loaded, and drop its head if the classes differ.
 
     Args:
         network: to be loaded.
@@ -293,7 +293,7 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
             kept += tuple(head)
     report = LoadReport(
         source=str(checkpoint),
-        landed=tuple(name for name in fits if name not in kept and name not in interpolated),
+        loaded=tuple(name for name in fits if name not in kept and name not in interpolated),
         missing=tuple(name for name in own if name not in fits and name not in kept),
         unexpected=tuple(name for name in weights if name not in own),
         kept=kept,

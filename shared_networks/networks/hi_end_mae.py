@@ -38,7 +38,7 @@ def standardise_patches(patches: Tensor) -> Tensor:
     return (patches - mean) / (variance + PATCH_EPS).sqrt()
 
 
-class CrossBlock(nn.Module):
+class CrossAttentionBlock(nn.Module):
     """Decoder block that reads an encoder layer: y + SA(LN y), y + CA(LN y, context), y + MLP(LN y)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, norm_eps: float) -> None:
@@ -69,7 +69,7 @@ class HierarchicalDecoder(nn.Module):
         patch_length: P, voxels of a patch times channels.
         mlp_ratio: hidden width of the MLP over the token width.
         norm_eps: LayerNorm epsilon.
-        checkpointing: recompute blocks in the backward pass to save memory.
+        use_checkpoint: recompute blocks in the backward pass to save memory.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class HierarchicalDecoder(nn.Module):
         patch_length: int,
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
-        checkpointing: bool = False,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.grid: list[int] = list(grid)
-        self.checkpointing = checkpointing
+        self.use_checkpoint = use_checkpoint
         self.bridges = nn.ModuleList(nn.Linear(encoder_size, hidden_size) for _ in range(num_taps + 1))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.position_embeddings = nn.Parameter(sincos_positions(grid, hidden_size), requires_grad=False)
@@ -95,7 +95,7 @@ class HierarchicalDecoder(nn.Module):
             TransformerBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_self_layers)
         )
         self.cross_blocks = nn.ModuleList(
-            CrossBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_taps)
+            CrossAttentionBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_taps)
         )
         self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.head = nn.Linear(hidden_size, patch_length)
@@ -123,10 +123,10 @@ class HierarchicalDecoder(nn.Module):
         positions = gather_tokens(positions, permutation)
         y = torch.cat([seen[:, :1], torch.cat([seen[:, 1:], masked], dim=1) + positions], dim=1)
         for block in self.blocks:
-            y = recompute(block, y) if not torch.jit.is_scripting() and self.checkpointing else block(y)
+            y = recompute(block, y) if not torch.jit.is_scripting() and self.use_checkpoint else block(y)
         for depth, block in enumerate(self.cross_blocks):
             context = bridged[-2 - depth]
-            if not torch.jit.is_scripting() and self.checkpointing:
+            if not torch.jit.is_scripting() and self.use_checkpoint:
                 y = recompute(block, y, context)
             else:
                 y = block(y, context)
@@ -149,9 +149,9 @@ class HiEndMAE(nn.Module):
         decoder_hidden_size: width of the decoder's tokens, a multiple of 6 and of ``decoder_num_heads``.
         decoder_num_heads: decoder attention heads.
         decoder_self_layers: plain decoder blocks before the cross blocks.
-        tap_layers: zero-based encoder blocks that the decoder reads, ascending; none makes a plain masked autoencoder.
+        out_indices: zero-based encoder blocks that the decoder reads, ascending; none makes a plain masked autoencoder.
         mask_ratio: share of the patches hidden, above 0 and below 1.
-        checkpointing: recompute blocks in the backward pass to save memory.
+        use_checkpoint: recompute blocks in the backward pass to save memory.
 
     Raises:
         ValueError: for sizes that do not divide, taps out of range, or a mask ratio that leaves nothing to see or do.
@@ -169,9 +169,9 @@ class HiEndMAE(nn.Module):
         decoder_hidden_size: int = 528,
         decoder_num_heads: int = 16,
         decoder_self_layers: int = 2,
-        tap_layers: Sequence[int] = (3, 6, 9),
+        out_indices: Sequence[int] = (3, 6, 9),
         mask_ratio: float = 0.75,
-        checkpointing: bool = False,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.mask_ratio = mask_ratio
@@ -183,10 +183,10 @@ class HiEndMAE(nn.Module):
             num_layers=num_layers,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            tap_layers=tap_layers,
+            out_indices=out_indices,
             cls_token=True,
             trainable_positions=False,
-            checkpointing=checkpointing,
+            use_checkpoint=use_checkpoint,
         )
         try:
             self.num_visible(math.prod(self.vit.grid))
@@ -197,11 +197,11 @@ class HiEndMAE(nn.Module):
             hidden_size=decoder_hidden_size,
             num_heads=decoder_num_heads,
             num_self_layers=decoder_self_layers,
-            num_taps=len(self.vit.tap_layers),
+            num_taps=len(self.vit.out_indices),
             grid=self.vit.grid,
             patch_length=math.prod(self.vit.patch_size) * in_channels,
             mlp_ratio=mlp_ratio,
-            checkpointing=checkpointing,
+            use_checkpoint=use_checkpoint,
         )
 
     def num_visible(self, length: int) -> int:

@@ -94,10 +94,10 @@ class HiEndUNETR(nn.Module):
         num_layers: encoder blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs over the token width.
-        tap_layers: three zero-based encoder blocks that feed the skips, ascending.
+        out_indices: three zero-based encoder blocks that feed the skips, ascending.
         norm_name: normalisation of the convolution blocks.
         dropout: dropout in the encoder; MONAI Label's uncertainty scoring sets it.
-        checkpointing: recompute encoder blocks in the backward pass to save memory.
+        use_checkpoint: recompute encoder blocks in the backward pass to save memory.
 
     Raises:
         ValueError: for sizes that do not divide, taps out of range, or a number of taps other than three.
@@ -114,14 +114,14 @@ class HiEndUNETR(nn.Module):
         num_layers: int = 12,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
-        tap_layers: Sequence[int] = (3, 6, 9),
+        out_indices: Sequence[int] = (3, 6, 9),
         norm_name: str = "instance",
         dropout: float = 0.0,
-        checkpointing: bool = False,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if len(tap_layers) != 3:
-            raise InputError(f"tap layers {list(tap_layers)} must be three, one for each skip of the UNETR.")
+        if len(out_indices) != 3:
+            raise InputError(f"tap layers {list(out_indices)} must be three, one for each skip of the UNETR.")
         self.vit = ViTEncoder(
             in_channels=in_channels,
             img_size=img_size,
@@ -130,10 +130,10 @@ class HiEndUNETR(nn.Module):
             num_layers=num_layers,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            tap_layers=tap_layers,
+            out_indices=out_indices,
             norm_eps=1e-5,
             dropout=dropout,
-            checkpointing=checkpointing,
+            use_checkpoint=use_checkpoint,
         )
         f = feature_size
         conv: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}

@@ -321,12 +321,12 @@ class ViTEncoder(nn.Module):
         num_layers: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
-        tap_layers: zero-based indices of the blocks whose outputs are handed out, ascending; none is allowed.
+        out_indices: zero-based indices of the blocks whose outputs are handed out, ascending; none is allowed.
         norm_eps: LayerNorm epsilon (published: 1e-6 in pre-training, 1e-5 in fine-tuning).
         cls_token: put a learned token before the others (pre-training).
         trainable_positions: train the position table (fine-tuning) or keep it fixed (pre-training).
         dropout: dropout in attention output and MLP.
-        checkpointing: recompute blocks in the backward pass to save memory.
+        use_checkpoint: recompute blocks in the backward pass to save memory.
 
     Raises:
         ValueError: for sizes that do not divide, or taps out of range or order.
@@ -341,24 +341,24 @@ class ViTEncoder(nn.Module):
         num_layers: int = 12,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
-        tap_layers: Sequence[int] = (3, 6, 9),
+        out_indices: Sequence[int] = (3, 6, 9),
         norm_eps: float = 1e-6,
         cls_token: bool = False,
         trainable_positions: bool = True,
         dropout: float = 0.0,
-        checkpointing: bool = False,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        taps = list(tap_layers)
+        taps = list(out_indices)
         if taps != sorted(set(taps)) or not set(taps) <= set(range(num_layers)):
             raise InputError(f"tap layers {taps} must be ascending block indices from 0 to {num_layers - 1}.")
         self.in_channels = in_channels
         self.patch_size: list[int] = list(ensure_tuple_rep(patch_size, 3))
         self.grid: list[int] = list(grid_size(ensure_tuple_rep(img_size, 3), self.patch_size))
         self.hidden_size = hidden_size
-        self.tap_layers: list[int] = taps
+        self.out_indices: list[int] = taps
         self.is_tap = [index in taps for index in range(num_layers)]  # TorchScript cannot type a list without entries
-        self.checkpointing = checkpointing
+        self.use_checkpoint = use_checkpoint
         self.patch_embedding = PatchEmbedding(in_channels, self.grid, self.patch_size, hidden_size, trainable_positions)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if cls_token else None
         self.dropout = nn.Dropout(dropout)
@@ -405,7 +405,7 @@ class ViTEncoder(nn.Module):
             tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         taps: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            tokens = recompute(block, tokens) if not torch.jit.is_scripting() and self.checkpointing else block(tokens)
+            tokens = recompute(block, tokens) if not torch.jit.is_scripting() and self.use_checkpoint else block(tokens)
             if self.is_tap[index]:
                 taps.append(tokens)
         return self.norm(tokens), taps

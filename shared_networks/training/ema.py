@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shared_networks.training.handlers import completes_step
 
 
-class MovingAverage:
+class EMA:
     """Validates and saves an exponential moving average of the weights in place of the last ones.
 
     After each step of the optimiser, average += (1 - decay) * (weights - average), with the decay held below

@@ -94,7 +94,7 @@ class FeatureSpread:
 
     def start(self, _engine: Any) -> None:
         """Watch the taps."""
-        self.sums = {tap: torch.zeros(3, self.vit.hidden_size, dtype=torch.float64) for tap in self.vit.tap_layers}
+        self.sums = {tap: torch.zeros(3, self.vit.hidden_size, dtype=torch.float64) for tap in self.vit.out_indices}
         self.hooks = [self.vit.blocks[tap].register_forward_hook(self.watch(tap)) for tap in self.sums]
 
     def watch(self, tap: int) -> Any:

@@ -184,7 +184,7 @@ def flags(crops: int, total: int, checkpointing: bool) -> str:
     if crops < total:
         words.append(f"--accumulation_steps {total // crops}")
     if checkpointing:
-        words.append("--network_def#checkpointing True")
+        words.append("--network_def#use_checkpoint True")
     return " ".join(words)
 
 
@@ -208,7 +208,7 @@ def advice(config: ConfigParser, cards: Sequence[int] = CARDS) -> str:
     @cache
     def memory(dtype: torch.dtype, checkpointing: bool, crops: int) -> StepMemory:
         def build() -> nn.Module:
-            config["network_def"]["checkpointing"] = checkpointing
+            config["network_def"]["use_checkpoint"] = checkpointing
             config.parse(reset=True)
             return config.get_parsed_content("network_def")
 

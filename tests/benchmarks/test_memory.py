@@ -37,11 +37,11 @@ SMALL: dict[str, Any] = {
     "num_heads": 4,
     "decoder_hidden_size": 36,
     "decoder_num_heads": 4,
-    "tap_layers": (1, 2, 4),
+    "out_indices": (1, 2, 4),
 }
 OVERRIDES = ["--img_size", "[24,24,24]", "--patch_size", "6", "--batch_size", "2", "--num_samples", "3"]
 OVERRIDES += ["--network_def#hidden_size", "48", "--network_def#num_heads", "4", "--network_def#num_layers", "3"]
-OVERRIDES += ["--network_def#tap_layers", "[0,1,2]"]
+OVERRIDES += ["--network_def#out_indices", "[0,1,2]"]
 
 
 def small(crops: int, dtype: torch.dtype = torch.float32, **settings: Any) -> StepMemory:
@@ -70,10 +70,10 @@ def test_a_block_keeps_what_is_counted_by_hand():
     assert counted.peak > 16 * parameters + counted.activations
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_activations_are_those_that_autograd_saves(checkpointing):
     network, image, loss = (
-        HiEndMAE(**SMALL, checkpointing=checkpointing),
+        HiEndMAE(**SMALL, use_checkpoint=checkpointing),
         torch.rand(2, 1, 24, 24, 24),
         MaskedPatchLoss(6),
     )
@@ -87,7 +87,7 @@ def test_activations_are_those_that_autograd_saves(checkpointing):
     with attention_as_on_gpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value = loss(network(image), image)
     kept = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in apart)
-    assert small(2, checkpointing=checkpointing).activations == pytest.approx(kept + value.nbytes, abs=16)
+    assert small(2, use_checkpoint=checkpointing).activations == pytest.approx(kept + value.nbytes, abs=16)
 
 
 def test_memory_grows_linearly_with_the_crops():
@@ -98,7 +98,7 @@ def test_memory_grows_linearly_with_the_crops():
 
 
 def test_checkpointing_and_bfloat16_save_memory():
-    plain, saving, reduced = small(16), small(16, checkpointing=True), small(16, torch.bfloat16)
+    plain, saving, reduced = small(16), small(16, use_checkpoint=True), small(16, torch.bfloat16)
     assert saving.activations < plain.activations / 2 and saving.peak < plain.peak
     assert reduced.activations < 0.8 * plain.activations and reduced.peak < plain.peak
     assert small(16, torch.float16) == reduced
@@ -106,7 +106,7 @@ def test_checkpointing_and_bfloat16_save_memory():
 
 def test_segmenter_is_counted_too():
     build = partial(
-        HiEndUNETR, img_size=24, patch_size=6, hidden_size=48, num_heads=4, num_layers=3, tap_layers=(0, 1, 2)
+        HiEndUNETR, img_size=24, patch_size=6, hidden_size=48, num_heads=4, num_layers=3, out_indices=(0, 1, 2)
     )
     one, two = (step_memory(build, total, (n, 1, 24, 24, 24)) for n in (1, 2))
     assert 14 * 24**3 * 4 < one.activations < two.activations
@@ -122,10 +122,10 @@ def test_attention_on_gpu_gives_what_that_on_cpu_gives():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("use_checkpoint", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_is_that_of_a_gpu(dtype, checkpointing):
-    settings: dict[str, Any] = {"hidden_size": 768, "patch_size": 12, "checkpointing": checkpointing}
+    settings: dict[str, Any] = {"hidden_size": 768, "patch_size": 12, "use_checkpoint": checkpointing}
     loss = MaskedPatchLoss(12)
     counted = step_memory(partial(HiEndMAE, **settings), loss, (8, 1, 96, 96, 96), dtype=dtype)
     network, image = HiEndMAE(**settings).cuda(), torch.rand(8, 1, 96, 96, 96, device="cuda")
@@ -149,11 +149,11 @@ def test_most_crops_is_the_largest_divisor_that_fits(gib, crops):
 
 
 @pytest.mark.parametrize(
-    ("crops", "checkpointing", "expected"),
+    ("crops", "use_checkpoint", "expected"),
     [
         (192, False, "--batch_size 24 --num_samples 8"),
         (8, False, "--batch_size 1 --num_samples 8 --accumulation_steps 24"),
-        (12, True, "--batch_size 2 --num_samples 6 --accumulation_steps 16 --network_def#checkpointing True"),
+        (12, True, "--batch_size 2 --num_samples 6 --accumulation_steps 16 --network_def#use_checkpoint True"),
         (1, False, "--batch_size 1 --num_samples 1 --accumulation_steps 192"),
     ],
 )

@@ -91,7 +91,7 @@ def tiny_mae() -> HiEndMAE:
         num_heads=3,
         decoder_hidden_size=12,
         decoder_num_heads=2,
-        tap_layers=(0, 1, 3),
+        out_indices=(0, 1, 3),
     )
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.5)

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "hidden_size": 24,
     "num_layers": 4,
     "num_heads": 3,
-    "tap_layers": (0, 1, 3),
+    "out_indices": (0, 1, 3),
 }
 
 

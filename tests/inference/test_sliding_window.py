@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from shared_networks.errors import InputError
 from shared_networks.inference import sliding_window
 from shared_networks.inference.label_planes import ScanGrid
-from shared_networks.inference.sliding_window import Members, SlidingWindowLabels, organ_value, window_slices
+from shared_networks.inference.sliding_window import CheckpointEnsemble, SlidingWindowLabels, organ_value, window_slices
 from shared_networks.inference.uncertainty import UncertaintyInferer
 from shared_networks.networks.checkpoints import read_weights
 from shared_networks.transforms.spacing import Spacingd, resample_linear
@@ -270,11 +270,11 @@ def test_weights_are_read_only_where_others_are_loaded(tmp_path: Path, monkeypat
     for value, file in enumerate(files):
         torch.save({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)}, file)
     monkeypatch.setattr(sliding_window, "read_weights", lambda file: [read.append(file.name), read_weights(file)][1])
-    network, members = nn.Linear(1, 1), Members(files)
+    network, members = nn.Linear(1, 1), CheckpointEnsemble(files)
     assert [network.weight.item() for _ in range(3) for _ in members.in_turn(network)] == [0, 1, 1, 0, 0, 1]
     assert read == ["a.pt", "b.pt"]
     assert len(members) == 2
-    assert [network.weight.item() for _ in Members([]).in_turn(network)] == [1]  # as it is
+    assert [network.weight.item() for _ in CheckpointEnsemble([]).in_turn(network)] == [1]  # as it is
 
 
 def test_weights_are_read_once_a_scan(scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,14 @@ def server(releases: list[Path], studies: Path, tmp_path_factory: pytest.TempPat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [PYTHON, ROOT / "shared_networks" / "bundle" / "monai_label" / "serve.py", "--app", folder / "app", "--studies", studies]
+    words = [
+        PYTHON,
+        ROOT / "shared_networks" / "bundle" / "monai_label" / "serve.py",
+        "--app",
+        folder / "app",
+        "--studies",
+        studies,
+    ]
     words += [*releases, "--host", "127.0.0.1", "--port", port, "--conf", "epistemic_model", FLARE]
     environment = {
         **os.environ,

@@ -49,7 +49,7 @@ VIT: dict[str, Any] = {
     "num_layers": 4,
     "num_heads": 3,
     "mlp_ratio": 2.0,
-    "tap_layers": (0, 1, 2),
+    "out_indices": (0, 1, 2),
 }
 
 
@@ -263,12 +263,12 @@ def test_encoder_lands_in_full_and_the_report_says_so(tmp_path, capsys):
     others = mae.state_dict().keys() - encoder
     assert report == LoadReport(
         source=str(file),
-        landed=tuple(name for name in before if name in encoder),
+        loaded=tuple(name for name in before if name in encoder),
         missing=(),
         unexpected=tuple(name for name in mae.state_dict() if name in others),
     )
     assert capsys.readouterr().out == (
-        f"weights from {file}: {4 * 12 + 5} tensors landed in the encoder\n"
+        f"weights from {file}: {4 * 12 + 5} tensors loaded into the encoder\n"
         "  missing: none\n"
         f"  unexpected, not used: vit.cls_token, decoder.* ({len(others) - 1})\n"
     )
@@ -294,7 +294,7 @@ def test_pretraining_may_start_from_an_encoder_too(tmp_path):
     source, network = tiny_mae(), tiny_mae(decoder_hidden_size=18)
     nn.init.zeros_(network.vit.norm.weight)
     report = load_encoder(network, save(source.state_dict(), tmp_path))
-    assert "vit.cls_token" in report.landed and not report.missing
+    assert "vit.cls_token" in report.loaded and not report.missing
     assert_same_weights(network.vit.state_dict(), source.vit.state_dict())
 
 
@@ -302,7 +302,7 @@ def test_another_token_grid_keeps_its_own_positions(tmp_path, capsys):
     mae, segmenter = tiny_mae(), tiny_segmenter(img_size=(8, 6, 12))
     own = segmenter.get_parameter(POSITIONS).clone()
     report = load_encoder(segmenter, save(mae.state_dict(), tmp_path))
-    assert report.kept == (POSITIONS,) and POSITIONS not in report.landed and not report.missing
+    assert report.kept == (POSITIONS,) and POSITIONS not in report.loaded and not report.missing
     assert capsys.readouterr().out.endswith(f"\n  kept as it was, of another size there: {POSITIONS}\n")
     assert torch.equal(segmenter.get_parameter(POSITIONS), own)
     assert torch.equal(segmenter.get_parameter("vit.norm.weight"), mae.get_parameter("vit.norm.weight"))
@@ -331,7 +331,7 @@ def test_learned_positions_are_interpolated_to_another_token_grid(load, there, h
     file = save(source.state_dict(), tmp_path)
     report = load(target, file)
     assert report.interpolated == {POSITIONS: grids}
-    assert not report.missing and not report.kept and POSITIONS not in report.landed
+    assert not report.missing and not report.kept and POSITIONS not in report.loaded
     assert f"\n  interpolated from {grids} tokens: {POSITIONS}\n" in capsys.readouterr().out
     image = torch.rand(1, 2, *here, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(target.vit.embed(image), source.vit.embed(image))  # as the source does at that size
@@ -500,7 +500,7 @@ def test_published_checkpoint_at_its_true_size(tmp_path, capsys):
     for name, tensor in encoder.items():
         lowest, highest = tensor.aminmax()
         assert lowest == highest == values[official[name]], name
-    assert "149 tensors landed in the encoder\n  missing: none\n" in capsys.readouterr().out
+    assert "149 tensors loaded into the encoder\n  missing: none\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["ours", "official"])
@@ -511,10 +511,10 @@ def test_pretraining_goes_on_from_a_whole_network(form, tmp_path, capsys):
     weights = source.state_dict()
     file = save(weights if form == "ours" else {"state_dict": to_official(weights, PATCH), "epoch": 9}, tmp_path)
     report = load_hi_end_mae(network, file)
-    assert report is not None and set(report.landed) == weights.keys()
+    assert report is not None and set(report.loaded) == weights.keys()
     assert not report.missing and not report.unexpected and not report.kept
     assert_same_weights(network.state_dict(), weights)
-    assert f"weights from {file}: {len(weights)} tensors landed in the network\n  missing: none\n" in (
+    assert f"weights from {file}: {len(weights)} tensors loaded into the network\n  missing: none\n" in (
         capsys.readouterr().out
     )
 
@@ -580,7 +580,7 @@ def test_exported_encoder_is_monais_vit(channels, tmp_path):
         latent, taps = segmenter.double().vit(image.double())
         with_cls, _ = mae.double().vit(image.double())
     torch.testing.assert_close(tokens, latent, rtol=1e-9, atol=1e-9)
-    for n, tap in zip(VIT["tap_layers"], taps, strict=True):
+    for n, tap in zip(VIT["out_indices"], taps, strict=True):
         torch.testing.assert_close(layers[n], tap, rtol=1e-9, atol=1e-9)
     assert (with_cls[:, 1:] - tokens).abs().max() > 1e-3  # the difference that the docstring tells
     assert_same_weights(to_monai_vit(segmenter.float().state_dict()), torch.load(file, weights_only=True))

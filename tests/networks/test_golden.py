@@ -73,7 +73,7 @@ def assert_same_gradients(network: nn.Module, published: dict[str, float], names
 
 @pytest.mark.parametrize("vector", golden("hi_end_mae"))
 def test_pretraining_network_is_the_published_one(vector: dict[str, Any]) -> None:
-    config = dict(vector["config"])
+    config = current_names(vector["config"])
     network = HiEndMAE(**config).train()
     network.load_state_dict(from_official(vector["state_dict"]), strict=True)
     image, permutation = vector["image"], vector["permutation"]
@@ -82,7 +82,7 @@ def test_pretraining_network_is_the_published_one(vector: dict[str, Any]) -> Non
 
     latent, taps = network.encode(image, permutation)
     assert_close(latent, vector["latent"], "latent")
-    for index, tap in zip(config["tap_layers"], taps, strict=True):
+    for index, tap in zip(config["out_indices"], taps, strict=True):
         assert_close(tap, vector[f"hidden_{index}"], f"tap {index}")
     tokens = network.decode(latent, taps, permutation, network.vit.patch_grid(image))
     assert_close(tokens, vector["pred_tokens"], "predicted tokens")
@@ -98,9 +98,14 @@ def test_pretraining_network_is_the_published_one(vector: dict[str, Any]) -> Non
     assert mask.sum().item() == permutation.numel() - vector["num_visible"] * len(image)
 
     loss.backward()
-    depths = (config["num_layers"], config["decoder_self_layers"], len(config["tap_layers"]))
+    depths = (config["num_layers"], config["decoder_self_layers"], len(config["out_indices"]))
     names = official_names(*depths)
     assert_same_gradients(network, {k.removeprefix(OFFICIAL_PREFIX): v for k, v in vector["grad_norms"].items()}, names)
+
+
+def current_names(config: dict[str, Any]) -> dict[str, Any]:
+    """The vectors' settings, which call `out_indices` by an earlier name."""
+    return {{"tap_layers": "out_indices"}.get(name, name): value for name, value in config.items()}
 
 
 def formula_image(config: dict[str, Any], coefficients: list[float]) -> Tensor:
@@ -114,7 +119,7 @@ def formula_image(config: dict[str, Any], coefficients: list[float]) -> Tensor:
 
 @pytest.mark.parametrize("vector", golden("unetr"))
 def test_segmentation_network_is_the_published_one(vector: dict[str, Any]) -> None:
-    network = HiEndUNETR(**vector["config"]).train()
+    network = HiEndUNETR(**current_names(vector["config"])).train()
     network.load_state_dict(vector["state_dict"], strict=True)
     logits = network(formula_image(vector["config"], vector["image_coefficients"]))
     assert_close(logits[:, :, ::8, ::8, ::8], vector["logits_strided_8"], "logits")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared_networks.networks.hi_end_mae import CrossBlock, HiEndMAE, restore_intensities, standardise_patches
+from shared_networks.networks.hi_end_mae import CrossAttentionBlock, HiEndMAE, restore_intensities, standardise_patches
 from shared_networks.networks.vit import attention_maps, patchify, unpatchify
 
 SIZE = (4, 9, 16)
@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
     "decoder_hidden_size": 18,
     "decoder_num_heads": 2,
     "decoder_self_layers": 1,
-    "tap_layers": (0, 2),
+    "out_indices": (0, 2),
 }
 LENGTH = 24
 
@@ -56,7 +56,7 @@ def test_default_network_has_the_papers_size():
 
 def test_tokens_start_small_linears_xavier_and_biases_zero():
     network = tiny(
-        hidden_size=1536, num_layers=1, num_heads=16, mlp_ratio=0.1, decoder_hidden_size=1536, tap_layers=[0]
+        hidden_size=1536, num_layers=1, num_heads=16, mlp_ratio=0.1, decoder_hidden_size=1536, out_indices=[0]
     )
     for token in (network.vit.cls_token, network.decoder.mask_token):
         assert token.std().item() == pytest.approx(0.02, rel=0.06)
@@ -85,7 +85,7 @@ def test_patches_are_standardised_one_by_one():
 
 def test_cross_block_reads_the_context_unnormalised():
     torch.manual_seed(0)
-    block, y, context = CrossBlock(12, 2, mlp_ratio=2.0, norm_eps=1e-6), draw(2, 5, 12), draw(2, 3, 12)
+    block, y, context = CrossAttentionBlock(12, 2, mlp_ratio=2.0, norm_eps=1e-6), draw(2, 5, 12), draw(2, 3, 12)
     first = y + block.self_attn(block.norm0(y))
     second = first + block.cross_attn(block.norm1(first), context)
     torch.testing.assert_close(block(y, context), second + block.mlp(block.norm2(second)))
@@ -136,7 +136,7 @@ def test_hidden_voxels_do_not_influence_the_prediction():
 
 @pytest.mark.parametrize("taps", [(), (3,), (0, 2), (0, 1, 2, 3)])
 def test_decoder_reads_its_taps_deep_to_shallow(taps):
-    network, image = tiny(tap_layers=taps).eval(), draw(2, 2, *SIZE)
+    network, image = tiny(out_indices=taps).eval(), draw(2, 2, *SIZE)
     decoder, permutation = network.decoder, network.shuffle(2, LENGTH)
     latent, tapped = network.encode(image, permutation)
     assert len(tapped) == len(taps) == len(decoder.cross_blocks) == len(decoder.bridges) - 1
@@ -212,7 +212,7 @@ def test_attention_maps_name_self_and_cross_attention():
 
 def test_cross_attention_map_is_softmax_of_queries_and_context():
     torch.manual_seed(0)
-    block, y, context = CrossBlock(12, 2, mlp_ratio=2.0, norm_eps=1e-6), draw(1, 5, 12), draw(1, 3, 12)
+    block, y, context = CrossAttentionBlock(12, 2, mlp_ratio=2.0, norm_eps=1e-6), draw(1, 5, 12), draw(1, 3, 12)
     with torch.no_grad(), attention_maps(block) as maps:
         block(y, context)
     query = block.cross_attn.q(block.norm1(y + block.self_attn(block.norm0(y))))
@@ -224,7 +224,7 @@ def test_cross_attention_map_is_softmax_of_queries_and_context():
 
 
 def test_checkpointing_changes_neither_output_nor_gradients():
-    plain, recomputing = tiny(), tiny(checkpointing=True)
+    plain, recomputing = tiny(), tiny(use_checkpoint=True)
     image, permutation = draw(2, 2, *SIZE), plain.shuffle(2, LENGTH)
     calls: list[nn.Module] = []
     for block in (*recomputing.vit.blocks, *recomputing.decoder.blocks, *recomputing.decoder.cross_blocks):
@@ -240,7 +240,7 @@ def test_checkpointing_changes_neither_output_nor_gradients():
 
 @pytest.mark.parametrize("taps", [(0, 2), ()])
 def test_torchscript_gives_the_same_output(taps):
-    network, image = tiny(tap_layers=taps), draw(2, 2, *SIZE)
+    network, image = tiny(out_indices=taps), draw(2, 2, *SIZE)
     permutation = network.shuffle(2, LENGTH)
     scripted = torch.jit.script(network)
     torch.testing.assert_close(scripted(image, permutation), network(image, permutation))
@@ -273,7 +273,7 @@ def test_permutation_must_be_of_the_batch_and_length(shape):
         ({"num_heads": 7}, "hidden size 24 is not divisible by 7 heads"),
         ({"decoder_hidden_size": 20}, "hidden size 20 is not divisible by 6"),
         ({"decoder_num_heads": 4}, "hidden size 18 is not divisible by 4 heads"),
-        ({"tap_layers": (0, 4)}, r"tap layers \[0, 4\] must be ascending block indices from 0 to 3"),
+        ({"out_indices": (0, 4)}, r"tap layers \[0, 4\] must be ascending block indices from 0 to 3"),
     ],
 )
 def test_network_refuses_sizes_and_taps_that_do_not_fit(changes, message):

@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
     "num_layers": 4,
     "num_heads": 3,
     "mlp_ratio": 2.0,
-    "tap_layers": (0, 1, 2),
+    "out_indices": (0, 1, 2),
 }
 POSITIONS = "vit.patch_embedding.position_embeddings"
 
@@ -212,7 +212,7 @@ def test_attention_maps_of_the_encoder():
 
 
 def test_checkpointing_changes_neither_logits_nor_gradients():
-    plain, recomputing, image = tiny(), tiny(checkpointing=True), draw(1, 2, 12, 18, 8)
+    plain, recomputing, image = tiny(), tiny(use_checkpoint=True), draw(1, 2, 12, 18, 8)
     calls: list[nn.Module] = []
     for block in recomputing.vit.blocks:
         block.register_forward_pre_hook(lambda module, inputs: calls.append(module))
@@ -226,7 +226,7 @@ def test_checkpointing_changes_neither_logits_nor_gradients():
 
 
 def test_checkpointing_repeats_the_same_dropout():
-    plain, recomputing = tiny(dropout=0.3), tiny(dropout=0.3, checkpointing=True)
+    plain, recomputing = tiny(dropout=0.3), tiny(dropout=0.3, use_checkpoint=True)
     gradients = []
     for network in (plain, recomputing):
         torch.manual_seed(7)
@@ -271,14 +271,14 @@ def test_a_served_network_is_never_loaded_in_part(change, message):
 @pytest.mark.parametrize("taps", [(0, 1), (0, 1, 2, 3), ()])
 def test_network_needs_three_taps(taps):
     with pytest.raises(ValueError, match="must be three") as error:
-        tiny(tap_layers=taps)
+        tiny(out_indices=taps)
     assert str(list(taps)) in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tap_layers": (0, 1, 4)}, r"tap layers \[0, 1, 4\] must be ascending block indices from 0 to 3"),
+        ({"out_indices": (0, 1, 4)}, r"tap layers \[0, 1, 4\] must be ascending block indices from 0 to 3"),
         ({"img_size": (12, 20, 8)}, r"image size \(12, 20, 8\) is not divisible by patch size \(6, 6, 4\)"),
         ({"hidden_size": 20}, "hidden size 20 is not divisible by 6"),
         ({"num_heads": 5}, "hidden size 24 is not divisible by 5 heads"),

@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "hidden_size": 24,
     "num_layers": 3,
     "num_heads": 3,
-    "tap_layers": (0, 2),
+    "out_indices": (0, 2),
 }
 
 
@@ -230,7 +230,7 @@ def test_encoder_embeds_only_the_visible_patches():
 
 
 def test_class_token_goes_first():
-    network = tiny(cls_token=True, num_layers=1, tap_layers=(0,))
+    network = tiny(cls_token=True, num_layers=1, out_indices=(0,))
     tokens = draw(2, 12, 24)
     _, taps = network.encode(tokens)
     with_class = torch.cat([network.cls_token, network.cls_token]), tokens
@@ -284,7 +284,7 @@ def test_dropout_acts_on_embedding_attention_and_mlp():
 @pytest.mark.parametrize("taps", [(2, 0), (0, 0), (0, 3), (-1, 2)])
 def test_encoder_refuses_taps_out_of_range_or_order(taps):
     with pytest.raises(ValueError) as error:
-        tiny(tap_layers=taps)
+        tiny(out_indices=taps)
     assert str(list(taps)) in str(error.value) and "from 0 to 2" in str(error.value)
 
 

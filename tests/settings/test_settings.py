@@ -261,8 +261,8 @@ def test_an_option_that_lacks_its_value_is_refused(command_line, name) -> None:
 
 NESTED = [
     ("network_def#hidden_size", "192"),
-    ("network_def#checkpointing", "True"),
-    ("network_def#tap_layers", "[0,1,2]"),
+    ("network_def#use_checkpoint", "True"),
+    ("network_def#out_indices", "[0,1,2]"),
     ("network_def#norm_name", "batch"),
     ("loss#lambda_dice", "2"),
     ("optimizer#lr", "0.1"),
@@ -296,9 +296,9 @@ NESTED_REFUSED = [
     ("network_def::hiden_size", "8", "did you mean --network_def#hidden_size?"),
     ("network_def#hidden_size", "abc", "--network_def#hidden_size abc: give a whole number of at least 1"),
     ("network_def#hidden_size", "0", "give a whole number of at least 1"),
-    ("network_def#checkpointing", "true", "write --network_def#checkpointing True"),
-    ("network_def#checkpointing", "maybe", "give True or False"),
-    ("network_def#tap_layers", "3", "write --network_def#tap_layers [3]"),
+    ("network_def#use_checkpoint", "true", "write --network_def#use_checkpoint True"),
+    ("network_def#use_checkpoint", "maybe", "give True or False"),
+    ("network_def#out_indices", "3", "write --network_def#out_indices [3]"),
     ("loss#lambda_dce", "2", "did you mean --loss#lambda_dice?"),
     ("loss#lambda_dice", "x", "--loss#lambda_dice x: give a number"),
     ("train#trainer#max_epochs", "0", "give a whole number of at least 1"),
@@ -376,12 +376,12 @@ def test_settings_in_python_are_left_as_they_are(monkeypatch, tmp_path) -> None:
 
 @pytest.mark.parametrize("network", [HiEndUNETR, HiEndMAE])
 def test_networks_refuse_sizes_that_do_not_fit_as_the_users_errors(network) -> None:
-    small = {"hidden_size": 48, "num_heads": 4, "num_layers": 3, "tap_layers": (0, 1, 2), "patch_size": 12}
+    small = {"hidden_size": 48, "num_heads": 4, "num_layers": 3, "out_indices": (0, 1, 2), "patch_size": 12}
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"img_size": (48, 48, 40)}, r"\(48, 48, 40\) is not divisible by patch size"),
         ({"hidden_size": 50}, "hidden size 50 is not divisible by 6"),
         ({"num_heads": 5}, "hidden size 48 is not divisible by 5 heads"),
-        ({"tap_layers": (0, 1, 3)}, "must be ascending block indices from 0 to 2"),
+        ({"out_indices": (0, 1, 3)}, "must be ascending block indices from 0 to 2"),
     ]
     wrong += [({"mask_ratio": 0.999}, "mask ratio 0.999 leaves 0 of 64")] if network is HiEndMAE else []
     for values, message in wrong:

@@ -26,7 +26,7 @@ VIT = {"img_size": 12, "patch_size": 6, "hidden_size": 12, "num_heads": 2}
 def tiny_mae() -> HiEndMAE:
     torch.manual_seed(0)
     decoder = {"decoder_hidden_size": 12, "decoder_num_heads": 2, "decoder_self_layers": 1}
-    return HiEndMAE(**VIT, **decoder, num_layers=2, tap_layers=(1,))
+    return HiEndMAE(**VIT, **decoder, num_layers=2, out_indices=(1,))
 
 
 def two_voxel_patches(*patches: list[float]) -> Tensor:
@@ -140,7 +140,7 @@ def test_pretraining_decays_weight_matrices_alone():
 
 
 def test_fine_tuning_spares_its_trainable_positions():
-    network = HiEndUNETR(**VIT, out_channels=3, feature_size=2, num_layers=3, tap_layers=(0, 1, 2))
+    network = HiEndUNETR(**VIT, out_channels=3, feature_size=2, num_layers=3, out_indices=(0, 1, 2))
     network.vit.norm.requires_grad_(False)
     decayed, undecayed = grouped_names(network)
     assert undecayed == {
@@ -213,7 +213,7 @@ def test_background_weight_of_one_is_the_published_loss():
 
 
 def segmenter() -> HiEndUNETR:
-    return HiEndUNETR(**VIT, out_channels=3, feature_size=2, num_layers=3, tap_layers=(0, 1, 2))
+    return HiEndUNETR(**VIT, out_channels=3, feature_size=2, num_layers=3, out_indices=(0, 1, 2))
 
 
 def test_layers_nearer_the_input_learn_more_slowly() -> None:

@@ -28,7 +28,7 @@ BATCHES = 3
 
 def network() -> HiEndMAE:
     torch.manual_seed(0)
-    vit = {"img_size": SIZE, "patch_size": 6, "hidden_size": 12, "num_heads": 2, "num_layers": 4, "tap_layers": (1, 2)}
+    vit = {"img_size": SIZE, "patch_size": 6, "hidden_size": 12, "num_heads": 2, "num_layers": 4, "out_indices": (1, 2)}
     return HiEndMAE(**vit, decoder_hidden_size=12, decoder_num_heads=2, decoder_self_layers=1)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from shared_networks.datasets.record import Record, read_record, save_tensors, training_record, write_model
 from shared_networks.errors import InputError
 from shared_networks.files import GO_ON, atomic_write
-from shared_networks.training.ema import MovingAverage
+from shared_networks.training.ema import EMA
 from shared_networks.training.resume import SaveBestModel, TrainingState, check_run_folder
 from shared_networks.training.sampler import DrawSampler
 from tests.conftest import ROOT, full_disk
@@ -508,7 +508,7 @@ def test_without_validation_cases_the_last_weights_are_the_model(
 
 def averaged(folder: Path, **kwargs: Any) -> TrainingState:
     state = training(folder, **kwargs)
-    average = MovingAverage(state.network, 0.5, state.trainer, state.evaluator)
+    average = EMA(state.network, 0.5, state.trainer, state.evaluator)
     state.also["average"] = average
     return state
 
@@ -544,7 +544,7 @@ def test_the_moving_average_survives_an_interruption(tmp_path: Path, at: int) ->
 def test_a_decay_out_of_range_is_refused(tmp_path: Path, decay: float) -> None:
     state = training(tmp_path)
     with pytest.raises(ValueError, match=f"ema_decay is {decay}; it must be at least 0"):
-        MovingAverage(state.network, decay, state.trainer, state.evaluator)
+        EMA(state.network, decay, state.trainer, state.evaluator)
 
 
 def save(content: dict[str, torch.Tensor], file: Path) -> None:

@@ -32,7 +32,7 @@ WORLD = 2
 
 def network() -> HiEndMAE:
     torch.manual_seed(0)
-    vit = {"img_size": 12, "patch_size": 6, "hidden_size": 12, "num_heads": 2, "num_layers": 4, "tap_layers": (1, 2)}
+    vit = {"img_size": 12, "patch_size": 6, "hidden_size": 12, "num_heads": 2, "num_layers": 4, "out_indices": (1, 2)}
     return HiEndMAE(**vit, decoder_hidden_size=12, decoder_num_heads=2, decoder_self_layers=1)
 
 

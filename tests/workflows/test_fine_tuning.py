@@ -31,7 +31,7 @@ def train(data: Path, out: Path, **override: Any) -> ConfigWorkflow:
 
 
 def test_precision_accumulation_clipping_and_checkpointing_together(datasets: dict[str, Path], tmp_path: Path) -> None:
-    options = {"amp": True, "accumulation_steps": 2, "max_grad_norm": 0.1, "network_def#checkpointing": True}
+    options = {"amp": True, "accumulation_steps": 2, "max_grad_norm": 0.1, "network_def#use_checkpoint": True}
     flow = train(datasets["btcv"], tmp_path, epochs=1, layer_decay=0.75, ema_decay=0.9, **options)
     metrics = flow.parser.get_parsed_content("train#trainer").state.metrics
     assert metrics["grad_norm"] > 0.1  # as it was before it was clipped

@@ -9,14 +9,14 @@ Settings = dict[str, Any]
 ARMS: dict[str, Settings | None] = {  # overrides of pre-training; none without
     "from scratch": None,
     # Six plain blocks have about as many weights as two plain and three cross blocks.
-    "plain MAE": {"network_def#tap_layers": [], "network_def#decoder_self_layers": 6},
+    "plain MAE": {"network_def#out_indices": [], "network_def#decoder_self_layers": 6},
     "Hi-End-MAE": {},
 }
 
 # Each but for one thing as Hi-End-MAE, which has taps 3, 6 and 9, a decoder of 5 blocks, and mask ratio 0.75.
 ABLATIONS: dict[str, Settings] = {
-    "taps: last block": {"network_def#tap_layers": [11], "network_def#decoder_self_layers": 4},
-    "taps: all 12 blocks": {"network_def#tap_layers": list(range(12)), "network_def#decoder_self_layers": 0},
+    "taps: last block": {"network_def#out_indices": [11], "network_def#decoder_self_layers": 4},
+    "taps: all 12 blocks": {"network_def#out_indices": list(range(12)), "network_def#decoder_self_layers": 0},
     "decoder: 3 blocks": {"network_def#decoder_self_layers": 0},
     "decoder: 9 blocks": {"network_def#decoder_self_layers": 6},
     "mask ratio 0.5": {"network_def#mask_ratio": 0.5},
