@@ -70,7 +70,7 @@ def test_a_block_keeps_what_is_counted_by_hand():
     assert counted.peak > 16 * parameters + counted.activations
 
 
-@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_that_autograd_saves(checkpointing):
     network, image, loss = (
         HiEndMAE(**SMALL, use_checkpoint=checkpointing),
@@ -122,7 +122,7 @@ def test_attention_on_gpu_gives_what_that_on_cpu_gives():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_is_that_of_a_gpu(dtype, checkpointing):
     settings: dict[str, Any] = {"hidden_size": 768, "patch_size": 12, "use_checkpoint": checkpointing}
@@ -149,7 +149,7 @@ def test_most_crops_is_the_largest_divisor_that_fits(gib, crops):
 
 
 @pytest.mark.parametrize(
-    ("crops", "use_checkpoint", "expected"),
+    ("crops", "checkpointing", "expected"),
     [
         (192, False, "--batch_size 24 --num_samples 8"),
         (8, False, "--batch_size 1 --num_samples 8 --accumulation_steps 24"),
