@@ -28,7 +28,7 @@ from shared_networks.files import atomic_write
 from shared_networks.networks.checkpoints import check_weights
 from shared_networks.version import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALL = "all"
 FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
 """What of a bundle's folder is released, beside weights that are given."""

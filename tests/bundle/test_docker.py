@@ -62,6 +62,7 @@ def test_what_is_copied_is_there_and_sent_to_docker() -> None:
     sent = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
     assert {*BUNDLES, "shared_networks"} <= set(SOURCES)
     assert [source for source in SOURCES if not (ROOT / source).exists()] == []
+    sent += [f"{pattern}/*" for pattern in sent]  # what a folder holds
     assert [source for source in SOURCES if not any(fnmatch(source, pattern) for pattern in sent)] == []
 
 
