@@ -21,6 +21,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from shared_networks.bundle.card import model_card
+from shared_networks.bundle.config_format import format_config
 from shared_networks.datasets.labels import model_labels
 from shared_networks.datasets.record import PARTS, read_record, record_file
 from shared_networks.errors import InputError, report_in_one_line
@@ -141,7 +142,7 @@ def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
             references count as such.
 
     Returns:
-        The files that change, in their old layout.
+        The files that change.
 
     Raises:
         InputError: there is no such overlay, or it holds more than values, or a setting that no config has.
@@ -164,26 +165,25 @@ def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
 
 
 def with_settings(config: str, settings: Mapping[str, Any]) -> str:
-    """Writes other values into the text of a config and leaves every other line as it is.
+    """Write other values into a config.
 
     Args:
-        config: JSON object, indented by four spaces.
+        config: JSON object.
         settings: values by id, such as `{"img_size": [48, 48, 48], "network_def#hidden_size": 192}`.
 
     Raises:
         InputError: the config has no such id.
     """
+    content = json.loads(config)
     for name, value in settings.items():
-        start, end = 0, len(config)
-        for depth, key in enumerate(name.split("#"), 1):
-            indent = " " * 4 * depth
-            item = rf'^{indent}"{re.escape(key)}": (.*?),?$(?=\n{indent}"|\n{indent[4:]}\}})'
-            found = re.compile(item, re.MULTILINE | re.DOTALL).search(config, start, end)
-            if not found:
-                raise InputError(f"{name}: the config has no such setting to be changed; add it there first")
-            start, end = found.span(1)
-        config = config[:start] + json.dumps(value, ensure_ascii=False) + config[end:]
-    return config
+        *path, last = name.split("#")
+        part = content
+        for key in path:
+            part = part.get(key, {})
+        if last not in part:
+            raise InputError(f"{name}: the config has no such setting to be changed; add it there first")
+        part[last] = value
+    return format_config(content)
 
 
 def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,28 +10,64 @@ from typing import Any
 
 from monai.utils import ensure_tuple
 
-from shared_networks.datasets.lists import pair_patterns, read_list
-from shared_networks.datasets.pairs import Image, UnpairedError, case_name, find_images, find_labels, pair_cases
+from shared_networks.datasets.lists import read_list
+from shared_networks.datasets.pairs import Image, UnpairedError, case_name, dataset_folder, find_labels, pair_cases
+from shared_networks.datasets.scans import find_scans, flag_other_channels
 from shared_networks.errors import InputError
+
+_DICOM = "a DICOM series; training reads NIfTI: convert it, or pre-train from a store that configs/prepare.json makes"
+
+logger = logging.getLogger(__name__)
+
+
+def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> list[Image]:
+    """Find the images of a data set, all NIfTI and of one number of channels.
+
+    Args:
+        dataset_dir: see :func:`shared_networks.datasets.scans.find_scans`.
+        folder: see there.
+
+    Returns:
+        For each case, sorted by name, its file, or the files of its channels where it has several.
+
+    Raises:
+        InputError: there is no scan; a line for each case whose files are not its channels 0, 1, ..., that has another
+            number of channels than most, or that is a DICOM series.
+    """
+    scans = find_scans(dataset_dir, folder)
+    flag_other_channels(scans)
+    problems = [f"{', '.join(scan.files)}: {scan.problem}" for scan in scans if scan.problem]
+    problems += [f"{scan.files[0]}: {_DICOM}" for scan in scans if scan.series and not scan.problem]
+    if problems:
+        raise InputError("\n".join(problems))
+    if scans.passed_over:
+        file, reason = next(iter(scans.passed_over.items()))
+        logger.warning("%s: %d passed over, such as %s: %s", dataset_dir, len(scans.passed_over), file, reason)
+    return [scan.files[0] if len(scan.files) == 1 else list(scan.files) for scan in scans]
+
+
+def find_unlabelled(dataset_dir: str | Path | None, folder: str = "imagesTr") -> list[dict[str, Any]]:
+    """Find the cases of a data set without their labels, for pre-training; as :func:`find_images`.
+
+    Returns:
+        For each case `{"image": image}`, with its name as `case` where that of the file is not unique.
+    """
+    return named_apart([{"image": image} for image in find_images(dataset_dir, folder)], dataset_dir)
 
 
 def find_cases(
     dataset_dir: str | Path | None,
-    images_glob: str | None = None,
-    labels_glob: str | None = None,
     check: Callable[[list[dict[str, Any]]], Any] | None = None,
     images: Sequence[Image] | None = None,
     labels: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Finds the labelled cases of a data set of any layout.
+    """Find the labelled cases of a data set.
 
     Args:
-        dataset_dir: an nnU-Net folder (`imagesTr`, `labelsTr`); a `.json` list, see :func:`read_list`; or the folder
-            in which the patterns find files. Where it is not set there is no case.
-        images_glob: see :func:`pair_patterns`.
-        labels_glob: see :func:`pair_patterns`.
+        dataset_dir: an nnU-Net folder (`imagesTr`, `labelsTr`), or a `.json` list, see
+            :func:`shared_networks.datasets.lists.read_list`. Where it is not set there is no case.
         check: raises an `InputError` of several lines, the first a heading, on bad cases. It is called here only
-            where files are without partner, so that all that is wrong is listed at once.
+            where files are without partner, so that all problems are listed at once.
         images: files in place of those in `dataset_dir`, whatever their names.
         labels: the label of each, in the same order.
 
@@ -45,12 +82,10 @@ def find_cases(
             cases = _zip_lists(images or [], labels or [])
         elif not dataset_dir:
             return []
-        elif images_glob or labels_glob:
-            cases = pair_patterns(dataset_dir, images_glob or "", labels_glob or "")
         elif Path(dataset_dir).suffix == ".json":
             cases = read_list(dataset_dir)
         else:
-            cases = pair_cases(find_images(dataset_dir), find_labels(dataset_dir))
+            cases = pair_cases(find_images(dataset_folder(dataset_dir)), find_labels(dataset_dir))
     except UnpairedError as error:
         problems = [*error.problems, *_problems_of(error.pairs, check)]
         raise InputError("\n".join([f"{dataset_dir}: {len(problems)} problem(s):", *problems])) from None

@@ -140,4 +140,5 @@ def split_options(record: Record) -> str:
     split = record["split"]
     chosen = ("fold", "num_folds") if split.get("fold") is not None else ("test_fraction", "val_cases")
     keys = ("seed", "val_fraction", "num_train_cases", *chosen)
-    return options({key: split[key] for key in keys if split.get(key) is not None and split[key] != []})
+    settings = {key: split[key] for key in keys if split.get(key) is not None and split[key] != []}
+    return options({key if key == "seed" else f"split#{key}": value for key, value in settings.items()})

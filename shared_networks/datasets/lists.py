@@ -1,4 +1,8 @@
-"""Read a list of cases, and write one for a data set whose files two patterns name."""
+"""Read a list of cases, and write one for a data set whose files follow two patterns.
+
+    python -m shared_networks.datasets.lists --dataset_dir /data/KITS19 --images 'case_*/imaging.nii.gz' \
+        --labels 'case_*/segmentation.nii.gz' --output kits.json
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import glob
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +18,23 @@ from monai.utils import ensure_tuple
 
 from shared_networks.datasets.nifti import is_nifti
 from shared_networks.datasets.pairs import Name, dataset_folder, pair_by_name
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, report_in_one_line
+from shared_networks.files import write_json
+from shared_networks.settings.command_line import call_with_options
+from shared_networks.settings.kinds import ANY_TEXT, PATH
 
 _LISTS = {"training": "", "validation": "validation", "test": "test"}
 # A wildcard, and what it matches: `**/` folders, `*` within a name, `?` a character, `[ab]` one of some.
 _WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]]+\]": ""}
 
 
-def pair_patterns(dataset_dir: str | Path | None, images_glob: str, labels_glob: str) -> list[dict[str, Any]]:
+def pair_patterns(dataset_dir: str | Path | None, images: str, labels: str) -> list[dict[str, Any]]:
     """Finds images and labels by two patterns and pairs those in which the wildcards stand for the same.
 
     Args:
         dataset_dir: where the patterns begin, unless they are absolute.
-        images_glob: such as `volume-*.nii.gz`; `*`, `?`, `[...]` and `**/` for folders at any depth.
-        labels_glob: such as `labels-*.nii.gz`, with as many wildcards in the same order.
+        images: such as `volume-*.nii.gz`; `*`, `?`, `[...]` and `**/` for folders at any depth.
+        labels: such as `labels-*.nii.gz`, with as many wildcards in the same order.
 
     Returns:
         Sorted by what the wildcards stand for: `{"image": image, "label": label}`.
@@ -35,24 +43,22 @@ def pair_patterns(dataset_dir: str | Path | None, images_glob: str, labels_glob:
         UnpairedError: as :func:`pair_cases`.
         InputError: a pattern is missing, has other wildcards, or finds nothing or no NIfTI file.
     """
-    patterns = {"images_glob": images_glob, "labels_glob": labels_glob}
+    patterns = {"images": images, "labels": labels}
     if missing := [setting for setting, pattern in patterns.items() if not pattern]:
-        raise InputError(f"{missing[0]} is not set; give both, as in --images_glob 'volume-*.nii.gz' "
-                         "--labels_glob 'labels-*.nii.gz'")  # fmt: skip
+        raise InputError(f"{missing[0]} is not set; give both, as in --images 'volume-*.nii.gz' "
+                         "--labels 'labels-*.nii.gz'")  # fmt: skip
     counts = {setting: len(_wildcards(pattern)) for setting, pattern in patterns.items()}
     if len(set(counts.values())) > 1 or not all(counts.values()):
         raise InputError(
-            f"images_glob {images_glob!r} has {counts['images_glob']} wildcard(s) and labels_glob {labels_glob!r} "
-            f"{counts['labels_glob']}; give both the same, at least one, as the parts that vary make the pairs"
+            f"images {images!r} has {counts['images']} wildcard(s) and labels {labels!r} {counts['labels']}; "
+            "give both the same, at least one, as the parts that vary make the pairs"
         )
     root = dataset_folder(dataset_dir)
-    images = find_matches(root, "images_glob", images_glob)
-    labels = find_matches(root, "labels_glob", labels_glob)
     return pair_by_name(
-        [(image, [name]) for image, name in images],
-        labels,
-        lambda name: _filled(images_glob, name),
-        lambda name: _filled(labels_glob, name),
+        [(image, [name]) for image, name in find_matches(root, "images", images)],
+        find_matches(root, "labels", labels),
+        lambda name: _filled(images, name),
+        lambda name: _filled(labels, name),
     )
 
 
@@ -148,3 +154,32 @@ def _is_labelled(case: Any) -> bool:
 
 def _relative_to(file: str | Path, path: str) -> str:
     return os.path.normpath(Path(file).parent / path)
+
+
+def write_list(dataset_dir: str, images: str, labels: str, output: str) -> None:
+    """Write a list of labelled cases, see :func:`read_list`, from two patterns with wildcards.
+
+    Wildcards are `*` and `?` within a name, `[ab]`, and `**/` for folders at any depth. Image and label are of one case
+    where the wildcards stand for the same.
+
+    Args:
+        dataset_dir: folder in which the patterns begin.
+        images: pattern of the images, such as `volume-*.nii.gz`.
+        labels: pattern of the labels, such as `labels-*.nii.gz`, with as many wildcards in the same order.
+        output: `.json` file to write; paths in it are relative to it.
+
+    Raises:
+        InputError: as :func:`pair_patterns`, or the file cannot be written.
+    """
+    cases = pair_patterns(dataset_dir, images, labels)
+    folder = Path(output).resolve().parent
+    training = [{key: os.path.relpath(os.path.abspath(file), folder) for key, file in case.items()} for case in cases]
+    write_json(output, {"training": training}, "give another --output")
+    print(f"{output}: {len(cases)} cases; give it as --dataset_dir")
+
+
+if __name__ == "__main__":
+    report_in_one_line()
+    call_with_options(
+        write_list, {"dataset_dir": PATH, "images": ANY_TEXT, "labels": ANY_TEXT, "output": PATH}, sys.argv[1:]
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,42 +76,6 @@ def name_of(case: Mapping[str, Any]) -> str:
     return str(case["case"]) if "case" in case else case_name(case["image"])
 
 
-def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> list[Image]:
-    """Finds the images of a data set.
-
-    Args:
-        dataset_dir: an nnU-Net data set, or a flat folder in which each file is a case.
-        folder: the folder of `dataset_dir` to read; without it or with nothing in it, `imagesTr`; where there is none
-            either, `dataset_dir` itself is read.
-
-    Returns:
-        For each case, sorted by name, its file, or the files of its channels where it has several.
-
-    Raises:
-        InputError: there is no such folder or no NIfTI file in it; the files of a case are not its channels 0, 1,
-            ...; or cases have different numbers of channels.
-    """
-    root = dataset_folder(dataset_dir)
-    if folder != "imagesTr" and not has_files(root / folder) and has_files(root / "imagesTr"):
-        folder = "imagesTr"
-    has_folder = (root / folder).is_dir()
-    files = _nifti_files(root / folder if has_folder else root, f"{folder}/NAME_0000.nii.gz")
-    groups = channel_groups(files, has_folder)
-    counts = Counter(map(len, groups.values()))
-    usual = max(counts, key=lambda count: (counts[count], count))
-    problems = []
-    for name, group in sorted(groups.items()):
-        if problem := numbering_problem(name, group):
-            problems.append(f"{', '.join(group)}: {problem}")
-        elif len(group) != usual:
-            problems.append(
-                f"{group[0]}: {len(group)} channel(s), where most cases have {usual}; add what lacks or remove the case"
-            )
-    if problems:
-        raise InputError("\n".join(problems))
-    return [group[0] if usual == 1 else group for _, group in sorted(groups.items())]
-
-
 def channel_groups(files: Sequence[str], numbered: bool) -> dict[str, list[str]]:
     """Groups files by case.
 
@@ -157,7 +120,7 @@ def pair_cases(images: Sequence[Image], labels: Sequence[str]) -> list[dict[str,
     """Pairs images with labels by case name, never by position.
 
     Args:
-        images: as `find_images` returns them.
+        images: a file of each case, or the files of its channels.
         labels: files named `NAME.nii.gz`.
 
     Returns:

@@ -39,47 +39,75 @@ def record_file(checkpoint: str | Path) -> Path:
     return Path(checkpoint).with_suffix(".json")
 
 
+class TrainingRecord(dict[str, Any]):
+    """The record of a training that is about to start, and what follows from who starts it.
+
+    Attributes:
+        in_place: whether a program hands over the cases, as MONAI Label does. It trains on the model that the folder
+            holds, and replaces it by a better one.
+        model: `model.pt` of the folder, if it is trained on in place.
+    """
+
+    in_place: bool = False
+    model: Path | None = None
+
+
 def training_record(
     dataset_dir: str | Path | None,
     split: Mapping[str, Sequence[Case]],
-    split_settings: Mapping[str, Any],
     preparation: Mapping[str, Any],
+    train: Sequence[Case] | None = None,
+    validation: Sequence[Case] | None = None,
     label_names: Sequence[str] = (),
-    starts_from: Sequence[str | Path] = (),
-) -> Record:
+    start_weights: Sequence[str | Path] = (),
+    ckpt_dir: str | Path | None = None,
+) -> TrainingRecord:
     """Collect what a training's `model.json` says.
 
     Args:
         dataset_dir: named by its last part.
-        split: the cases of each of :data:`PARTS`, dicts with `image`, and `label` where they are labelled.
-        split_settings: that made the split: `seed`, `fold` and so on.
-        preparation: what scans go through before the network: `modality`, `spacing`, `intensity_range`.
+        split: of :func:`shared_networks.datasets.splits.split_dataset`: cases of each of :data:`PARTS`, dicts with
+            `image`, and `label` where they are labelled.
+        preparation: of scans before the network: `modality`, `spacing`, `intensity_range`, `img_size`.
+        train: the cases that train. By default those of `split`; others are handed over by a program.
+        validation: the cases that choose the model, likewise.
         label_names: in order of value, background first; none for pre-training.
-        starts_from: weights that the training starts from; empty names are passed over. The labelled cases in their
-            records count as seen, whatever the split is now.
+        start_weights: weights to start from, of which the first that is named counts. The labelled cases in its record
+            count as seen, whatever the split is now.
+        ckpt_dir: folder of the training.
 
     Returns:
         `labels` as nnU-Net v2 has them in `dataset.json`; `dataset`, `split` and `preparation`; for each part the
         names of its cases with a digest of each labelled scan; and `seen_before` likewise, of earlier trainings.
 
     Raises:
-        InputError: a record of `starts_from` is of other weights or cannot be read.
+        InputError: a record of the weights to start from is of other weights or cannot be read.
     """
+    parts = {
+        "train": split["train"] if train is None else train,
+        "validation": split["validation"] if validation is None else validation,
+        "test": split["test"],
+    }
+    in_place = parts["train"] is not split["train"]
+    model = Path(ckpt_dir or "") / "model.pt"
+    continued = model if ckpt_dir and in_place and model.is_file() else None
+    start: str | Path = continued or next((file for file in start_weights if file), "")
     seen: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
-    for checkpoint in starts_from:
-        if checkpoint and Path(checkpoint).is_file() and (earlier := read_record(checkpoint)) and earlier["labels"]:
-            for part in seen:
-                seen[part] |= seen_cases(earlier, part)
-    record = {
+    if start and Path(start).is_file() and (earlier := read_record(start)) and earlier["labels"]:
+        for part in seen:
+            seen[part] |= seen_cases(earlier, part)
+    content = {
         "version": __version__,
         "labels": {name: value for value, name in enumerate(label_names)},
         "dataset": dataset_name(dataset_dir),
-        "split": dict(split_settings),
+        "split": dict(getattr(split, "settings", {})),
         "preparation": dict(preparation),
-        **{part: case_digests(split[part]) for part in PARTS},
+        **{part: case_digests(cases) for part, cases in parts.items()},
         "seen_before": seen,
     }
-    return json.loads(json.dumps(record))  # tuples are lists on file
+    record = TrainingRecord(json.loads(json.dumps(content)))  # tuples are lists on file
+    record.in_place, record.model = in_place, continued
+    return record
 
 
 def dataset_name(dataset_dir: str | Path | None) -> str:

@@ -31,9 +31,8 @@ from shared_networks.datasets.dicom import (
     read_series,
     series_of_folder,
 )
-from shared_networks.datasets.lists import find_matches
 from shared_networks.datasets.nifti import grid_problems, is_nifti, read_nifti
-from shared_networks.datasets.pairs import Image, case_name, channel_groups, numbering_problem
+from shared_networks.datasets.pairs import Image, case_name, channel_groups, has_files, numbering_problem
 from shared_networks.datasets.validate import image_problems
 from shared_networks.errors import InputError
 
@@ -57,6 +56,11 @@ class Source(NamedTuple):
     files: tuple[str, ...]
     series: str = ""
     problem: str = ""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels: one file each, one of a series."""
+        return 1 if self.series else len(self.files)
 
 
 class Sources(list[Source]):
@@ -83,19 +87,18 @@ class Scan(NamedTuple):
     affine: NDArray[np.float64]
 
 
-def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None) -> Sources:
-    """Finds all scans.
+def find_scans(dataset_dir: str | Path | None, folder: str = "imagesTr") -> Sources:
+    """Find all scans, for training, preprocessing and inference alike.
 
     Args:
-        dataset_dir: a folder with scans at any depth, or a `.json` file with lists of cases (`training`, `validation`,
-            `test`, ...), whose `image` is a path, or a path a channel, relative to the file. Of a folder that has
-            `imagesTr` only that is read. Folders with `label`, `seg` or `mask` as a word of their name are passed over,
-            and so are results of this package.
-        images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else; see
-            :func:`shared_networks.datasets.lists.pair_patterns`.
+        dataset_dir: a NIfTI file; a folder with scans at any depth; or a `.json` file with lists of cases (`training`,
+            `validation`, `test`, ...), whose `image` is a path, or a path a channel, relative to the file. Folders with
+            `label`, `seg` or `mask` as a word of their name are passed over, and so are results of this package.
+        folder: the only one that is read of an nnU-Net data set, `imagesTr` or `imagesTs`; where `imagesTs` is missing
+            or empty, `imagesTr`.
 
     Returns:
-        Sorted by case, with what was passed over. A case whose files are numbered oddly says so when it is read.
+        Sorted by case, with what was passed over. A case that cannot be read has its `problem`.
 
     Raises:
         InputError: there is no scan; two files are one case; a list cannot be read; or DICOM without SimpleITK.
@@ -103,10 +106,10 @@ def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None)
     if not dataset_dir:
         raise InputError("dataset_dir is not set; pass --dataset_dir FOLDER, the folder that holds the scans")
     root = Path(dataset_dir).resolve()
+    if folder != "imagesTr" and has_files(root / folder):
+        root = root / folder
     found = Sources()
-    if images_glob:
-        found += [_nifti_source(file, root) for file, _ in find_matches(root, "images_glob", images_glob)]
-    elif root.is_file():
+    if root.is_file():
         found += _of_file(root)
     elif root.is_dir():
         found = _in_folder(root, root)
@@ -126,6 +129,16 @@ def find_sources(dataset_dir: str | Path | None, images_glob: str | None = None)
     ordered = Sources(sources[case] for case in sorted(sources))
     ordered.passed_over = found.passed_over
     return ordered
+
+
+def flag_other_channels(sources: Sources) -> None:
+    """Give each case a `problem` that has another number of channels than most, as training takes one number."""
+    counts = Counter(source.channels for source in sources if not source.problem)
+    usual = max(counts, key=lambda count: (counts[count], count), default=1)
+    for index, source in enumerate(sources):
+        if not source.problem and source.channels != usual:
+            problem = f"{source.channels} channel(s), where most cases have {usual}; add what lacks or remove the case"
+            sources[index] = source._replace(problem=problem)
 
 
 def _in_folder(folder: Path, root: Path) -> Sources:
@@ -155,7 +168,7 @@ def read_scan(source: Source, modality: str | None) -> Scan:
     """Reads and checks a scan.
 
     Args:
-        source: as `find_sources` returns it.
+        source: of :func:`find_scans`.
         modality: `"CT"` or `"MR"`; `None` accepts either.
 
     Raises:
@@ -369,25 +382,3 @@ def _read_files(files: Sequence[str]) -> Scan:
         raise BadScanError("; ".join(problems))
     values = [channel.values for channel in channels if channel.values is not None]
     return Scan(np.stack([value.reshape(first.grid[0][:3]) for value in values]), first.grid[1])
-
-
-def find_scans(dataset_dir: str | Path | None, images_glob: str | None = None) -> Sources:
-    """Finds the scans to segment.
-
-    Args:
-        dataset_dir: a NIfTI file; an nnU-Net data set, of which `imagesTs` is read, or `imagesTr` where there is none
-            or nothing in it; or a folder with NIfTI files and DICOM series at any depth (see
-            :mod:`shared_networks.datasets.scans`).
-        images_glob: of the folder read the NIfTI files that this pattern finds, and nothing else.
-
-    Raises:
-        InputError: there is no scan, or DICOM without SimpleITK.
-    """
-    root = Path(dataset_dir or "")
-    if images_glob:
-        return find_sources(dataset_dir, images_glob)
-    if dataset_dir and root.is_file() and is_nifti(root.name):
-        return Sources([Source(case_name(root.name), (str(root.resolve()),))])
-    tested = root / "imagesTs"
-    has_tested = bool(dataset_dir) and tested.is_dir() and any(tested.iterdir())
-    return find_sources(tested if has_tested else dataset_dir)

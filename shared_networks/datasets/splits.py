@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from monai.utils import ensure_tuple
 
+from shared_networks.datasets.cases import find_images
 from shared_networks.datasets.pairs import (
     dataset_folder,
-    find_images,
     find_labels,
     has_files,
     name_of,
@@ -24,6 +24,16 @@ from shared_networks.datasets.record import (
 from shared_networks.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+
+class Split(dict[str, list[Case]]):
+    """Cases by part: `train`, `validation` and `test`.
+
+    Attributes:
+        settings: that made the split, for the record of a training.
+    """
+
+    settings: Mapping[str, Any] = {}
 
 
 def split_cases(
@@ -113,7 +123,8 @@ def report_cases(
         )
     logger.warning(
         "%s has no labels in labelsTs: reporting on the validation cases, which chose the model: the figures are too "
-        "good; hold cases out, in training and here, with --fold 0 --num_folds 5 or --test_fraction 0.2",
+        "good; hold cases out, in training and here, with "
+        "--split#fold 0 --split#num_folds 5 or --split#test_fraction 0.2",
         dataset_dir,
     )
     return validation
@@ -128,8 +139,8 @@ def split_dataset(
     test_fraction: float = 0.0,
     num_train_cases: int | None = None,
     seed: int = 0,
-) -> dict[str, list[Case]]:
-    """Splits cases into training, validation (which chooses the model) and test (which is reported on).
+) -> Split:
+    """Split cases into training, validation (which chooses the model) and test (which is reported on).
 
     All draws depend on the cases' names and the seed, not on their order. First the test cases are set aside, then the
     validation cases, then training is cut to `num_train_cases`; so these two stay the same for any number, and the
@@ -148,8 +159,7 @@ def split_dataset(
         seed: of all draws.
 
     Returns:
-        `{"train": cases, "validation": cases, "test": cases}`, each sorted by case name and without `part`; all empty
-        where there is no case.
+        The cases of each part, sorted by case name and without `part`; all empty where there is no case.
 
     Raises:
         InputError: a setting is out of its range, or leaves too few cases.
@@ -158,8 +168,17 @@ def split_dataset(
         raise InputError(f"fold is {fold} and test_fraction {test_fraction}; give one of them, both choose test cases")
     if not 0 <= test_fraction < 1:
         raise InputError(f"test_fraction is {test_fraction}; give a share of the cases from 0 to below 1")
+    settings = {
+        "seed": seed,
+        "val_cases": list(ensure_tuple(val_cases)),
+        "val_fraction": val_fraction,
+        "fold": fold,
+        "num_folds": num_folds,
+        "test_fraction": test_fraction,
+        "num_train_cases": num_train_cases,
+    }
     if not cases:
-        return {"train": [], "validation": [], "test": []}
+        return _made({"train": [], "validation": [], "test": []}, settings)
     ordered = sorted(cases, key=lambda case: (name_of(case), str(case["image"])))
     listed = {part: [case for case in ordered if case.get("part") == part] for part in ("validation", "test")}
     if fold is not None:
@@ -174,7 +193,13 @@ def split_dataset(
     parts = split_cases([case for case in bare if name_of(case) not in names], val_cases, val_fraction, seed)
     train = _few(parts["train"], num_train_cases, seed)
     test = [case for case in bare if name_of(case) in names]
-    return {"train": train, "validation": parts["validation"], "test": test}
+    return _made({"train": train, "validation": parts["validation"], "test": test}, settings)
+
+
+def _made(parts: dict[str, list[Case]], settings: Mapping[str, Any]) -> Split:
+    split = Split(parts)
+    split.settings = settings
+    return split
 
 
 def _fold(ordered: Sequence[Case], fold: int, num_folds: int, seed: int) -> list[Case]:

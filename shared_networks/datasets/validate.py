@@ -52,7 +52,6 @@ class Finding(NamedTuple):
 def check_cases(
     cases: Sequence[dict[str, Any]],
     num_classes: int | None = None,
-    voxels: bool = True,
     label_names: Sequence[str] = (),
     sides: bool = True,
     modality: str | None = None,
@@ -72,8 +71,6 @@ def check_cases(
     Args:
         cases: dicts with `image` (a file or a list of files, one a channel) and optionally `label`.
         num_classes: background included, so that labels are 0 to `num_classes - 1`; `None` accepts any integers.
-        voxels: with `False` only headers are read, which is fast but finds neither truncated files nor bad values,
-            copies or swapped sides.
         label_names: in order of value, background first; without them sides and absent organs are not checked.
         sides: whether the liver must lie to the right of the spleen, and a right organ to the right of the left one.
             Not so in situs inversus.
@@ -102,8 +99,8 @@ def check_cases(
     def check(job: tuple[str, bool]) -> Finding:
         file, is_label = job
         if is_label:
-            return _check_label(file, voxels, num_classes, label_names, pairs)
-        return _check_image(file, voxels, modality, floor)
+            return _check_label(file, num_classes, label_names, pairs)
+        return _check_image(file, modality, floor)
 
     with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
         scans = pool.map(check, jobs)
@@ -125,7 +122,7 @@ def check_cases(
         problems += [f"{label}: {line}" for line in side_problems(found[label, True].centres, pairs, label_names)]
     if problems:
         raise InputError("\n".join([f"{len(problems)} problem(s) in {len(jobs)} file(s):", *problems]))
-    if voxels and labels and label_names:
+    if labels and label_names:
         _warn_of_absent(label_names, frozenset().union(*(found[label, True].values for label in labels)))
     return cases
 
@@ -160,13 +157,14 @@ def side_problems(
         return []
     listed = ", ".join(f"{label_names[right]} is to the left of {label_names[left]}" for right, left in wrong)
     return [
-        f"left and right are swapped ({listed}); put the affine or the labels right, or pass --check_sides False if "
+        f"left and right are swapped ({listed}); put the affine or the labels right, or pass "
+        "--datalist#check#sides False if "
         "the patient has situs inversus"
     ]
 
 
-def _check_image(file: str, voxels: bool, modality: str | None, floor: float) -> Finding:
-    problems, grid, values = read_nifti(file, voxels)
+def _check_image(file: str, modality: str | None, floor: float) -> Finding:
+    problems, grid, values = read_nifti(file)
     if values is None:
         return Finding(Nifti(problems, grid))
     digest = hashlib.sha1(values.ravel(order="K").data, usedforsecurity=False).digest()
@@ -177,9 +175,9 @@ def _check_image(file: str, voxels: bool, modality: str | None, floor: float) ->
 
 
 def _check_label(
-    file: str, voxels: bool, num_classes: int | None, label_names: Sequence[str], pairs: Sequence[tuple[int, int]]
+    file: str, num_classes: int | None, label_names: Sequence[str], pairs: Sequence[tuple[int, int]]
 ) -> Finding:
-    problems, grid, values = read_nifti(file, voxels, is_label=True)
+    problems, grid, values = read_nifti(file, is_label=True)
     if values is None:
         return Finding(Nifti(problems, grid))
     more = _label_problems(file, values, num_classes)

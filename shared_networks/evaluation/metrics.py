@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.handlers import IgniteMetricHandler, from_engine
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import create_table_neighbour_code_to_surface_area
 from monai.utils import convert_to_numpy
@@ -273,3 +274,23 @@ class OrganDice:
         for organ, value in zip(self.organs, dice.nanmean(dim=0).tolist(), strict=True):
             if not math.isnan(value):
                 engine.state.metrics[f"dice_{organ.replace(' ', '_')}"] = value
+
+
+class OrganMetricHandler(IgniteMetricHandler):
+    """Attach an :class:`OrganMetric` to an evaluator, whose predictions and truths it takes.
+
+    Args:
+        label_names: names in order of label value, background first.
+        nsd_tolerance: see :func:`tolerances_of`; `None` measures no surfaces.
+        truth_key: item of the evaluator's output that holds the truth.
+    """
+
+    def __init__(
+        self,
+        label_names: Sequence[str],
+        nsd_tolerance: float | Mapping[str, float] | None = 2.0,
+        truth_key: str = "label",
+    ) -> None:
+        super().__init__(
+            metric_fn=OrganMetric(label_names, nsd_tolerance), output_transform=from_engine(["pred", truth_key])
+        )

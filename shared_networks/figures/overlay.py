@@ -222,7 +222,7 @@ class OverlayPanel:
 
     def __call__(self, engine: Any) -> None:
         """Draw the first case of a validation."""
-        if engine.state.iteration != 1:
+        if engine.state.rank != 0 or engine.state.iteration != 1:
             return
         case = engine.state.output[0]
         image = np.asarray(case["image"][0].cpu())

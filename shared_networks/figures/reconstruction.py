@@ -100,7 +100,7 @@ class ReconstructionPanel:
 
     def __call__(self, engine: Any) -> None:
         """Draw the first batch of a validation."""
-        if engine.state.iteration != 1:
+        if engine.state.rank != 0 or engine.state.iteration != 1:
             return
         image, output = (engine.state.output[key][:1].float().cpu() for key in ("image", "pred"))
         mask = output[:, -1:]

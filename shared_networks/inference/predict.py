@@ -223,9 +223,8 @@ class Scans(IterableDataset):
             BadScanError: it is of no use, or too large for the memory.
             InputError: its axes are not at right angles.
         """
-        channels = 1 if source.series else len(source.files)
-        if not source.problem and self.in_channels is not None and channels != self.in_channels:
-            raise BadScanError(channel_problem(channels, self.in_channels))
+        if not source.problem and self.in_channels is not None and source.channels != self.in_channels:
+            raise BadScanError(channel_problem(source.channels, self.in_channels))
         if (grid := read_grid(source)) is not None and (free := free_memory()) is not None:
             needed = memory_estimate(*grid, self.spacing, self.classes)
             size = " x ".join(map(str, grid[0]))

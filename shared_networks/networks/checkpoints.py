@@ -13,7 +13,7 @@ import torch
 from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
-from shared_networks.datasets.record import check_preparation, read_record, save_tensors
+from shared_networks.datasets.record import TrainingRecord, check_preparation, read_record, save_tensors
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write
 from shared_networks.networks.hi_end_mae import HiEndMAE
@@ -220,6 +220,31 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
             "the published hi_end_mae_10k.pth, or '' to train from scratch."
         )
     return _load(network, checkpoint, "encoder")
+
+
+def load_start_weights(
+    network: HiEndUNETR, init_weights: str | Path, pretrained_encoder: str | Path, record: TrainingRecord
+) -> LoadReport | None:
+    """Load the weights that the training of a segmenter starts from.
+
+    Args:
+        network: to be loaded.
+        init_weights: a whole segmenter, see :func:`load_segmenter`; an empty string for none.
+        pretrained_encoder: without one, its encoder alone; see :func:`load_encoder`.
+        record: of the training. If it trains on a model in place, that model is loaded later, and the encoder may be
+            missing.
+
+    Returns:
+        The report, None where nothing is loaded.
+
+    Raises:
+        InputError: as :func:`load_segmenter` and :func:`load_encoder`.
+    """
+    if init_weights:
+        return load_segmenter(network, init_weights)
+    if record.model is not None and not Path(pretrained_encoder).is_file():
+        return None
+    return load_encoder(network, pretrained_encoder)
 
 
 def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | None:

@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +30,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shared_networks.datasets.names import find_excluded, read_names
-from shared_networks.datasets.scans import BadScanError, Scan, Source, Sources, find_sources, read_grid, read_scan
+from shared_networks.datasets.scans import (
+    BadScanError,
+    Scan,
+    Source,
+    find_scans,
+    flag_other_channels,
+    read_grid,
+    read_scan,
+)
 from shared_networks.errors import InputError
 from shared_networks.files import UNFINISHED
 from shared_networks.store.format import (
@@ -86,7 +93,7 @@ def prepare(
     """Prepares what is missing or has changed, and lists what cannot be prepared.
 
     Args:
-        dataset_dir: as :func:`find_sources` takes it.
+        dataset_dir: as :func:`find_scans` takes it.
         prepared_dir: the store; it may hold cases of other data sets, which stay.
         preprocessing: from `{"image": [C, H, W, D]}` in source values to RAS, `spacing` and [0, 1].
         modality: `"CT"` or `"MR"`.
@@ -117,8 +124,8 @@ def prepare(
         "format": _FORMAT,
     }
     names = read_names(exclude) if exclude else []
-    sources = find_sources(dataset_dir)
-    _flag_other_channels(sources)
+    sources = find_scans(dataset_dir)
+    flag_other_channels(sources)
     task = Task(Path(prepared_dir).resolve(), preprocessing, settings, min_size, seed)
     task.prepared_dir.mkdir(parents=True, exist_ok=True)
     with _lock(task.prepared_dir):
@@ -147,17 +154,6 @@ def prepare(
             f"{len(failed)} of {len(wanted)} cases failed, more than the share of {max_failed:g} that may "
             f"(max_failed); {task.prepared_dir / 'failed.txt'} lists them, the others are prepared"
         )
-
-
-def _flag_other_channels(sources: Sources) -> None:
-    """Has cases fail whose number of channels is not that of most: a store is of one number."""
-    counts = Counter(1 if source.series else len(source.files) for source in sources if not source.problem)
-    usual = counts.most_common(1)[0][0] if counts else 1
-    for index, source in enumerate(sources):
-        count = 1 if source.series else len(source.files)
-        if not source.problem and count != usual:
-            problem = f"{count} channel(s), where most cases have {usual}; add the others or remove the case"
-            sources[index] = source._replace(problem=problem)
 
 
 def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entry:
@@ -390,10 +386,9 @@ def _cost(source: Source, grid: Any, spacing: Sequence[float]) -> tuple[int, flo
     if grid is None:
         return 0, 0.0
     shape, source_spacing = grid
-    channels = 1 if source.series else len(source.files)
     stored = [int(np.ceil(n * old / new)) for n, old, new in zip(shape, source_spacing, spacing, strict=True)]
     seconds = float(np.prod(shape)) * _SECONDS_A_SOURCE_VOXEL + float(np.prod(stored)) * _SECONDS_A_STORED_VOXEL
-    return volume_bytes((channels, *stored)), channels * seconds
+    return volume_bytes((source.channels, *stored)), source.channels * seconds
 
 
 def _gigabytes(size: int) -> str:

@@ -11,10 +11,13 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines import IterationEvents
 from monai.engines.utils import PrepareBatch, default_prepare_batch
+from monai.handlers import LrScheduleHandler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from shared_networks.errors import InputError
+from shared_networks.training.monitors import TrainingMonitor
 from shared_networks.training.sampler import derived_seed
 
 
@@ -31,6 +34,43 @@ class PrepareBatchSelfSupervised(PrepareBatch):
         """Move the image of ``batchdata`` to ``device``; see :class:`PrepareBatchSelfSupervised`."""
         image, _ = default_prepare_batch({"image": batchdata["image"]}, device, non_blocking, **kwargs)
         return image, image
+
+
+class TrainingHandlers:
+    """Attach to a trainer what every training here needs, in the order in which it has to act.
+
+    These are the schedule, stepped every iteration; :class:`SeedIterations`; :class:`ReduceOnStep`;
+    :class:`StopOnNonFinite`; :class:`ClipGradients`; and :class:`shared_networks.training.monitors.TrainingMonitor`.
+
+    Args:
+        network: bare network (not wrapped for several GPUs).
+        optimizer: its optimiser.
+        lr_scheduler: of the optimiser, in iterations.
+        seed: of the run.
+        max_grad_norm: largest 2-norm of all gradients together; `None` does not clip.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: Any,
+        seed: int,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.handlers: list[Any] = [
+            LrScheduleHandler(lr_scheduler, print_lr=False, epoch_level=False),
+            SeedIterations(seed),
+            ReduceOnStep(),
+            StopOnNonFinite(),
+            ClipGradients(network, max_grad_norm),
+            TrainingMonitor(optimizer),
+        ]
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI trainer."""
+        for handler in self.handlers:
+            handler.attach(engine)
 
 
 class SeedIterations:

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ignite import distributed as idist
 from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from monai.handlers import StatsHandler, TensorBoardStatsHandler, from_engine
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shared_networks.networks.hi_end_mae import HiEndMAE
+
+_LOG_INTERVAL = 10  # iterations between two lines on the terminal
+
+
+class LogHandlers:
+    """Log an engine's metrics to the terminal and TensorBoard, on rank 0 alone.
+
+    Args:
+        log_dir: folder of TensorBoard's files.
+        loss_name: under which a trainer's loss is logged, with a progress bar; empty for an evaluator.
+        description: of the progress bar.
+    """
+
+    def __init__(self, log_dir: str | Path, loss_name: str = "", description: str = "") -> None:
+        self.log_dir = str(log_dir)
+        self.loss_name = loss_name
+        self.description = description
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI engine, after the handlers that add metrics."""
+        if idist.get_rank() != 0:  # asked by all ranks: asking sets up ignite's own view of them
+            return
+        if not self.loss_name:
+            StatsHandler(iteration_log=False).attach(engine)
+            TensorBoardStatsHandler(log_dir=self.log_dir, iteration_log=False).attach(engine)
+            return
+        loss: dict[str, Any] = {"tag_name": self.loss_name, "output_transform": from_engine(["loss"], first=True)}
+        StatsHandler(iteration_log=lambda _, iteration: iteration % _LOG_INTERVAL == 0, **loss).attach(engine)
+        TensorBoardStatsHandler(log_dir=self.log_dir, **loss).attach(engine)
+        ProgressBar(desc=self.description, disable=None).attach(engine)
 
 
 class TrainingMonitor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
+from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shared_networks.networks.unetr import HiEndUNETR
 
@@ -71,3 +74,29 @@ def _layer(name: str, depth: int) -> int:
     if name.startswith("vit.blocks."):
         return int(name.split(".")[2])
     return -1 if name.startswith("vit.patch_embedding.") else depth
+
+
+def warmup_cosine(
+    optimizer: Optimizer,
+    dataloader: Sized,
+    epochs: int,
+    warmup_epochs: int = 0,
+    max_epochs: int | None = None,
+) -> WarmupCosineSchedule:
+    """Make the learning-rate schedule: linear warm-up, whose first step already trains, then cosine to zero.
+
+    Args:
+        optimizer: whose rates are scheduled, iteration by iteration.
+        dataloader: of an epoch; its length counts the iterations.
+        epochs: that the warm-up was chosen for.
+        warmup_epochs: of these epochs.
+        max_epochs: of the trainer, by default `epochs`. MONAI Label sets these alone; the warm-up keeps its share.
+    """
+    total = epochs if max_epochs is None else max_epochs
+    warmup_steps = warmup_epochs * len(dataloader) * total // epochs
+    return WarmupCosineSchedule(
+        optimizer,
+        warmup_steps=warmup_steps,
+        t_total=total * len(dataloader),
+        warmup_multiplier=1 / max(1, warmup_steps),
+    )

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shared_networks.datasets.leaks import check_start, check_unseen
 from shared_networks.datasets.record import (
     Record,
+    TrainingRecord,
     different_settings,
     listed_differences,
     read_record,
@@ -36,8 +37,9 @@ from shared_networks.datasets.record import (
 )
 from shared_networks.errors import InputError
 from shared_networks.files import GO_ON, UNFINISHED, atomic_write
+from shared_networks.training.ema import EMA
 from shared_networks.training.handlers import completes_step
-from shared_networks.training.sampler import DrawSampler
+from shared_networks.training.sampler import SeededSampler
 
 STATES = "state"
 """Folder of the states of a training, in that of its `model.pt`."""
@@ -45,21 +47,14 @@ STATES = "state"
 logger = logging.getLogger(__name__)
 
 
-def check_run_folder(
-    folder: str | Path,
-    resume: bool = False,
-    overwrite: bool = False,
-    in_place: bool = False,
-    record: Record | None = None,
-) -> None:
+def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = False, overwrite: bool = False) -> None:
     """Refuse to train into a folder that holds a model or states of another training, before any work is done.
 
     Args:
         folder: `ckpt_dir`, of `model.pt` and of states in `state`.
-        resume: whether to go on with the newest state. A folder with nothing in it is trained into from the start.
-        overwrite: whether the training that is there is to be removed when this one starts.
-        in_place: whether a model that is there is trained on and replaced by a better one, as MONAI Label does.
-        record: of this training; a model that is trained on must be of the same labels and preparation.
+        record: of this training; a model that is trained on in place must have the same labels and preparation.
+        resume: whether to go on with the newest state. An empty folder is trained into from the start.
+        overwrite: whether an earlier training in the folder is to be removed when this one starts.
 
     Raises:
         InputError: there is a training, and nothing says what to do with it; or settings contradict each other.
@@ -69,7 +64,7 @@ def check_run_folder(
             "resume and overwrite are both set; give --resume True to go on, or --overwrite True to start anew"
         )
     model, states = Path(folder) / "model.pt", sorted((Path(folder) / STATES).glob("state_*.ckpt"))
-    if in_place and not overwrite:
+    if record.in_place and not overwrite:
         check_same_training(model, record)
     elif (model.is_file() or states) and not overwrite and not (resume and states):
         resumable = "--resume True to go on with it" if not resume else "no --resume, as it has no state to resume from"
@@ -77,19 +72,19 @@ def check_run_folder(
             f"{folder}: holds {'a trained model' if model.is_file() else 'an unfinished training'}; give {resumable}, "
             "--overwrite True to remove it and start anew, or another --ckpt_dir"
         )
-    if record is not None and not resume:
+    if not resume:
         try:
-            check_unseen(record, record["seen_before"], model if in_place else "the weights to start from")
+            check_unseen(record, record["seen_before"], record.model or "the weights to start from")
         except InputError as error:
-            if not in_place:
+            if not record.in_place:
                 raise
             logger.warning("%s", error)  # an annotator's cases change their parts as more are labelled
 
 
-def check_same_training(model: Path, record: Record | None) -> None:
+def check_same_training(model: Path, record: Record) -> None:
     """Refuse a model to be trained on in place that is of other labels, or of scans prepared otherwise."""
     before = read_record(model)
-    if record is None or before is None:
+    if before is None:
         return
     labels_and_preparation = ({"label_names": trained_labels(made), **made["preparation"]} for made in (before, record))
     if differing := different_settings(*labels_and_preparation):
@@ -104,13 +99,13 @@ class SaveBestModel:
 
     Args:
         network: bare network (not wrapped for several GPUs).
-        file: where, `models/model.pt`.
+        folder: of the training, `ckpt_dir`; rank 0 writes `model.pt`.
         record: of :func:`shared_networks.datasets.record.training_record`.
     """
 
-    def __init__(self, network: nn.Module, file: str | Path, record: Record) -> None:
+    def __init__(self, network: nn.Module, folder: str | Path, record: Record) -> None:
         self.network = network
-        self.file = file
+        self.file = Path(folder) / "model.pt"
         self.record = record
 
     def attach(self, engine: Engine) -> None:
@@ -120,32 +115,33 @@ class SaveBestModel:
     def __call__(self, engine: Any) -> None:
         """Save, if the evaluator has just found a new best."""
         state = engine.state
-        if state.best_metric_epoch == state.epoch:
+        if state.rank == 0 and state.best_metric_epoch == state.epoch:
             score = {"name": state.key_metric_name, "value": float(state.best_metric), "epoch": state.epoch}
             write_model(self.network.state_dict(), self.file, {**self.record, "score": score})
 
 
-class TrainingState:
+class TrainingRun:
     """What training needs to go on, saved by epoch, by time and on SIGTERM, and read when it starts again.
 
     States are files `state/state_ITERATION.ckpt`, written atomically by rank 0, the newest `keep` kept. They hold
     network, optimiser, schedule, gradient scaler, epoch, iteration, best metric, seed and record, and are read by every
-    rank, so the folder must be one that all machines see. Call :meth:`start`, run the trainer while :attr:`unfinished`,
-    validate while :attr:`unvalidated`, and call :meth:`finish`.
+    rank, so the folder must be one that all machines see.
 
     Args:
         folder: of the run, with `model.pt`, which validation writes (see :class:`SaveBestModel`), and `state`.
         network: bare network.
         optimizer: its optimiser.
         lr_scheduler: stepped every iteration.
-        trainer: MONAI trainer, `trainer.data_loader.sampler` a :class:`shared_networks.training.sampler.DrawSampler`.
+        trainer: MONAI trainer, `trainer.data_loader.sampler` a :class:`shared_networks.training.sampler.SeededSampler`.
         evaluator: MONAI evaluator that the trainer's handlers run.
         record: of :func:`shared_networks.datasets.record.training_record`, shared with :class:`SaveBestModel`.
         seed: of the run.
+        resume: go back to the newest state there is.
+        overwrite: remove an earlier training in the folder.
         every_epochs: save after so many epochs.
         every_minutes: save between as well, after so many minutes without.
         keep: states kept.
-        also: by name, what else has a `state_dict` to be saved and restored; `None` is left out.
+        ema: average of the weights, saved and restored with them.
     """
 
     def __init__(
@@ -156,12 +152,14 @@ class TrainingState:
         lr_scheduler: LRScheduler,
         trainer: Trainer,
         evaluator: Evaluator,
-        record: Record,
+        record: TrainingRecord,
         seed: int = 0,
+        resume: bool = False,
+        overwrite: bool = False,
         every_epochs: int = 1,
         every_minutes: float = 15.0,
         keep: int = 2,
-        also: Mapping[str, Any] | None = None,
+        ema: EMA | None = None,
     ) -> None:
         self.folder = Path(folder) / STATES
         self.model = Path(folder) / "model.pt"
@@ -172,10 +170,12 @@ class TrainingState:
         self.evaluator: Any = evaluator
         self.record = record
         self.seed = seed
+        self.resume = resume
+        self.overwrite = overwrite
         self.every_epochs = every_epochs
         self.every_seconds = 60 * every_minutes
         self.keep = keep
-        self.also = {name: part for name, part in (also or {}).items() if part is not None}
+        self.ema = ema
         self.rank: int = self.trainer.state.rank
         self.validated_epoch = 0
         self.saved_at = time.monotonic()
@@ -194,29 +194,38 @@ class TrainingState:
         """Whether all epochs are trained and the last was not validated, so that the last model might go unsaved."""
         return not self.unfinished and not self.stop_signal and self.validated_epoch < self.trainer.state.max_epochs
 
-    def start(self, resume: bool, overwrite: bool = False, in_place: bool = False) -> None:
-        """Attach to trainer and evaluator, and take up, remove or challenge what is in the folder.
-
-        Args:
-            resume: go back to the newest state there is.
-            overwrite: remove the training that is there.
-            in_place: a `model.pt` that is there is the one to beat: it is validated first, on the validation cases of
-                now, and replaced by a better one only.
+    def run(self) -> None:
+        """Train to the end, validate the last epoch, and save a model in any case.
 
         Raises:
-            InputError: as :func:`check_run_folder`; or no state can be read though there are some, or they are of
-                another network, seed, split or other labels.
+            InputError: as :meth:`start`, or a file cannot be written.
         """
-        check_run_folder(self.model.parent, resume, overwrite, in_place, self.record)
+        self.start()
+        if self.unfinished:
+            self.trainer.run()
+        if self.unvalidated:
+            self.evaluator.run(self.trainer.state.max_epochs)
+        self.finish()
+
+    def start(self) -> None:
+        """Attach to trainer and evaluator; resume, remove or challenge the training in the folder.
+
+        A model that is trained on in place is the one to beat: it is validated first, on the present validation cases.
+
+        Raises:
+            InputError: as :func:`check_run_folder`; or no state can be read though some exist, or they are of another
+                network, seed, split or other labels.
+        """
+        check_run_folder(self.model.parent, self.record, self.resume, self.overwrite)
         found = sorted(self.folder.glob("state_*.ckpt"), reverse=True)
-        if resume and found:
+        if self.resume and found:
             self.load(found)
             self.own = found[::-1]
             for broken_off in self.folder.glob(f"{UNFINISHED}*") if self.rank == 0 else ():
                 broken_off.unlink()
-        elif overwrite:
+        elif self.overwrite:
             self.remove(self.model, record_file(self.model))
-        elif in_place:
+        elif self.record.in_place:
             self.remove()
             self.challenge()
         if dist.is_available() and dist.is_initialized():
@@ -256,8 +265,7 @@ class TrainingState:
     def finish(self) -> None:
         """Save the weights as `model.pt` where there was nothing to validate them on."""
         if self.rank == 0 and not self.unfinished and self.evaluator.state.best_metric_epoch == -1:
-            average = self.also.get("average")
-            weights = getattr(average, "average", None) or self.network.state_dict()
+            weights = getattr(self.ema, "average", None) or self.network.state_dict()
             write_model(weights, self.model, {**self.record, "score": None})
             logger.warning("no validation cases: %s holds the weights at the end of the training", self.model)
 
@@ -330,7 +338,7 @@ class TrainingState:
             "best_metric_epoch": self.evaluator.state.best_metric_epoch,
             "validated_epoch": self.validated_epoch,
             "record": self.record,
-            **{name: part.state_dict() for name, part in self.also.items()},
+            "ema": None if self.ema is None else self.ema.state_dict(),
         }
         file = self.folder / f"state_{at.iteration:09d}.ckpt"
         with atomic_write(file, GO_ON) as unfinished:
@@ -363,9 +371,8 @@ class TrainingState:
             logger.warning("%s is gone: the best model is chosen anew", self.model)
             self.evaluator.state.best_metric_epoch = -1
         self.validated_epoch = state["validated_epoch"]
-        for name, part in self.also.items():
-            if name in state:
-                part.load_state_dict(state[name])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
 
         length, max_epochs = self.trainer.state.epoch_length, self.trainer.state.max_epochs
         iteration, schedule = state["iteration"], state["schedule"]
@@ -384,7 +391,7 @@ class TrainingState:
             group["lr"] = rate
         self.trainer.load_state_dict({"iteration": iteration, "epoch_length": length, "max_epochs": max_epochs})
         sampler, batch = self.trainer.data_loader.sampler, self.trainer.data_loader.batch_size
-        if isinstance(sampler, DrawSampler):
+        if isinstance(sampler, SeededSampler):
             sampler.start = iteration % length * batch
         if self.rank == 0 and self.unfinished:
             print(f"resuming from {file}: iteration {iteration} of {length * max_epochs}", flush=True)

@@ -1,8 +1,7 @@
 """Sample cases so that every random draw depends only on seed, epoch and position.
 
-A crop depends on the seed, the epoch and its place in the epoch's order, and on nothing else: no two places, processes
-or epochs repeat a draw, the number of loading processes does not matter, and training that was interrupted goes on with
-the draws that it would have had.
+No two positions, processes or epochs repeat a draw, the number of loading processes does not matter, and training that
+was interrupted continues with the draws that it would have had.
 """
 
 from __future__ import annotations
@@ -11,62 +10,97 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from monai.data import CacheDataset, DataLoader
 from monai.transforms import Randomizable
-from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 
 class Draw(NamedTuple):
-    """One item of an epoch: the number of a case, and the seed of what is random about it."""
+    """One item of an epoch: the index of a case, and the seed of its random transforms."""
 
     case: int
     seed: int
 
 
 def derived_seed(*numbers: int) -> int:
-    """Mix non-negative numbers, such as (seed, epoch, place), into a seed of 32 bits."""
+    """Mix non-negative numbers, such as (seed, epoch, position), into a seed of 32 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-class DrawSampler(DistributedSampler):
-    """Shuffles the cases anew each epoch, shares them among the processes and gives each draw its own seed.
+class SeededSampler(DistributedSampler):
+    """Shuffle the cases anew each epoch, share them among the processes and give each draw its own seed.
 
-    Arguments are those of :class:`torch.utils.data.DistributedSampler`; MONAI's trainer calls `set_epoch`. With
-    `num_replicas=1` it serves a single process.
+    MONAI's trainer calls `set_epoch`. Without a process group it serves a single process.
+
+    Args:
+        dataset: whose cases are drawn.
+        seed: of the run.
 
     Attributes:
-        start: items of this process to leave out of the next epoch, as they were done before an interruption.
+        start: items of this process to skip in the next epoch, as they were done before an interruption.
     """
 
     start = 0
 
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        super().__init__(
+            dataset,
+            num_replicas=dist.get_world_size() if distributed else 1,
+            rank=dist.get_rank() if distributed else 0,
+            seed=seed,
+        )
+
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
         """Yield this process's share of the epoch."""
         start, self.start = self.start, 0
-        # A case that pads the last batch for even shares has two places, so its draws differ too.
-        places = range(self.rank, self.total_size, self.num_replicas)
-        shares = zip(places, super().__iter__(), strict=True)
-        for number, (place, index) in enumerate(shares):
+        # A case that pads the last batch for even shares has two positions, so its draws differ too.
+        positions = range(self.rank, self.total_size, self.num_replicas)
+        shares = zip(positions, super().__iter__(), strict=True)
+        for number, (position, index) in enumerate(shares):
             if number >= start:
-                yield Draw(index, derived_seed(self.seed, self.epoch, place))
+                yield Draw(index, derived_seed(self.seed, self.epoch, position))
 
 
-class SeededDataset(Dataset):
-    """A MONAI data set that takes a :class:`Draw` in place of an index.
+class SeededCacheDataset(CacheDataset):
+    """MONAI's `CacheDataset`, which also takes a :class:`Draw` for an index.
 
     Args:
-        dataset: data set with a random `transform`, such as :class:`monai.data.CacheDataset`.
+        data: cases.
+        transform: of a case; what is random in it is seeded by the draw.
+        cache_rate: share of the cases whose deterministic transforms are done once; 0 shows no progress bar.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, data: Any, transform: Any, cache_rate: float = 1.0) -> None:
+        super().__init__(data, transform, cache_rate=cache_rate, progress=cache_rate > 0)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __getitem__(self, index: Any) -> Any:
+        """Seed the transform, if the index is a draw, then apply it to the case."""
+        if not isinstance(index, Draw):
+            return super().__getitem__(index)
+        if isinstance(self.transform, Randomizable):
+            self.transform.set_random_state(index.seed)
+        return super().__getitem__(index.case)
 
-    def __getitem__(self, draw: Draw) -> Any:
-        """Seed the transform, then apply it to the case."""
-        transform = self.dataset.transform
-        if isinstance(transform, Randomizable):
-            transform.set_random_state(draw.seed)
-        return self.dataset[draw.case]
+
+class SeededDataLoader(DataLoader):
+    """Load batches of seeded draws, with a :class:`SeededSampler`.
+
+    Args:
+        dataset: a :class:`SeededCacheDataset`.
+        batch_size: cases of a batch.
+        num_workers: loading processes, kept over epochs.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: SeededCacheDataset, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            batch_size=batch_size,
+            sampler=SeededSampler(dataset, seed),
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,118 @@
+"""Write a segmentation bundle that is another one with other labels: FLARE22's from BTCV's.
+
+    python -m shared_networks.bundle.derive --bundle hi_end_mae_flare_seg
+
+The bundle's `facts.yaml` names the bundle it is made from, its labels, validation cases and metadata, and holds the
+sections of its card that differ.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from shared_networks.bundle.config_format import format_config
+from shared_networks.bundle.relabel import RELABELLED, relabelled
+from shared_networks.errors import InputError, report_in_one_line
+from shared_networks.files import atomic_write, read_json
+from shared_networks.settings.command_line import call_with_options
+from shared_networks.settings.kinds import PATH
+
+FACTS = "facts.yaml"
+_NEEDED = {"derived_from": str, "label_names": list, "val_cases": list, "metadata": dict, "words": dict, "card": dict}
+_COPIED = ("LICENSE", "configs/logging.conf")
+
+
+def derived_files(bundle: str | Path) -> dict[str, str]:
+    """Make all files of a bundle that follow from its facts.
+
+    Args:
+        bundle: folder of the bundle, with `facts.yaml`; the bundle that it is made from lies beside it.
+
+    Returns:
+        Texts by path in the bundle.
+
+    Raises:
+        InputError: the facts cannot be read or lack an entry, or the other bundle is missing.
+    """
+    file = Path(bundle) / FACTS
+    try:
+        facts = yaml.safe_load(file.read_text(encoding="utf-8"))
+        wrong = [name for name, kind in _NEEDED.items() if not isinstance(facts.get(name), kind)]
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise InputError(f"{file}: not readable as facts of a bundle ({error}); see the one of FLARE22") from None
+    if wrong:
+        raise InputError(f"{file}: {', '.join(wrong)} missing or of another kind; see the one of FLARE22")
+    source = Path(bundle).resolve().parent / facts["derived_from"]
+    configs = {config.stem: read_json(config) for config in sorted((source / "configs").glob("*.json"))}
+    if missing := [name for name in RELABELLED if name not in configs]:
+        raise InputError(f"{source}: has no configs/{missing[0]}.json; give derived_from a segmentation bundle")
+    configs |= relabelled(configs, facts["label_names"], facts["val_cases"], facts["metadata"])
+    files = {f"configs/{name}.json": format_config(content) for name, content in configs.items()}
+    files |= {name: (source / name).read_text(encoding="utf-8") for name in _COPIED}
+    card = (source / "docs" / "README.md").read_text(encoding="utf-8")
+    sections = {**facts["card"], "Labels": label_table(facts["label_names"])}
+    return {**files, "docs/README.md": derived_card(card, sections, facts["words"])}
+
+
+def label_table(label_names: Sequence[str]) -> str:
+    """Return the section of a card that lists label values and names, in two columns of a Markdown table."""
+    half = -(-len(label_names) // 2)
+    rows = []
+    for value in range(half):
+        other = value + half
+        right = f"{other} | {label_names[other]}" if other < len(label_names) else " | "
+        rows.append(f"| {value} | {label_names[value]} | {right} |")
+    return "\n".join(["| value | organ | value | organ |", "|---|---|---|---|", *rows])
+
+
+def derived_card(card: str, sections: Mapping[str, str], words: Mapping[str, str]) -> str:
+    """Make a card from another bundle's.
+
+    Args:
+        card: Markdown, with sections under headings `## NAME`.
+        sections: texts that replace those of the sections, by name.
+        words: replaced in all other sections, such as `BTCV` by `FLARE22`.
+
+    Raises:
+        InputError: the card has no section of a name.
+    """
+    parts = re.split(r"^(## .+)$", card, flags=re.MULTILINE)
+    names = [heading.removeprefix("## ") for heading in parts[1::2]]
+    if unknown := [name for name in sections if name not in names]:
+        raise InputError(f"{FACTS}: card: there is no section {unknown[0]!r}; there are {', '.join(names)}")
+
+    def reworded(text: str) -> str:
+        for old, new in words.items():
+            text = text.replace(old, new)
+        return text
+
+    made = reworded(parts[0])
+    for heading, name, text in zip(parts[1::2], names, parts[2::2], strict=True):
+        body = f"\n\n{sections[name].strip()}\n\n" if name in sections else reworded(text)
+        made += reworded(heading) + body
+    return made.rstrip() + "\n"
+
+
+def derive(bundle: str) -> None:
+    """Write configs and card of a bundle from its `facts.yaml` and the bundle that it is made from.
+
+    Args:
+        bundle: folder of the bundle.
+
+    Raises:
+        InputError: as :func:`derived_files`, or a file cannot be written.
+    """
+    for path, text in derived_files(bundle).items():
+        with atomic_write(Path(bundle) / path, "give --bundle a folder that can be written") as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    print(f"{bundle}: written")
+
+
+if __name__ == "__main__":
+    report_in_one_line()
+    call_with_options(derive, {"bundle": PATH}, sys.argv[1:])
