@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 class Split(dict[str, list[Case]]):
     """Cases by part: `train`, `validation` and `test`.
 
-    Attributes:
+    Args:
+        parts: the cases.
         settings: that made the split, for the record of a training.
     """
 
-    settings: Mapping[str, Any] = {}
+    def __init__(self, parts: Mapping[str, Sequence[Case]], settings: Mapping[str, Any]) -> None:
+        super().__init__({part: list(cases) for part, cases in parts.items()})
+        self.settings = settings
 
 
 def split_cases(
@@ -178,7 +181,7 @@ def split_dataset(
         "num_train_cases": num_train_cases,
     }
     if not cases:
-        return _made({"train": [], "validation": [], "test": []}, settings)
+        return Split({"train": [], "validation": [], "test": []}, settings)
     ordered = sorted(cases, key=lambda case: (name_of(case), str(case["image"])))
     listed = {part: [case for case in ordered if case.get("part") == part] for part in ("validation", "test")}
     if fold is not None:
@@ -193,13 +196,7 @@ def split_dataset(
     parts = split_cases([case for case in bare if name_of(case) not in names], val_cases, val_fraction, seed)
     train = _few(parts["train"], num_train_cases, seed)
     test = [case for case in bare if name_of(case) in names]
-    return _made({"train": train, "validation": parts["validation"], "test": test}, settings)
-
-
-def _made(parts: dict[str, list[Case]], settings: Mapping[str, Any]) -> Split:
-    split = Split(parts)
-    split.settings = settings
-    return split
+    return Split({"train": train, "validation": parts["validation"], "test": test}, settings)
 
 
 def _fold(ordered: Sequence[Case], fold: int, num_folds: int, seed: int) -> list[Case]:

@@ -337,7 +337,7 @@ class TrainingRun:
             "best_metric": float(self.evaluator.state.best_metric),
             "best_metric_epoch": self.evaluator.state.best_metric_epoch,
             "validated_epoch": self.validated_epoch,
-            "record": self.record,
+            "record": dict(self.record),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
         file = self.folder / f"state_{at.iteration:09d}.ckpt"

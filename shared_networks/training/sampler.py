@@ -37,6 +37,8 @@ class SeededSampler(DistributedSampler):
     Args:
         dataset: whose cases are drawn.
         seed: of the run.
+        num_replicas: processes; by default those of the process group.
+        rank: of this process among them, likewise.
 
     Attributes:
         start: items of this process to skip in the next epoch, as they were done before an interruption.
@@ -44,14 +46,10 @@ class SeededSampler(DistributedSampler):
 
     start = 0
 
-    def __init__(self, dataset: Any, seed: int = 0) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        super().__init__(
-            dataset,
-            num_replicas=dist.get_world_size() if distributed else 1,
-            rank=dist.get_rank() if distributed else 0,
-            seed=seed,
-        )
+    def __init__(self, dataset: Any, seed: int = 0, num_replicas: int | None = None, rank: int | None = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            num_replicas, rank = num_replicas or 1, rank or 0
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
 
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
         """Yield this process's share of the epoch."""

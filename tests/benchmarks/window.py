@@ -29,7 +29,8 @@ from monai.networks.nets import UNETR, SwinUNETR
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, ScaleIntensityRanged, Spacingd
 from torch import Tensor, nn
 
-from shared_networks.datasets.pairs import find_images, find_labels, pair_cases
+from shared_networks.datasets.cases import find_images
+from shared_networks.datasets.pairs import find_labels, pair_cases
 from shared_networks.networks import vit
 from shared_networks.networks.unetr import HiEndUNETR
 from tests.benchmarks.allocation import set_allocation

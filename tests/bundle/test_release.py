@@ -33,6 +33,7 @@ from monai.bundle import ConfigParser
 from shared_networks.bundle.release import bake, bundle_files, check_versions, main, release, with_settings
 from shared_networks.datasets.labels import model_labels
 from shared_networks.datasets.record import read_record, training_record, write_model
+from shared_networks.datasets.splits import Split
 from shared_networks.errors import InputError
 from shared_networks.networks.checkpoints import check_weights
 from shared_networks.synthetic.phantom import label_names
@@ -77,7 +78,9 @@ def tiny_weights(bundle: str, folder: Path, labels: str = "") -> Path:
         split = {"seed": 0, "val_cases": ["validation_Smith"]}
         spacing = {"spacing": [4.0, 4.0, 4.0]}
         write_model(
-            weights, folder / "model.pt", training_record("/data/X", cases, split, spacing, label_names(labels))
+            weights,
+            folder / "model.pt",
+            training_record("/data/X", Split(cases, split), spacing, label_names=label_names(labels)),
         )
     else:
         folder.mkdir(parents=True)

@@ -145,7 +145,7 @@ def made(folder, names):
     """A model and its record."""
     checkpoint = folder / "model.pt"
     parts = {"train": [], "validation": [], "test": []}
-    write_model({"bias": torch.rand(3)}, checkpoint, training_record("", parts, {}, {}, names))
+    write_model({"bias": torch.rand(3)}, checkpoint, training_record("", parts, {}, label_names=names))
     return checkpoint
 
 
@@ -199,7 +199,7 @@ def test_a_relabelled_copy_of_a_bundle_is_a_bundle_of_these_labels(bundle, tmp_p
         changed, before = (json.loads((root / "configs" / config).read_text()) for root in (copy, ROOT / bundle))
         assert changed["label_names"] == names
         differing = {key for key in changed if changed[key] != before[key]}
-        assert list(changed) == list(before) and differing <= {"label_names", "val_cases"}
+        assert list(changed) == list(before) and differing <= {"label_names", "split"}
     channels = json.loads((copy / "configs/metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
     assert channels["num_channels"] == 3 and list(channels["channel_def"].values()) == names
     small = {"network_def#feature_size": 8, "network_def#hidden_size": 48, "network_def#num_heads": 2}

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from shared_networks.datasets.cases import find_cases
-from shared_networks.datasets.lists import pair_patterns, read_list
-from shared_networks.datasets.pairs import UnpairedError, case_name, find_images, find_labels, pair_cases
+from shared_networks.datasets.cases import find_cases, find_images
+from shared_networks.datasets.lists import read_list
+from shared_networks.datasets.pairs import case_name, find_labels, pair_cases
 from shared_networks.datasets.splits import report_cases, split_cases
 from shared_networks.errors import InputError
+from tests.datasets.test_scans import ORIGIN, STRAIGHT, hounsfield, write_series
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -65,9 +66,10 @@ def test_numbers_that_end_case_names_are_not_channels(tmp_path):
     assert relative(tmp_path, find_images(tmp_path)) == ["imagesTr/Tr_0001.nii.gz", "imagesTr/Tr_0002.nii.gz"]
 
 
-def test_files_of_a_flat_folder_are_cases(tmp_path):
+def test_files_at_any_depth_of_a_folder_are_cases(tmp_path):
     touch(tmp_path, "s_0002.nii.gz", "s_0000.nii.gz", "s_0001.nii", "other/x.nii.gz", "readme.md")
-    assert relative(tmp_path, find_images(tmp_path)) == ["s_0000.nii.gz", "s_0001.nii", "s_0002.nii.gz"]
+    expected = ["other/x.nii.gz", "s_0000.nii.gz", "s_0001.nii", "s_0002.nii.gz"]
+    assert relative(tmp_path, find_images(tmp_path)) == expected
 
 
 def test_an_empty_test_set_leaves_the_training_scans(tmp_path):
@@ -83,7 +85,8 @@ def test_the_odd_case_is_blamed_and_not_all_others(tmp_path):
     with pytest.raises(InputError) as caught:
         find_images(tmp_path)
     assert str(caught.value).splitlines() == [
-        f"{tmp_path}/imagesTr/c_0000.nii.gz: 2 channel(s), where most cases have 1; add what lacks or remove the case"
+        f"{tmp_path}/imagesTr/c_0000.nii.gz, {tmp_path}/imagesTr/c_0001.nii.gz: "
+        "2 channel(s), where most cases have 1; add what lacks or remove the case"
     ]
 
 
@@ -113,22 +116,25 @@ def test_an_unset_folder_is_named(find, unset):
         find(unset)
 
 
-@pytest.mark.parametrize("find", [find_images, find_labels])
-def test_a_missing_folder_is_named(find, tmp_path):
+@pytest.mark.parametrize(("find", "kind"), [(find_images, "file or folder"), (find_labels, "folder")])
+def test_a_missing_folder_is_named(find, kind, tmp_path):
     with pytest.raises(InputError) as caught:
         find(tmp_path / "nowhere")
-    assert str(caught.value).startswith(f"{tmp_path}/nowhere: no such folder; pass --dataset_dir")
+    assert str(caught.value).startswith(f"{tmp_path}/nowhere: no such {kind}; pass --dataset_dir")
 
 
-def test_folders_without_scans_are_named_with_the_layouts(tmp_path):
+def test_folders_without_scans_are_named_with_what_is_read(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
     with pytest.raises(InputError) as caught:
         find_images(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: no NIfTI file (.nii.gz or .nii); the layouts read are imagesTr/NAME_0000.nii.gz in the data set "
-        "and, for images, a flat folder of scans"
+        f"{tmp_path}: no scan found; read are NIfTI (.nii.gz or .nii), DICOM series and .json lists of cases"
     )
-    (tmp_path / "imagesTr").mkdir()
-    with pytest.raises(InputError, match="imagesTr: no NIfTI file"):
+
+
+def test_dicom_is_no_image_to_train_on(tmp_path):
+    write_series(tmp_path / "series", hounsfield((20, 24, 8)), STRAIGHT, ORIGIN)
+    with pytest.raises(InputError, match="a DICOM series; training reads NIfTI: convert it, or pre-train from a store"):
         find_images(tmp_path)
 
 
@@ -272,66 +278,10 @@ def test_report_cases_are_those_held_out_and_else_the_test_set(tmp_path, caplog)
         report_cases("", cases("a"))
 
 
-def pairs(root: Path, found: list[dict]) -> list[tuple[str, str]]:
-    return [tuple(relative(root, [case["image"], case["label"]])) for case in found]
-
-
-def test_patterns_pair_by_what_varies_and_not_by_position(tmp_path):
-    touch(tmp_path, *(f"{kind}-{n}.nii.gz" for kind in ("volume", "labels") for n in (0, 2, 10)), "readme.txt")
-    expected = [(f"volume-{n}.nii.gz", f"labels-{n}.nii.gz") for n in (0, 10, 2)]
-    assert pairs(tmp_path, pair_patterns(tmp_path, "volume-*.nii.gz", "labels-*.nii.gz")) == expected
-    absolute = find_cases(tmp_path, f"{tmp_path}/volume-*.nii.gz", f"{tmp_path}/labels-*.nii.gz")
-    assert pairs(tmp_path, absolute) == expected
-    chosen = find_cases(str(tmp_path), "volume-[!2]*.nii.gz", "labels-[!2]*.nii.gz")
-    assert pairs(tmp_path, chosen) == [expected[0], expected[1]]
-    one = find_cases(tmp_path, "volume-?.nii.gz", "labels-?.nii.gz")
-    assert pairs(tmp_path, one) == [expected[0], expected[2]]
-
-
-def test_patterns_over_folders(tmp_path):
-    root = touch(tmp_path / "odd [1]", "x/ct_a.nii", "x/seg_a.nii", "x/y/ct_b.nii", "x/y/seg_b.nii", "ct_c.nii")
-    touch(root, "seg_c.nii")
-    found = find_cases(root, "**/ct_*.nii", "**/seg_*.nii")
-    assert pairs(root, found) == [
-        ("ct_c.nii", "seg_c.nii"),
-        ("x/ct_a.nii", "x/seg_a.nii"),
-        ("x/y/ct_b.nii", "x/y/seg_b.nii"),
-    ]
-
-
-def test_patterns_list_all_that_is_without_partner(tmp_path):
-    touch(tmp_path, "volume-1.nii.gz", "volume-2.nii.gz", "labels-2.nii.gz", "labels-3.nii.gz")
-    with pytest.raises(UnpairedError) as caught:
-        pair_patterns(tmp_path, "volume-*.nii.gz", "labels-*.nii.gz")
-    assert caught.value.problems == [
-        f"{tmp_path}/volume-1.nii.gz: no label; add the label labels-1.nii.gz or remove the image",
-        f"{tmp_path}/labels-3.nii.gz: no image; add the image volume-3.nii.gz or remove the label",
-    ]
-    assert pairs(tmp_path, caught.value.pairs) == [("volume-2.nii.gz", "labels-2.nii.gz")]
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        ("a*.nii", "", "labels_glob is not set; give both"),
-        ("", "a*.nii", "images_glob is not set; give both"),
-        ("a*.nii", "*/a*.nii", r"1 wildcard\(s\) and labels_glob '\*/a\*.nii' 2"),
-        ("a.nii", "b.nii", "at least one"),
-        ("[]]x*.nii", "a?.nii", r"images_glob: '\[\]\]x\*.nii' is too intricate"),
-        ("a*.nii", "z*.nii", r"labels_glob: 'z\*.nii' finds no file in"),
-        ("liver-*.mhd", "a*.nii", r"finds 1 file\(s\) that are no NIfTI, such as .*liver-1.mhd; .*convert"),
-    ],
-)
-def test_patterns_that_cannot_be(tmp_path, images, labels, message):
-    touch(tmp_path, "a1.nii", "]x1.nii", "liver-1.mhd")
-    with pytest.raises(InputError, match=message):
-        find_cases(tmp_path, images, labels)
-
-
 def test_scans_that_must_be_converted_first_are_named(tmp_path):
     touch(tmp_path, "imagesTr/liver-orig001.mhd", "imagesTr/liver-orig001.raw", "labelsTr/x.nii.gz")
     with pytest.raises(
-        InputError, match=r"and, for images, a flat folder of scans; convert its \.mhd files to \.nii\.gz"
+        InputError, match=r"no scan found; .*\n.*liver-orig001\.mhd: passed over: neither NIfTI nor DICOM; convert it"
     ):
         find_cases(tmp_path)
 

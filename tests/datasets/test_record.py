@@ -28,7 +28,7 @@ SPACING = {"modality": "CT", "spacing": (1.0, 2.0, 5.0), "intensity_range": (-17
 
 
 def a_record(*labels: str, spacing: Any = None) -> Record:
-    return training_record("", {part: [] for part in PARTS}, {}, spacing or SPACING, labels)
+    return training_record("", {part: [] for part in PARTS}, spacing or SPACING, label_names=labels)
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_labelled_scans_are_known_by_what_is_in_them(tmp_path: Path) -> None:
     a, b, copy, second = (str(tmp_path / f"{name}.nii.gz") for name in ("a_0000", "b_0000", "copy_0000", "a_0001"))
     labelled = [{"image": image, "label": "x"} for image in (a, b, copy)]
     split = {"train": labelled, "validation": [{"image": [a, second], "label": "x"}], "test": [{"image": b}]}
-    record = training_record(tmp_path, split, {}, {})
+    record = training_record(tmp_path, split, {})
     assert record["dataset"] == tmp_path.name
     train = record["train"]
     assert list(train) == ["a", "b", "copy"] and train["a"] == train["copy"] != train["b"]

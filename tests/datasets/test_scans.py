@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shared_networks.datasets.names import find_excluded, read_names
-from shared_networks.datasets.scans import BadScanError, Source, find_sources, read_grid, read_scan
+from shared_networks.datasets.scans import BadScanError, Source, find_scans, read_grid, read_scan
 from shared_networks.errors import InputError
 
 SHAPE = (10, 8, 6)
@@ -78,7 +78,7 @@ def even(values: np.ndarray) -> np.ndarray:
 
 
 def names(folder: Path) -> list[str]:
-    return [source.case for source in find_sources(folder)]
+    return [source.case for source in find_scans(folder)]
 
 
 def test_nnunet_groups_channels_and_leaves_labels_out(tmp_path):
@@ -87,7 +87,7 @@ def test_nnunet_groups_channels_and_leaves_labels_out(tmp_path):
         save(root / "imagesTr" / name)
     save(root / "labelsTr" / "a.nii.gz")
     save(root / "imagesTs" / "t_0000.nii.gz")
-    a, b = find_sources(root)
+    a, b = find_scans(root)
     assert (a.case, b.case) == ("BTCV/imagesTr/a", "BTCV/imagesTr/b")
     assert b.files == (str(root / "imagesTr" / "b_0000.nii.gz"), str(root / "imagesTr" / "b_0001.nii.gz"))
 
@@ -102,7 +102,7 @@ def test_flat_nested_and_data_sets_within(tmp_path):
     (root / "._x.nii").write_bytes(b"macOS")
     (root / "notes.txt").write_text("no scan")
     assert names(root) == ["all/FLARE/imagesTr/FLARE22_Tr_0001", "all/p1/day_2/ct", "all/x"]
-    assert find_sources(root).passed_over == {f"{root}/p1/segmentations": "its name says that it holds labels"}
+    assert find_scans(root).passed_over == {f"{root}/p1/segmentations": "its name says that it holds labels"}
 
 
 def test_a_list_of_cases_as_decathlon_has_it(tmp_path):
@@ -113,25 +113,25 @@ def test_a_list_of_cases_as_decathlon_has_it(tmp_path):
     training = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}, {"image": "../elsewhere/c.nii.gz"}]
     content = {"name": "spleen", "labels": {"0": "background"}, "training": training, "test": ["./imagesTs/b.nii.gz"]}
     (root / "dataset.json").write_text(json.dumps(content))
-    found = find_sources(root / "dataset.json")
+    found = find_scans(root / "dataset.json")
     assert [s.case for s in found] == ["Task09/elsewhere/c", "Task09/imagesTr/a", "Task09/imagesTs/b"]
     assert all(Path(s.files[0]).is_file() for s in found)
     (root / "dataset.json").write_text("{")
     with pytest.raises(InputError, match=r"dataset\.json: not readable as a list of cases"):
-        find_sources(root / "dataset.json")
+        find_scans(root / "dataset.json")
 
 
 def test_what_cannot_be_found_is_said(tmp_path):
     with pytest.raises(InputError, match="dataset_dir is not set"):
-        find_sources("")
+        find_scans("")
     with pytest.raises(InputError, match="no such file or folder"):
-        find_sources(tmp_path / "nowhere")
+        find_scans(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no scan found; read are NIfTI"):
-        find_sources(tmp_path)
+        find_scans(tmp_path)
     save(tmp_path / "a.nii")
     save(tmp_path / "a_0000.nii.gz")
     save(tmp_path / "b.nii")
-    odd, good = find_sources(tmp_path)  # one odd name costs its case alone
+    odd, good = find_scans(tmp_path)  # one odd name costs its case alone
     assert (odd.case, good.case, good.problem) == (f"{tmp_path.name}/a", f"{tmp_path.name}/b", "")
     with pytest.raises(BadScanError, match="one case needs one file a channel, named a_0000, a_0001"):
         read_scan(odd, "CT")
@@ -143,11 +143,11 @@ def test_two_files_of_one_case_are_refused(tmp_path):
         save(tmp_path / folder / "a.nii")
     listed = ["x/a.nii", "y/../y/a.nii", "x/a.nii"]
     (tmp_path / "list.json").write_text(json.dumps(listed))
-    assert len(find_sources(tmp_path / "list.json")) == 2  # named twice is no harm
+    assert len(find_scans(tmp_path / "list.json")) == 2  # named twice is no harm
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "list.json").write_text(json.dumps(["../x/a.nii", "x/a.nii"]))
     with pytest.raises(InputError, match=r"both are the case in/x/a; rename one"):
-        find_sources(tmp_path / "in" / "list.json")
+        find_scans(tmp_path / "in" / "list.json")
 
 
 @pytest.mark.parametrize("axes", [np.eye(3), OBLIQUE, np.eye(3)[:, [0, 2, 1]] * [1, -1, -1]])
@@ -155,7 +155,7 @@ def test_dicom_equals_nifti(tmp_path, axes):
     pytest.importorskip("SimpleITK")
     values = even(hounsfield())
     affine = np.diag([-1, -1, 1, 1]) @ write_series(tmp_path / "study" / "series", values, axes)
-    [source] = find_sources(tmp_path / "study")
+    [source] = find_scans(tmp_path / "study")
     assert source.case == "study/series"
     assert len(source.files) == SHAPE[2]
     scan = read_scan(source, "CT")
@@ -174,7 +174,7 @@ def test_several_series_in_a_folder_are_several_cases(tmp_path):
     write_series(tmp_path / "d", even(hounsfield(seed=3)), uid="1.2.6")
     write_series(tmp_path / "d", even(hounsfield((4, 4, 2))), uid="1.2.7", Modality="SR")
     assert names(tmp_path / "d") == ["d/1.2.5", "d/1.2.6"]
-    np.testing.assert_array_equal(read_scan(find_sources(tmp_path / "d")[1], "CT").image[0], even(hounsfield(seed=3)))
+    np.testing.assert_array_equal(read_scan(find_scans(tmp_path / "d")[1], "CT").image[0], even(hounsfield(seed=3)))
 
 
 BAD_SERIES = {
@@ -201,7 +201,7 @@ def test_bad_series(tmp_path, reason):
     if drop is not None:
         order = np.random.default_rng(1).permutation(8)
         (tmp_path / "d" / f"1.2.5.{order[drop]}").unlink()
-    [source] = find_sources(tmp_path / "d")
+    [source] = find_scans(tmp_path / "d")
     with pytest.raises(BadScanError, match=reason):
         read_scan(source, "CT")
 
@@ -211,7 +211,7 @@ def test_truncated_slice(tmp_path):
     write_series(tmp_path / "d", even(hounsfield()), uid="1.2.5")
     file = tmp_path / "d" / "1.2.5.2"
     file.write_bytes(file.read_bytes()[:-60])
-    sources = find_sources(tmp_path / "d")
+    sources = find_scans(tmp_path / "d")
     with pytest.raises(BadScanError, match="slices are missing"):
         read_scan(sources[0], "CT")
     assert sources.passed_over == {str(file): "not readable as DICOM, with 0 others of its folder"}
@@ -221,7 +221,7 @@ def test_dicom_without_simpleitk_says_what_to_install(tmp_path, monkeypatch):
     write_series(tmp_path / "d", even(hounsfield()))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"not installed; pip install SimpleITK"):
-        find_sources(tmp_path / "d")
+        find_scans(tmp_path / "d")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from shared_networks.datasets.leaks import check_evaluation, check_start, check_unseen
 from shared_networks.datasets.pairs import case_name
 from shared_networks.datasets.record import training_record, write_model
-from shared_networks.datasets.splits import split_dataset
+from shared_networks.datasets.splits import Split, split_dataset
 from shared_networks.errors import InputError
 
 BTCV = [f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))]
@@ -103,9 +103,10 @@ def test_splits_that_cannot_be(settings, message):
         split(BTCV, **settings)
 
 
-def record(found: dict, dataset: str = "/data/ours", starts_from: tuple = (), **settings) -> dict:
+def record(found: dict, dataset: str = "/data/ours", start_weights: tuple = (), **settings) -> dict:
     settings = {"seed": 0, "fold": None, "num_folds": 3, "num_train_cases": None, **settings}
-    return training_record(dataset, found, settings, {}, ["background", "liver"], starts_from)
+    names = ["background", "liver"]
+    return training_record(dataset, Split(found, settings), {}, label_names=names, start_weights=start_weights)
 
 
 def scans(folder: Path, names: str, rename: str = "") -> dict[str, dict]:
@@ -149,7 +150,7 @@ def test_a_report_with_other_settings_than_the_trainings(tmp_path, model, settin
     assert str(caught.value).startswith(
         f"{model.with_suffix('.json')}: the model was trained with another split: {said}"
     )
-    assert str(caught.value).endswith("Give the settings of training: --seed 0 --fold 1 --num_folds 3")
+    assert str(caught.value).endswith("Give the settings of training: --seed 0 --split#fold 1 --split#num_folds 3")
 
 
 @pytest.mark.parametrize(
@@ -213,10 +214,10 @@ def test_the_only_case_may_train_choose_and_be_reported_on(tmp_path):
 
 def test_weights_that_have_seen_test_or_validation_cases_are_no_start(tmp_path, model):
     ours = scans(tmp_path / "ours", "abcdef")
-    again = record(parts(ours, "ab", "c", "d"), starts_from=(model, "", tmp_path / "none.pt"))
+    again = record(parts(ours, "ab", "c", "d"), start_weights=(model, "", tmp_path / "none.pt"))
     assert {part: set(found) for part, found in again["seen_before"].items()} == {"train": {*"ab"}, "validation": {"c"}}
     check_unseen(again, again["seen_before"], "weights")
-    mixed = record(parts(ours, "d", "a", "bc"), starts_from=(model,))
+    mixed = record(parts(ours, "d", "a", "bc"), start_weights=(model,))
     with pytest.raises(InputError) as caught:
         check_unseen(mixed, mixed["seen_before"], "weights")
     assert str(caught.value) == (
@@ -225,6 +226,6 @@ def test_weights_that_have_seen_test_or_validation_cases_are_no_start(tmp_path, 
         "the cases as they were split there"
     )
     write_model({}, tmp_path / "next.pt", again)
-    third = record(parts(ours, "d", "e", "b"), starts_from=(tmp_path / "next.pt",))
+    third = record(parts(ours, "d", "e", "b"), start_weights=(tmp_path / "next.pt",))
     with pytest.raises(InputError, match=r"b \(1 in all\) trained and would now test"):
         check_unseen(third, third["seen_before"], "weights")

@@ -52,15 +52,14 @@ def problems(cases: list[dict], **settings) -> list[str]:
 
 
 @pytest.mark.parametrize("affine", [LPS, OBLIQUE], ids=["LPS", "oblique"])
-@pytest.mark.parametrize("voxels", [True, False])
-def test_good_cases_come_back_as_they_are(save, affine, voxels, caplog):
+def test_good_cases_come_back_unchanged(save, affine, caplog):
     blocks = np.zeros(SHAPE, np.uint8)
     blocks[1:4], blocks[5:8, :3], blocks[5:8, 4:] = 1, 2, 3
     case = {"image": save("a_0000.nii.gz", hounsfield(), affine), "label": save("a.nii.gz", blocks, affine)}
     second = {"image": [save(f"b_000{c}.nii", hounsfield(seed=1), affine) for c in range(2)], "label": case["label"]}
     cases = [case, second, case]
     copy = [dict(c) for c in cases]
-    assert check_cases(cases, num_classes=4, voxels=voxels) is cases
+    assert check_cases(cases, num_classes=4) is cases
     assert cases == copy
     assert caplog.text == ""
 
@@ -95,11 +94,10 @@ def test_missing_file(tmp_path):
     assert problems([{"image": file}]) == [f"{file}: no such file; correct the path or remove the case"]
 
 
-def test_truncated_gzip_is_found_by_reading_voxels_only(save):
+def test_truncated_gzip_is_found(save):
     file = save("a_0000.nii.gz", hounsfield((60, 50, 40)))
     content = Path(file).read_bytes()
     Path(file).write_bytes(content[: len(content) // 2])
-    check_cases([{"image": file}], voxels=False)
     [line] = problems([{"image": file}])
     assert line.startswith(f"{file}: cannot be read (EOFError: Compressed file ended before the end-of-stream marker")
     assert line.endswith("; copy or download it again")
@@ -129,10 +127,9 @@ def test_other_unreadable_files(save, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 7, 5, 3), (9, 7, 5, 1, 2)])
-@pytest.mark.parametrize("voxels", [True, False])
-def test_images_that_are_not_3d(save, shape, voxels):
+def test_images_that_are_not_3d(save, shape):
     file = save("a_0000.nii.gz", hounsfield(shape))
-    [line] = problems([{"image": file}], voxels=voxels)
+    [line] = problems([{"image": file}])
     assert line.startswith(f"{file}: shape {shape} is not 3D; save each volume as a file of its own")
 
 
@@ -141,7 +138,7 @@ def test_spacings_that_nibabel_would_mend_silently(save, spacing):
     file = save("a_0000.nii", hounsfield())
     patch_header(file, "pixdim3", np.float32([spacing]))
     expected = f"{file}: spacing (1.5, 0.8, {spacing}) mm in pixdim is not positive; write the true one into the header"
-    assert problems([{"image": file}], voxels=False) == [expected]
+    assert problems([{"image": file}]) == [expected]
 
 
 @pytest.mark.parametrize("row", [[0, 0, 0, -40], [0, 0, np.nan, -40]])
@@ -150,13 +147,13 @@ def test_singular_and_nan_affines(save, row):
     patch_header(file, "srow_z", np.float32(row))
     text = f"[[-1.5, 0.0, 0.0, 20.0], [0.0, -0.8, 0.0, 30.0], {[float(value) for value in row]}]"
     expected = f"{file}: affine {text} is singular or not finite; write the true one into the header"
-    assert problems([{"image": file}], voxels=False) == [expected]
+    assert problems([{"image": file}]) == [expected]
 
 
 def test_header_whose_spacing_makes_monai_drop_the_affine(save):
     file = save("a_0000.nii", hounsfield(), OBLIQUE)
     patch_header(file, "pixdim3", np.float32([2.0]))
-    [line] = problems([{"image": file}], voxels=False)
+    [line] = problems([{"image": file}])
     loaded = LoadImaged("image")({"image": file})["image"]
     np.testing.assert_allclose(np.linalg.norm(loaded.affine[:3, :3], axis=0), [1.5, 0.8, 2.0], rtol=1e-6)
     np.testing.assert_allclose(nib.load(file).affine, OBLIQUE, atol=1e-6)
@@ -207,7 +204,6 @@ def test_label_values_that_are_no_classes(save):
     fix = "are not among the 4 classes, 0 to 3; map them to those or change the number of classes"
     expected = [f"{cases[0]['label']}: label values 4, 200 {fix}", f"{cases[1]['label']}: label values -1 {fix}"]
     assert problems(cases, num_classes=4) == expected
-    check_cases(cases, num_classes=4, voxels=False)
     check_cases(cases)
     many = {"image": cases[0]["image"], "label": save("many.nii", np.arange(315, dtype=np.int16).reshape(SHAPE))}
     assert "label values 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, ... are not" in problems([many], num_classes=4)[0]
@@ -235,7 +231,6 @@ def test_voxels_that_are_nan_or_infinite(save):
     image, label = save("a_0000.nii.gz", values), save("a.nii.gz", values)
     fix = "3 of 315 voxels are NaN or infinite; replace them or export the file again"
     assert problems([{"image": image, "label": label}]) == [f"{image}: {fix}", f"{label}: {fix}"]
-    check_cases([{"image": image}], voxels=False)
 
 
 @pytest.mark.parametrize("value", [0, -1024])
@@ -346,10 +341,9 @@ def test_sides_are_the_patients(save, affine, caplog):
     assert line == (
         f"{swapped['label']}: left and right are swapped (liver is to the left of spleen, "
         "right kidney is to the left of left kidney); put the affine or the labels right, "
-        "or pass --check_sides False if the patient has situs inversus"
+        "or pass --datalist#check#sides False if the patient has situs inversus"
     )
     check_cases([swapped], num_classes=5, label_names=NAMES, sides=False)
-    check_cases([swapped], num_classes=5, label_names=NAMES, voxels=False)
     check_cases([swapped], num_classes=5)
     one_side = save("c.nii.gz", np.where(body(swapped=True) == 1, 1, 0).astype(np.uint8), affine)
     check_cases([{"image": image, "label": one_side}], num_classes=5, label_names=NAMES)
@@ -391,5 +385,4 @@ def test_copies_of_a_labelled_image_are_refused(save):
     cases = [{"image": file, "label": save(f"{n}.nii.gz", organs())} for n, file in zip("abc", files, strict=True)]
     expected = [f"{files[2]}: the same voxels as {files[0]}; remove one, or a scan may both train and test"]
     assert problems(cases, num_classes=4) == expected
-    check_cases(cases, num_classes=4, voxels=False)
     check_cases([{"image": file} for file in files])  # without labels a copy does no harm

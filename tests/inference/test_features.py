@@ -217,4 +217,4 @@ def test_weights_and_data_are_checked_first(datasets: dict[str, Path], tmp_path:
     assert "none.pt: no trained weights there" in str(input_error_in(error.value))
     with pytest.raises(RuntimeError) as error:
         workflow(dataset_dir=str(tmp_path / "none")).run()
-    assert "none: no such folder" in str(input_error_in(error.value))
+    assert "none: no such file or folder" in str(input_error_in(error.value))

@@ -36,7 +36,7 @@ def write(file: Path, values: np.ndarray | None = None, affine: np.ndarray = AFF
 
 
 def scans(folder: Path, **settings: Any) -> Scans:
-    return Scans(find_scans(folder), PREPARE, (2.0, 2.0, 2.0), 3, **settings)
+    return Scans(find_scans(folder, "imagesTs"), PREPARE, (2.0, 2.0, 2.0), 3, **settings)
 
 
 def test_scans_are_found_in_every_layout(tmp_path: Path) -> None:
@@ -45,30 +45,11 @@ def test_scans_are_found_in_every_layout(tmp_path: Path) -> None:
     for name in ("imagesTr/x_0000.nii.gz", "imagesTs/y_0000.nii.gz", "labelsTs/y.nii.gz"):
         write(tmp_path / "nnunet" / name)
     assert [s.case for s in find_scans(tmp_path / "flat")] == ["flat/a", "flat/deep/b"]
-    assert [s.case for s in find_scans(tmp_path / "nnunet")] == ["imagesTs/y"]
-    assert find_scans(one) == [Source("a", (str(one),))]
+    assert [s.case for s in find_scans(tmp_path / "nnunet", "imagesTs")] == ["imagesTs/y"]
+    assert [s.case for s in find_scans(tmp_path / "nnunet")] == ["nnunet/imagesTr/x"]
+    assert find_scans(one) == [Source("flat/a", (str(one),))]
     with pytest.raises(InputError, match="dataset_dir is not set"):
         find_scans("")
-
-
-def test_scans_of_a_pattern_are_found_as_training_finds_them(tmp_path: Path) -> None:
-    for name in ("s/1_ct.nii.gz", "s/1_seg.nii.gz", "s/2_ct_0000.nii", "deep/s/3_ct.nii.gz", "imagesTs/y_0000.nii.gz"):
-        write(tmp_path / name)
-    root = tmp_path.name
-
-    def cases(pattern: str) -> list[str]:
-        return [source.case for source in find_scans(str(tmp_path), pattern)]
-
-    assert cases("s/*_ct.nii.gz") == cases(f"{tmp_path}/s/*_ct.nii.gz") == [f"{root}/s/1_ct"]
-    assert cases("**/*_ct*.nii*") == [f"{root}/deep/s/3_ct", f"{root}/s/1_ct", f"{root}/s/2_ct"]
-    assert find_scans(tmp_path, "s/1_ct.nii.gz") == [Source(f"{root}/s/1_ct", (str(tmp_path / "s/1_ct.nii.gz"),))]
-    with pytest.raises(InputError, match=r"images_glob: 'x/\*.nii' finds no file in "):
-        cases("x/*.nii")
-    write(tmp_path / "s" / "1_ct.nii")
-    with pytest.raises(InputError, match="/s/1_ct; rename one"):
-        cases("s/1_ct.*")
-    with pytest.raises(InputError, match="dataset_dir is not set"):
-        find_scans("", "*.nii")
 
 
 def test_files_are_scans_of_their_own_whatever_their_folders(tmp_path: Path) -> None:

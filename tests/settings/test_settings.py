@@ -101,29 +101,25 @@ VALUES: list[tuple[tuple[str, ...], str, str, Any]] = [
     (TRAIN, "amp", "yes", True),
     (TRAIN, "amp", "OFF", False),
     (TRAIN, "amp", "0", False),
-    (TRAIN, "freeze_encoder", "no", False),
-    (TRAIN, "freeze_encoder", "false", False),
+    (TRAIN, "overwrite", "no", False),
+    (TRAIN, "overwrite", "false", False),
     (TRAIN, "resume", "TRUE", True),
     (TRAIN, "spacing", "4", [4, 4, 4]),
     (TRAIN, "spacing", "1.5,1.5,3", [1.5, 1.5, 3]),
     (TRAIN, "img_size", "48", [48, 48, 48]),
-    (TRAIN, "val_cases", "1", ["1"]),
-    (TRAIN, "val_cases", "[1,2]", ["1", "2"]),
-    (TRAIN, "val_cases", "0012", ["0012"]),
-    (TRAIN, "val_cases", "[0012, 1_000, 'a, b']", ["0012", "1_000", "a, b"]),
-    (TRAIN, "val_cases", "img0035", ["img0035"]),
+    (TRAIN, "label_names", "[0012, 1_000, 'a, b']", ["0012", "1_000", "a, b"]),
     (TRAIN, "label_names", "['background', 'None', '1']", ["background", "None", "1"]),
     (TRAIN, "flip_axes", "1", [1]),
     (TRAIN, "flip_axes", "[]", []),
     (TRAIN, "flip_axes", "0,2", [0, 2]),
     (TRAIN, "learning_rate", "1e-3", 0.001),
     (TRAIN, "epochs", "1e2", 100),
-    (TRAIN, "fold", "None", None),
-    (TRAIN, "images_glob", "null", None),
+    (TRAIN, "max_grad_norm", "None", None),
+    (TRAIN, "images", "null", None),
     (TRAIN, "images", "['a#1.nii.gz', 20261125]", ["a#1.nii.gz", "20261125"]),
     (TRAIN, "modality", "mr", "MR"),
     (TRAIN, "device", "cpu", torch.device("cpu")),
-    (TRAIN, "train_precision", "bfloat16", torch.bfloat16),
+    (TRAIN, "precision", "bfloat16", torch.bfloat16),
     (TRAIN, "num_classes", "5", 5),
     (TRAIN, "cache_rate", "0.5", 0.5),
     (INFERENCE, "checkpoints", "fold#1.pt", ["fold#1.pt"]),
@@ -231,7 +227,7 @@ REFUSED = [
     (TRAIN, "flip_axes", "3", "give axes out of 0 (left-right)"),
     (TRAIN, "flip_axes", "[1,1]", "give axes out of 0 (left-right)"),
     (TRAIN, "output_dir", "", "give a path"),
-    (TRAIN, "layer_decay", "0", "give a number above 0 and at most 1"),
+    (TRAIN, "optimizer#params#layer_decay", "0", "give a number above 0 and at most 1"),
     (TRAIN, "modality", "PET", "give CT or MR"),
     (TRAIN, "label_names", "liver", "give a list of two names or more"),
     (TRAIN, "label_names", "@dataset_lables", "did you mean @dataset_labels?"),
@@ -253,7 +249,7 @@ def test_a_value_that_cannot_be_is_one_line_that_says_what_to_give(command_line,
     assert text.replace(" ", "") in line.replace(" ", "")
 
 
-@pytest.mark.parametrize("name", ["pretrained_encoder", "spacing", "epochs", "val_cases", "device", "fold"])
+@pytest.mark.parametrize("name", ["pretrained_encoder", "spacing", "epochs", "label_names", "device", "max_grad_norm"])
 def test_an_option_that_lacks_its_value_is_refused(command_line, name) -> None:
     with pytest.raises(InputError, match=f"^--{name}: has no value; give "):
         command_line(TRAIN, f"--{name}", "--amp", "False")
@@ -268,7 +264,9 @@ NESTED = [
     ("optimizer#lr", "0.1"),
     ("optimizer#eps", "1e-6"),
     ("train#trainer#max_epochs", "3"),
-    ("train#handlers#0#print_lr", "True"),
+    ("train#handlers#1#epoch_level", "False"),
+    ("split#fold", "2"),
+    ("split#val_cases", "['0012']"),
     ("train#random_transforms#0#neg", "0"),
     ("train#dataloader#num_workers", "0"),
     ("spacing#2", "3"),
@@ -302,7 +300,7 @@ NESTED_REFUSED = [
     ("loss#lambda_dce", "2", "did you mean --loss#lambda_dice?"),
     ("loss#lambda_dice", "x", "--loss#lambda_dice x: give a number"),
     ("train#trainer#max_epochs", "0", "give a whole number of at least 1"),
-    ("train#handlers#99#print_lr", "True", "there is no setting 'train#handlers#99'"),
+    ("train#handlers#99#epoch_level", "True", "there is no setting 'train#handlers#99'"),
     ("train#maximum", "3", "there is no setting 'train#maximum'"),
     ("train#dataset#data", "a#b.json", "MONAI cannot take a # in this setting"),
     ("validate#dataloader#batch_size", "2.5", "give a whole number"),
@@ -344,14 +342,14 @@ def test_a_stray_word_is_refused() -> None:
 def test_settings_of_files_are_taken_alike(command_line, tmp_path) -> None:
     """The user's own overlay and args_file hold typed values; paths in them are as written, too."""
     own, arguments = tmp_path / "own.json", tmp_path / "args.json"
-    own.write_text(json.dumps({"spacing": 3, "output_dir": "o#1", "val_cases": [1, "02"], "num_workers": "2"}))
+    own.write_text(json.dumps({"spacing": 3, "output_dir": "o#1", "label_names": [1, "02"], "num_workers": "2"}))
     arguments.write_text(json.dumps({"flip_axes": 1, "ckpt_dir": "c#1", "epochs": 7, "checkpoint_dir": "x"}))
     config = (BTCV, "train.json", str(own))
     with pytest.raises(InputError, match=r"--checkpoint_dir: there is no setting 'checkpoint_dir'.*\(.*args\.json; "):
         command_line(config, "--args_file", str(arguments))
     arguments.write_text(json.dumps({"flip_axes": 1, "ckpt_dir": "c#1", "epochs": 7}))
     found = command_line_settings(["--config_file", files_of(config), "--args_file", str(arguments), "--epochs", "8"])
-    expected = {"spacing": [3, 3, 3], "output_dir": "o#1", "val_cases": ["1", "02"], "num_workers": 2}
+    expected = {"spacing": [3, 3, 3], "output_dir": "o#1", "label_names": ["1", "02"], "num_workers": 2}
     expected |= {"flip_axes": [1], "ckpt_dir": "c#1", "epochs": 8}
     assert {name: found[name] for name in expected} == expected
     own.write_text(json.dumps({"spacing": 0}))

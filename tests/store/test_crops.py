@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.data import Dataset
 from monai.transforms import CenterSpatialCropd, Compose, CropForegroundd, SpatialPadd
 
 from shared_networks.errors import InputError
@@ -25,7 +24,7 @@ from shared_networks.store.format import (
     write_manifest,
     write_volume,
 )
-from shared_networks.training.sampler import DrawSampler, SeededDataset
+from shared_networks.training.sampler import SeededCacheDataset, SeededSampler
 
 SHAPE = (2, 37, 21, 70)  # no multiple of a block
 SIZE = (16, 16, 16)
@@ -133,11 +132,11 @@ def test_central_crop_is_that_of_the_published_chain(tmp_path, shape):
 def test_no_two_draws_repeat_over_epochs_ranks_and_places(tmp_path):
     add_case(tmp_path)
     add_case(tmp_path, "set/b")
-    data = SeededDataset(Dataset(read_manifest(tmp_path), RandReadCropsd("image", SIZE, 2, scale_prob=1.0)))
+    data = SeededCacheDataset(read_manifest(tmp_path), RandReadCropsd("image", SIZE, 2, scale_prob=1.0), 0.0)
     seen, again = [], []
     for store in (seen, again):
         for rank in range(2):
-            sampler = DrawSampler(data, num_replicas=2, rank=rank, seed=5)
+            sampler = SeededSampler(data, num_replicas=2, rank=rank, seed=5)
             for epoch in range(6):
                 sampler.set_epoch(epoch)
                 store += [out["image"].numpy().tobytes() for draw in sampler for out in data[draw]]

@@ -22,12 +22,13 @@ from monai.optimizers import WarmupCosineSchedule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from shared_networks.datasets.record import Record, read_record, save_tensors, training_record, write_model
+from shared_networks.datasets.record import TrainingRecord, read_record, save_tensors, training_record, write_model
+from shared_networks.datasets.splits import Split
 from shared_networks.errors import InputError
 from shared_networks.files import GO_ON, atomic_write
 from shared_networks.training.ema import EMA
-from shared_networks.training.resume import SaveBestModel, TrainingState, check_run_folder
-from shared_networks.training.sampler import DrawSampler
+from shared_networks.training.resume import SaveBestModel, TrainingRun, check_run_folder
+from shared_networks.training.sampler import SeededSampler
 from tests.conftest import ROOT, full_disk
 
 PRETRAIN = ROOT / "hi_end_mae_pretrain"
@@ -88,7 +89,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
     datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
     states = tmp_path / "state"
-    process = start(datasets["btcv"], tmp_path, "--save_minutes", "0")
+    process = start(datasets["btcv"], tmp_path, "--training_run#every_minutes", "0")
     wait_for(lambda: list(states.glob(".unfinished_state_*3.ckpt")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -106,7 +107,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
 
 @pytest.mark.integration
 def test_sigterm_saves_and_exits_cleanly(datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(datasets["btcv"], tmp_path, "--save_minutes", "0")
+    process = start(datasets["btcv"], tmp_path, "--training_run#every_minutes", "0")
     wait_for(lambda: list((tmp_path / "state").glob("state_*.ckpt")), process)
     process.send_signal(signal.SIGTERM)
     assert "stopped by signal 15 at epoch" in finish(process)
@@ -126,12 +127,12 @@ class Line(nn.Linear):
 
 def training(
     folder: Path, epochs: int = 2, cases: int = 6, batch: int = 2, seed: int = 0, val: int = 1, **kwargs: Any
-) -> TrainingState:
+) -> TrainingRun:
     torch.manual_seed(0)
     network = Line()
     record = kwargs.pop("record", None) or a_record()
     data = Dataset([{"image": torch.tensor([float(i)]), "label": torch.ones(1)} for i in range(cases)])
-    sampler = DrawSampler(data, num_replicas=1, rank=0, seed=seed)
+    sampler = SeededSampler(data, num_replicas=1, rank=0, seed=seed)
     loader = DataLoader(Indexed(data), sampler=sampler, batch_size=batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     schedule = WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=epochs * len(loader))
@@ -141,7 +142,7 @@ def training(
         network=network,
         key_val_metric={"error": Loss(nn.MSELoss(), output_transform=from_engine(["pred", "label"]))},
         metric_cmp_fn=lambda current, best: current < best,
-        val_handlers=[SaveBestModel(network, folder / "model.pt", record)],
+        val_handlers=[SaveBestModel(network, folder, record)],
         decollate=False,
     )
     trainer = SupervisedTrainer(
@@ -158,7 +159,7 @@ def training(
         decollate=False,
         accumulation_steps=kwargs.pop("accumulation_steps", 1),
     )
-    return TrainingState(folder, network, optimizer, schedule, trainer, evaluator, record, seed=seed, **kwargs)
+    return TrainingRun(folder, network, optimizer, schedule, trainer, evaluator, record, seed=seed, **kwargs)
 
 
 def a_record(
@@ -168,16 +169,26 @@ def a_record(
     test: str = "f",
     dataset: str = "/data/ours",
     spacing: Sequence[float] = (2.0, 2.0, 5.0),
-    starts_from: Sequence[Path] = (),
+    start_weights: Sequence[Path] = (),
+    in_place: Path | None = None,
     **split: Any,
-) -> Record:
-    """A record of cases named by letters, whose scans are not on disk."""
+) -> TrainingRecord:
+    """A record of cases named by letters, whose scans are not on disk; in place, they are handed over for a folder."""
     parts = {"train": train, "validation": validation, "test": test}
     cases = {
         part: [{"image": f"{n}_0000.nii.gz", "label": f"{n}.nii.gz"} for n in names] for part, names in parts.items()
     }
     settings = {"seed": 0, "fold": None, "num_folds": 5, "num_train_cases": None, **split}
-    return training_record(dataset, cases, settings, {"spacing": spacing}, labels, starts_from)
+    made = Split(cases, settings)
+    return training_record(
+        dataset,
+        made,
+        {"spacing": spacing},
+        train=list(made["train"]) if in_place else None,
+        label_names=labels,
+        start_weights=start_weights,
+        ckpt_dir=in_place,
+    )
 
 
 class Indexed:
@@ -193,13 +204,8 @@ class Indexed:
         return self.data[draw.case]
 
 
-def run(state: TrainingState, resume: bool = False, **ways: bool) -> TrainingState:
-    state.start(resume, **ways)
-    if state.unfinished:
-        state.trainer.run()
-    if state.unvalidated:
-        state.evaluator.run(state.trainer.state.max_epochs)
-    state.finish()
+def run(state: TrainingRun) -> TrainingRun:
+    state.run()
     return state
 
 
@@ -214,7 +220,7 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in (folder / "state").iterdir())
 
 
-def stop_after(state: TrainingState, iteration: int) -> None:
+def stop_after(state: TrainingRun, iteration: int) -> None:
     """SIGTERM arrives during an iteration."""
     event = Events.ITERATION_STARTED(once=iteration)
     state.trainer.add_event_handler(event, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -254,7 +260,7 @@ def test_stopping_anywhere_changes_nothing(tmp_path: Path, at: int) -> None:
     stop_after(stopped, at)
     run(stopped)
     assert stopped.trainer.state.iteration == at
-    resumed = run(training(tmp_path / "parts"), resume=True)
+    resumed = run(training(tmp_path / "parts", resume=True))
     for key in ("weight", "bias"):
         assert torch.equal(whole.network.state_dict()[key], resumed.network.state_dict()[key])
     assert whole.evaluator.state.best_metric == resumed.evaluator.state.best_metric
@@ -278,7 +284,7 @@ def test_the_last_epoch_is_validated_though_not_due(tmp_path: Path) -> None:
 
 def test_more_epochs_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(training(tmp_path, epochs=2))
-    longer = run(training(tmp_path, epochs=3), resume=True)
+    longer = run(training(tmp_path, epochs=3, resume=True))
     assert longer.trainer.state.iteration == 9
     assert longer.lr_scheduler.t_total == 9  # type: ignore[attr-defined]
     assert "resuming from" in capsys.readouterr().out
@@ -286,12 +292,12 @@ def test_more_epochs_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_more_epochs_and_another_epoch_length_begin_at_the_rate_of_their_schedule(tmp_path: Path) -> None:
     run(training(tmp_path / "a", epochs=2))
-    longer = training(tmp_path / "a", epochs=4)
+    longer = training(tmp_path / "a", epochs=4, resume=True)
     rates: list[float] = []
     longer.trainer.add_event_handler(
         Events.ITERATION_STARTED, lambda engine: rates.append(engine.optimizer.param_groups[0]["lr"])
     )
-    run(longer, resume=True)
+    run(longer)
     whole = WarmupCosineSchedule(torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=0.1), 1, t_total=12)
     expected = [0.1 * whole.lr_lambda(step) for step in range(6, 12)]
     assert rates == expected and rates[0] > 0.05
@@ -299,8 +305,8 @@ def test_more_epochs_and_another_epoch_length_begin_at_the_rate_of_their_schedul
     state = training(tmp_path / "b", epochs=4)
     stop_after(state, 5)
     run(state)
-    other = training(tmp_path / "b", epochs=4, batch=3)
-    other.start(resume=True)
+    other = training(tmp_path / "b", epochs=4, batch=3, resume=True)
+    other.start()
     assert other.optimizer.param_groups[0]["lr"] == 0.1 * other.lr_scheduler.lr_lambda(2)  # type: ignore[attr-defined]
 
 
@@ -308,8 +314,8 @@ def test_another_number_of_processes_goes_on_from_the_start_of_the_epoch(tmp_pat
     state = training(tmp_path, epochs=4)
     stop_after(state, 5)  # the second of three iterations of epoch 2
     run(state)
-    other = training(tmp_path, epochs=4, batch=3)  # as if there were more: 2 iterations an epoch
-    other.start(resume=True)
+    other = training(tmp_path, epochs=4, batch=3, resume=True)  # as if there were more: 2 iterations an epoch
+    other.start()
     assert other.trainer.state.iteration == 2 and other.lr_scheduler.last_epoch == 2
     other.trainer.run()
     assert other.trainer.state.iteration == 8
@@ -319,7 +325,7 @@ def test_a_folder_with_a_training_is_refused(tmp_path: Path) -> None:
     run(training(tmp_path))
     held = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
     with pytest.raises(InputError) as caught:
-        training(tmp_path).start(resume=False)
+        training(tmp_path).start()
     assert str(caught.value) == (
         f"{tmp_path}: holds a trained model; give --resume True to go on with it, --overwrite True to remove it and "
         "start anew, or another --ckpt_dir"
@@ -331,7 +337,7 @@ def test_a_folder_with_states_alone_is_refused(tmp_path: Path) -> None:
     run(training(tmp_path))
     (tmp_path / "model.pt").unlink()
     with pytest.raises(InputError, match="holds an unfinished training; give --resume True to go on with it"):
-        check_run_folder(tmp_path)
+        check_run_folder(tmp_path, a_record())
 
 
 def test_a_model_without_states_cannot_be_resumed(tmp_path: Path) -> None:
@@ -339,20 +345,20 @@ def test_a_model_without_states_cannot_be_resumed(tmp_path: Path) -> None:
     for file in (tmp_path / "state").iterdir():
         file.unlink()
     with pytest.raises(InputError, match="holds a trained model; give no --resume, as it has no state to resume from"):
-        check_run_folder(tmp_path, resume=True)
+        check_run_folder(tmp_path, a_record(), resume=True)
 
 
 def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="resume and overwrite are both set"):
-        check_run_folder(tmp_path, resume=True, overwrite=True)
+        check_run_folder(tmp_path, a_record(), resume=True, overwrite=True)
 
 
 def test_overwriting_removes_the_earlier_training_and_starts_anew(tmp_path: Path) -> None:
     good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # nothing can be better
     run(training(tmp_path, epochs=5))
     write_model(good, tmp_path / "model.pt", a_record(fold=0))
-    state = training(tmp_path, record=a_record(fold=1))
-    state.start(resume=False, overwrite=True)
+    state = training(tmp_path, record=a_record(fold=1), overwrite=True)
+    state.start()
     assert not names(tmp_path) and not list(tmp_path.glob("model.*"))
     state.trainer.run()
     record = read_record(tmp_path / "model.pt")
@@ -361,37 +367,37 @@ def test_overwriting_removes_the_earlier_training_and_starts_anew(tmp_path: Path
 
 
 def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
-    assert run(training(tmp_path), resume=True).trainer.state.iteration == 6
+    assert run(training(tmp_path, resume=True)).trainer.state.iteration == 6
 
 
 def test_a_damaged_state_falls_back_on_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(training(tmp_path, epochs=2))
     (tmp_path / "state" / "state_000000006.ckpt").write_bytes(b"half")
-    state = training(tmp_path, epochs=2)
-    state.start(resume=True)
+    state = training(tmp_path, epochs=2, resume=True)
+    state.start()
     assert state.trainer.state.iteration == 3
     assert "state_000000006.ckpt: cannot be read" in caplog.text
     (tmp_path / "state" / "state_000000003.ckpt").write_bytes(b"")
     with pytest.raises(InputError, match="none of its states can be read"):
-        training(tmp_path).start(resume=True)
+        training(tmp_path, resume=True).start()
 
 
 def test_states_of_another_seed_or_network_are_refused(tmp_path: Path) -> None:
     run(training(tmp_path))
     with pytest.raises(InputError, match=r"its seed is 0, not 5; pass --seed 0"):
-        training(tmp_path, seed=5).start(resume=True)
-    other = training(tmp_path)
+        training(tmp_path, seed=5, resume=True).start()
+    other = training(tmp_path, resume=True)
     other.network = nn.Linear(2, 1)
     with pytest.raises(InputError, match=r"is of another network \(1 tensors differ, the first weight\)"):
-        other.start(resume=True)
+        other.start()
 
 
 def test_the_best_model_is_kept_across_a_resume(tmp_path: Path) -> None:
     state = training(tmp_path)
     run(state)
     (tmp_path / "model.pt").write_bytes(b"the best so far")
-    longer = training(tmp_path, epochs=3)
-    longer.start(resume=True)
+    longer = training(tmp_path, epochs=3, resume=True)
+    longer.start()
     longer.evaluator.state.best_metric = -1.0  # nothing can be better
     longer.trainer.run()
     assert (tmp_path / "model.pt").read_bytes() == b"the best so far"
@@ -400,15 +406,14 @@ def test_the_best_model_is_kept_across_a_resume(tmp_path: Path) -> None:
 def test_in_place_a_better_model_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # answers 1, which is the target
     write_model(good, tmp_path / "model.pt", a_record())
-    run(training(tmp_path), in_place=True)
+    run(training(tmp_path, record=a_record(in_place=tmp_path)))
     assert "model.pt has error 0.0000; only a better model replaces it" in capsys.readouterr().out
     assert torch.load(tmp_path / "model.pt", weights_only=True) == good
-    run(training(tmp_path), in_place=True)  # the states of the run before are in nobody's way
+    run(training(tmp_path, record=a_record(in_place=tmp_path)))  # the states of the run before are in nobody's way
 
     worse = {"weight": torch.zeros(1, 1), "bias": torch.tensor([99.0])}
     write_model(worse, tmp_path / "model.pt", a_record(train="xyz"))
-    again = a_record(starts_from=[tmp_path / "model.pt"])
-    state = run(training(tmp_path, record=again), in_place=True)
+    state = run(training(tmp_path, record=a_record(in_place=tmp_path)))
     assert torch.load(tmp_path / "model.pt", weights_only=True)["bias"] < 90
     assert (state.evaluator.state.best_metric_epoch) in (1, 2)
     record = read_record(tmp_path / "model.pt")
@@ -419,7 +424,7 @@ def test_in_place_a_better_model_is_kept(tmp_path: Path, capsys: pytest.CaptureF
 def test_in_place_a_model_of_another_network_is_refused(tmp_path: Path) -> None:
     write_model({"other": torch.zeros(2)}, tmp_path / "model.pt", a_record())
     with pytest.raises(InputError, match=r"model\.pt: is of another network \(3 tensors differ, the first bias\)"):
-        training(tmp_path).start(resume=False, in_place=True)
+        training(tmp_path, record=a_record(in_place=tmp_path)).start()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +439,7 @@ def test_in_place_a_model_of_other_labels_or_preparation_is_refused(
 ) -> None:
     write_model({}, tmp_path / "model.pt", a_record(**other))
     with pytest.raises(InputError, match=f"trained otherwise than it would be now: {said}"):
-        check_run_folder(tmp_path, in_place=True, record=a_record())
+        check_run_folder(tmp_path, a_record(in_place=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -455,24 +460,24 @@ def test_a_state_is_resumed_with_its_own_labels_scans_and_split(
 ) -> None:
     run(training(tmp_path))
     with pytest.raises(InputError, match=said):
-        training(tmp_path, epochs=3, record=a_record(**other)).start(resume=True)
+        training(tmp_path, epochs=3, record=a_record(**other), resume=True).start()
 
 
 def test_cases_that_are_gone_when_a_training_is_resumed_stay_on_record(tmp_path: Path) -> None:
     run(training(tmp_path))
-    run(training(tmp_path, epochs=9, record=a_record(train="abcx")), resume=True)
+    run(training(tmp_path, epochs=9, record=a_record(train="abcx"), resume=True))
     state = torch.load(tmp_path / "state" / "state_000000027.ckpt", weights_only=True)
     assert set(state["record"]["seen_before"]["train"]) == set("abcd") and set(state["record"]["train"]) == set("abcx")
 
 
 def test_a_state_of_other_parameter_groups_is_refused(tmp_path: Path) -> None:
     run(training(tmp_path))
-    state = training(tmp_path, epochs=3)
+    state = training(tmp_path, epochs=3, resume=True)
     state.optimizer.param_groups.append({**state.optimizer.param_groups[0], "params": []})
     with pytest.raises(
         InputError, match=r"optimiser has 1 group\(s\) of 2 parameters, here 2 of 2; give the --layer_d"
     ):
-        state.start(resume=True)
+        state.start()
 
 
 def test_a_state_without_a_record_is_refused(tmp_path: Path) -> None:
@@ -484,13 +489,13 @@ def test_a_state_without_a_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"saved by an earlier version, without a record; --overwrite True starts anew"
     ):
-        training(tmp_path).start(resume=True)
+        training(tmp_path, resume=True).start()
 
 
 def test_a_lost_model_is_chosen_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(training(tmp_path))
     (tmp_path / "model.pt").unlink()
-    run(training(tmp_path, epochs=3), resume=True)
+    run(training(tmp_path, epochs=3, resume=True))
     assert "model.pt is gone: the best model is chosen anew" in caplog.text
     assert (tmp_path / "model.pt").is_file()
 
@@ -506,10 +511,10 @@ def test_without_validation_cases_the_last_weights_are_the_model(
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=True)["bias"], state.network.state_dict()["bias"])
 
 
-def averaged(folder: Path, **kwargs: Any) -> TrainingState:
+def averaged(folder: Path, **kwargs: Any) -> TrainingRun:
     state = training(folder, **kwargs)
     average = EMA(state.network, 0.5, state.trainer, state.evaluator)
-    state.also["average"] = average
+    state.ema = average
     return state
 
 
@@ -535,7 +540,7 @@ def test_the_moving_average_survives_an_interruption(tmp_path: Path, at: int) ->
     stopped = averaged(tmp_path / "parts")
     stop_after(stopped, at)
     run(stopped)
-    run(averaged(tmp_path / "parts"), resume=True)
+    run(averaged(tmp_path / "parts", resume=True))
     whole, parts = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "parts"))
     assert torch.equal(whole["weight"], parts["weight"]) and torch.equal(whole["bias"], parts["bias"])
 

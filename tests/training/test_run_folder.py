@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
-FOLD = {"fold": 0, "num_folds": 3, "val_fraction": 0.3}
+FOLD = {"split#fold": 0, "split#num_folds": 3, "split#val_fraction": 0.3}
 
 
 def flow(data: Path, *configs: str, **settings: Any) -> ConfigWorkflow:
@@ -68,7 +68,7 @@ def run(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.parametrize("settings", [{**FOLD, "fold": 1}, {"num_train_cases": 1}, {"early_stop": 1}])
+@pytest.mark.parametrize("settings", [{**FOLD, "split#fold": 1}, {"split#num_train_cases": 1}, {"epochs": 3}])
 def test_a_second_training_in_the_folder_is_refused(
     run: Path, datasets: dict[str, Path], settings: dict[str, Any]
 ) -> None:
@@ -93,10 +93,10 @@ def test_other_label_names_do_not_come_to_the_weights(run: Path, datasets: dict[
     ("settings", "said"),
     [
         (
-            {**FOLD, "fold": 1},
-            "fold was 0 and is 1. Give the settings of training: --seed 0 --val_fraction 0.3 --fold",
+            {**FOLD, "split#fold": 1},
+            "fold was 0 and is 1. Give the settings of training: --seed 0 --split#val_fraction 0.3 --split#fold",
         ),
-        ({**FOLD, "num_train_cases": 1}, "num_train_cases was None and is 1"),
+        ({**FOLD, "split#num_train_cases": 1}, "num_train_cases was None and is 1"),
         ({**FOLD, "spacing": [4.0, 4.0, 5.0]}, "spacing was [4.0, 4.0, 4.0] and is [4.0, 4.0, 5.0]"),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_copied_data_set_hides_no_training_case(run: Path, datasets: dict[str,
         for file in (copy / folder).iterdir():
             file.rename(file.with_name(file.name.replace("train_", "patient")))
     for fold in (1, 2):
-        line = refusal(evaluate, copy, run, **{**FOLD, "fold": fold})
+        line = refusal(evaluate, copy, run, **{**FOLD, "split#fold": fold})
         assert "would now test" in line
     evaluate(copy, run, **FOLD)
 
@@ -149,7 +149,9 @@ def test_weights_that_saw_this_folds_test_cases_are_no_start(
     run: Path, datasets: dict[str, Path], tmp_path: Path
 ) -> None:
     for setting in ("init_weights", "pretrained_encoder"):
-        line = refusal(train, datasets["btcv"], tmp_path, **{**FOLD, "fold": 1}, **{setting: str(run / "model.pt")})
+        line = refusal(
+            train, datasets["btcv"], tmp_path, **{**FOLD, "split#fold": 1}, **{setting: str(run / "model.pt")}
+        )
         assert "the weights to start from: " in line and "would now" in line
     train(datasets["btcv"], tmp_path, **FOLD, init_weights=str(run / "model.pt"))
     record = read_record(tmp_path / "model.pt")
@@ -159,18 +161,11 @@ def test_weights_that_saw_this_folds_test_cases_are_no_start(
 def test_folds_have_folders_of_their_own(datasets: dict[str, Path]) -> None:
     folders = {
         str(flow(datasets["btcv"], "train", **settings).parser.get_parsed_content(name))
-        for settings in ({}, {"fold": 0}, {"fold": 2})
+        for settings in ({}, {"split#fold": 0}, {"split#fold": 2})
         for name in ("ckpt_dir", "output_dir")
     }
     names = {"models", "models/fold_0", "models/fold_2", "outputs", "outputs/fold_0", "outputs/fold_2"}
     assert folders == {f"{BUNDLE}/{name}" for name in names}
-
-
-def test_early_stopping_counts_the_validations_of_this_training(datasets: dict[str, Path], tmp_path: Path) -> None:
-    workflow = train(
-        datasets["btcv"], tmp_path, epochs=9, val_interval=1, early_stop=1, learning_rate=0.0, warmup_epochs=0
-    )
-    assert workflow.parser.get_parsed_content("train#trainer").state.epoch == 2  # a first score, then one no better
 
 
 def test_overwriting_starts_a_training_of_other_labels(datasets: dict[str, Path], tmp_path: Path) -> None:

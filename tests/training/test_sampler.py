@@ -2,18 +2,17 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
-from monai.data import CacheDataset, DataLoader, Dataset
+from monai.data import DataLoader
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
 
-from shared_networks.training.sampler import DrawSampler, SeededDataset, derived_seed
+from shared_networks.training.sampler import SeededCacheDataset, SeededSampler, derived_seed
 
 
-def sampler(length: int = 5, rank: int = 0, world: int = 1, epoch: int = 1, seed: int = 0) -> DrawSampler:
-    made = DrawSampler(range(length), num_replicas=world, rank=rank, seed=seed)  # type: ignore[arg-type]
+def sampler(length: int = 5, rank: int = 0, world: int = 1, epoch: int = 1, seed: int = 0) -> SeededSampler:
+    made = SeededSampler(range(length), num_replicas=world, rank=rank, seed=seed)  # type: ignore[arg-type]
     made.set_epoch(epoch)
     return made
 
@@ -56,12 +55,12 @@ def test_start_leaves_out_what_was_done_once() -> None:
     assert len(later) == 7
 
 
-def noisy(kind: type = Dataset, **kwargs: Any) -> SeededDataset:
+def noisy(cache_rate: float = 0.0) -> SeededCacheDataset:
     transform = Compose([Lambdad("x", np.asarray), RandScaleIntensityd("x", factors=0.5, prob=1.0)])
-    return SeededDataset(kind([{"x": np.ones(1, np.float32)} for _ in range(6)], transform, **kwargs))
+    return SeededCacheDataset([{"x": np.ones(1, np.float32)} for _ in range(6)], transform, cache_rate)
 
 
-def values(dataset: SeededDataset, workers: int, epoch: int = 1, start: int = 0) -> list[float]:
+def values(dataset: SeededCacheDataset, workers: int, epoch: int = 1, start: int = 0) -> list[float]:
     order = sampler(len(dataset), epoch=epoch)
     order.start = start
     loader = DataLoader(dataset, batch_size=2, sampler=order, num_workers=workers)
@@ -72,10 +71,10 @@ def values(dataset: SeededDataset, workers: int, epoch: int = 1, start: int = 0)
 def test_draws_are_the_same_whatever_loads_them(start: int) -> None:
     alone = values(noisy(), 0)
     assert values(noisy(), 2, start=start) == alone[start:]
-    assert values(noisy(CacheDataset, progress=False), 0, start=start) == alone[start:]
+    assert values(noisy(cache_rate=1.0), 0, start=start) == alone[start:]
     assert len(set(alone + values(noisy(), 0, epoch=2))) == 12
 
 
 def test_a_data_set_without_random_transform_is_read_as_it_is() -> None:
-    dataset = SeededDataset(Dataset([3, 4], transform=lambda item: item + 1))
+    dataset = SeededCacheDataset([3, 4], lambda item: item + 1, cache_rate=0.0)
     assert [dataset[draw] for draw in sampler(2)] in ([4, 5], [5, 4])

@@ -14,7 +14,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from shared_networks.datasets.dicom import BadScanError
-from shared_networks.datasets.scans import Source, Sources, find_scans, find_sources, names_labels, read_scan
+from shared_networks.datasets.scans import Source, Sources, find_scans, names_labels, read_scan
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.inference import save as saving
 from shared_networks.inference.predict import output_names
@@ -36,7 +36,7 @@ def save(file: Path, values: np.ndarray | None = None, affine: np.ndarray = AFFI
 
 def reason(folder: Path) -> str:
     """Why the only scan of a folder is refused."""
-    (source,) = find_sources(folder)
+    (source,) = find_scans(folder)
     with pytest.raises(BadScanError) as caught:
         read_scan(source, "CT")
     return str(caught.value)
@@ -49,7 +49,7 @@ def reason(folder: Path) -> str:
 def test_a_multi_frame_ct_is_read_frame_by_frame(frames: list[int], tmp_path: Path) -> None:
     """In whatever order frames are stored, each with its own slope."""
     write_enhanced(tmp_path / "ENH.dcm", frames, ct())
-    (source,) = find_sources(tmp_path)
+    (source,) = find_scans(tmp_path)
     scan = read_scan(source, "CT")
     np.testing.assert_array_equal(scan.image[0], ct() // 2 * 2)
     np.testing.assert_allclose(scan.affine, AFFINE, atol=1e-6)
@@ -76,7 +76,7 @@ def test_without_pixel_spacing_the_size_of_a_voxel_is_unknown(tmp_path: Path) ->
 def test_a_series_in_several_folders_is_one_scan(folders: int, tmp_path: Path) -> None:
     files = write_series(tmp_path / "study" / "all")
     spread(files, [tmp_path / "study" / f"{index:02d}" for index in range(folders)])
-    (source,) = find_sources(tmp_path / "study")
+    (source,) = find_scans(tmp_path / "study")
     assert source.case == "study" and len(source.files) == 16
     np.testing.assert_array_equal(read_scan(source, "CT").image[0], ct())
 
@@ -86,12 +86,12 @@ def test_copies_of_a_series_stay_apart(tmp_path: Path) -> None:
         copy = tmp_path / "b" / file.name
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    assert [source.case for source in find_sources(tmp_path)] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b"]
+    assert [source.case for source in find_scans(tmp_path)] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b"]
 
 
 def test_what_lies_beside_a_ct_is_passed_over(tmp_path: Path) -> None:
     write_study(tmp_path)
-    sources = find_sources(tmp_path)
+    sources = find_scans(tmp_path)
     assert [(source.case, len(source.files)) for source in sources] == [(tmp_path.name, 16)]
     np.testing.assert_array_equal(read_scan(sources[0], "CT").image[0], ct())
     reasons = {Path(path).name[:2]: why for path, why in sources.passed_over.items()}
@@ -108,8 +108,8 @@ def test_one_slice_is_no_data_set_and_a_multi_frame_file_is(tmp_path: Path) -> N
     with pytest.raises(
         InputError, match=rf"one slice of a DICOM series; give the folder of all, --dataset_dir {tmp_path}/d"
     ):
-        find_sources(file)
-    (source,) = find_sources(write_enhanced(tmp_path / "e" / "ENH.dcm"))
+        find_scans(file)
+    (source,) = find_scans(write_enhanced(tmp_path / "e" / "ENH.dcm"))
     assert source.case == "e/ENH" and read_scan(source, "CT").image.shape == (1, 24, 20, 16)
 
 
@@ -138,7 +138,7 @@ def test_only_words_name_folders_of_labels(name: str, labels: bool) -> None:
 def test_a_link_to_the_folder_itself_ends(tmp_path: Path) -> None:
     save(tmp_path / "scans" / "a.nii.gz")
     (tmp_path / "scans" / "again").symlink_to(tmp_path / "scans")
-    sources = find_sources(tmp_path / "scans")
+    sources = find_scans(tmp_path / "scans")
     assert [source.case for source in sources] == ["scans/a"]
     assert sources.passed_over == {f"{tmp_path}/scans/again": "a link to a folder that is read already"}
 
@@ -165,7 +165,7 @@ def test_an_empty_test_set_leaves_the_training_scans(tmp_path: Path) -> None:
 def test_one_odd_number_costs_its_case_alone(tmp_path: Path) -> None:
     for name in ("a_0000", "b_0000", "b_0002", "c_0000"):
         save(tmp_path / "imagesTr" / f"{name}.nii.gz")
-    problems = {source.case.rpartition("/")[2]: source.problem for source in find_sources(tmp_path)}
+    problems = {source.case.rpartition("/")[2]: source.problem for source in find_scans(tmp_path)}
     assert problems == {"a": "", "b": "one case needs one file a channel, named b_0000, b_0001", "c": ""}
 
 
@@ -194,7 +194,7 @@ def test_labels_of_a_scan_in_another_unit_lie_on_its_grid(unit: str, factor: flo
     image = nib.Nifti1Image(ct(), affine)
     image.header.set_xyzt_units(unit)
     nib.save(image, tmp_path / "a.nii.gz")
-    (source,) = find_sources(tmp_path)
+    (source,) = find_scans(tmp_path)
     np.testing.assert_allclose(read_scan(source, "CT").affine, AFFINE, rtol=1e-5)
     written = label_image(np.zeros(ct().shape, np.uint8), AFFINE, source.files[0])
     np.testing.assert_allclose(written.affine, affine, rtol=1e-5)
@@ -291,7 +291,7 @@ def test_results_in_the_folder_that_is_read_are_no_scans(tmp_path: Path, capsys:
 def test_a_folder_without_permission_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path / "a.nii.gz")
     (tmp_path / "closed").mkdir(mode=0)
-    assert "cannot be read" in find_sources(tmp_path).passed_over[f"{tmp_path}/closed"]
+    assert "cannot be read" in find_scans(tmp_path).passed_over[f"{tmp_path}/closed"]
 
 
 def test_sources_are_a_list_with_what_was_passed_over() -> None:

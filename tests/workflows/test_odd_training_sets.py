@@ -17,9 +17,9 @@ from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd
 from scipy.ndimage import zoom
 
-from shared_networks.datasets.cases import find_cases
+from shared_networks.datasets.cases import find_cases, find_images
 from shared_networks.datasets.nifti import NiftiReader, read_nifti
-from shared_networks.datasets.pairs import find_images, find_labels, pair_cases
+from shared_networks.datasets.pairs import find_labels, pair_cases
 from shared_networks.datasets.validate import check_cases, image_problems
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.inference.sliding_window import SlidingWindowLabels

@@ -199,8 +199,8 @@ def test_amos_by_its_own_lists_and_labels(amos: Path, datasets: dict[str, Path],
 
 
 def test_ct_org_by_patterns_and_named_labels(ct_org: Path, tmp_path: Path) -> None:
-    flow = trained(ct_org, tmp_path, **CT_ORG_SETTINGS, test_fraction=0.3)
-    cases = flow.parser.get_parsed_content("cases")
+    flow = trained(ct_org, tmp_path, **CT_ORG_SETTINGS, **{"split#test_fraction": 0.3})
+    cases = flow.parser.get_parsed_content("split")
     found = [(Path(c["image"]).name, Path(c["label"]).name) for part in cases.values() for c in part]
     assert sorted(found) == [(f"volume-{k}.nii.gz", f"labels-{k}.nii.gz") for k in (10, 100, 2)]
     assert [len(cases[part]) for part in ("train", "validation", "test")] == [1, 1, 1]
@@ -237,7 +237,7 @@ def test_word_and_sliver07_pass_the_checks(
     with torch.no_grad():
         assert network.eval()(torch.zeros(1, 1, 48, 48, 48)).shape[1] == len(names)
     assert len(flow.parser.get_parsed_content("loss").cross_entropy.weight) == len(names)
-    parts = flow.parser.get_parsed_content("cases")
+    parts = flow.parser.get_parsed_content("split")
     assert sorted(map(len, parts.values())) == [0, 1, 2]
     assert not list((tmp_path / "out").glob("*.json"))  # written once training starts
 
@@ -274,14 +274,14 @@ def test_a_mirrored_case_is_refused_unless_the_patient_is(datasets: dict[str, Pa
         nib.save(nib.Nifti1Image(np.asanyarray(scan.dataobj), np.diag([-1.0, 1, 1, 1]) @ scan.affine), file)
     flow = workflow(data, tmp_path / "out", "train")
     assert "train_001.nii.gz: left and right are swapped (liver is to the left of spleen" in refusal(flow)
-    workflow(data, tmp_path / "out", "train", check_sides=False).initialize()
+    workflow(data, tmp_path / "out", "train", **{"datalist#check#sides": False}).initialize()
 
 
 def test_folds_report_on_cases_that_neither_trained_nor_chose(datasets: dict[str, Path], tmp_path: Path) -> None:
     tested = []
     for fold in range(3):
-        flow = workflow(datasets["btcv"], tmp_path, "train", fold=fold, num_folds=3)
-        cases = flow.parser.get_parsed_content("cases")
+        flow = workflow(datasets["btcv"], tmp_path, "train", **{"split#fold": fold, "split#num_folds": 3})
+        cases = flow.parser.get_parsed_content("split")
         assert len({name for part in cases.values() for name in names_of(part)}) == 3
         tested += names_of(cases["test"])
     assert sorted(tested) == ["train_000", "train_001", "train_002"]
@@ -292,7 +292,7 @@ def test_lists_handed_over_by_a_program_need_no_data_set(datasets: dict[str, Pat
     cases = find_cases(datasets["btcv"])
     lists = {"train#dataset#data": cases[:2], "validate#dataset#data": cases[2:]}
     flow = trained("", tmp_path, **lists)
-    assert flow.parser.get_parsed_content("cases") == {"train": [], "validation": [], "test": []}
+    assert flow.parser.get_parsed_content("split") == {"train": [], "validation": [], "test": []}
     split = record_of(tmp_path)
     assert (split["dataset"], list(split["train"]), split["test"]) == ("", ["train_000", "train_001"], {})
     trained("", tmp_path, **lists)  # in place, as there

@@ -18,7 +18,10 @@ from tests.training.test_resume import SMALL
 
 pytestmark = pytest.mark.integration
 
-OPTIONS = {"hi_end_mae_pretrain": {}, "segmenter": {"pretrained_encoder": "", "early_stop": 1, "ema_decay": 0.5}}
+OPTIONS = {
+    "hi_end_mae_pretrain": {"val_fraction": 0.0},
+    "segmenter": {"pretrained_encoder": "", "training_run#ema#decay": 0.5, "split#val_fraction": 0.0},
+}
 
 
 def workflow(bundle: str, datasets: dict[str, Path], out: Path, **override: Any) -> ConfigWorkflow:
@@ -28,7 +31,7 @@ def workflow(bundle: str, datasets: dict[str, Path], out: Path, **override: Any)
         logging_file=False,
         bundle_root=str(root),
         dataset_dir=str(datasets["flare" if "flare" in bundle else "btcv"]),
-        **{"ckpt_dir": str(out), "output_dir": str(out), "num_samples": 1, "batch_size": 1, "val_fraction": 0.0},
+        **{"ckpt_dir": str(out), "output_dir": str(out), "num_samples": 1, "batch_size": 1},
         **{"epochs": 2, "warmup_epochs": 2, "val_interval": 1},
         **OPTIONS.get(bundle, OPTIONS["segmenter"]),
         **override,
@@ -64,7 +67,7 @@ def test_all_cases_train_and_the_last_weights_are_the_model(
     assert moved == [True]  # the first step too
 
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    average = getattr(flow.parser.get_parsed_content("training_state").also.get("average"), "average", None)
+    average = getattr(flow.parser.get_parsed_content("training_run").ema, "average", None)
     assert (average is None) == (bundle == "hi_end_mae_pretrain")
     for name, tensor in (average or network.state_dict()).items():
         assert torch.equal(saved[name], tensor), name
@@ -84,7 +87,7 @@ def test_two_processes_need_no_validation_case_either(bundle: str, datasets: dic
         *("-m", "monai.bundle", "run", "--config_file", str(files)),
         *(word for key, value in options.items() for word in (f"--{key}", str(value))),
         *SMALL.replace("--val_fraction 0.3", "--val_fraction 0.0").replace("--epochs 4", "--epochs 1").split(),
-        *(() if bundle == BUNDLES[0] else ("--pretrained_encoder", "", "--early_stop", "1")),
+        *(() if bundle == BUNDLES[0] else ("--pretrained_encoder", "")),
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT / bundle, env=env, capture_output=True, text=True)

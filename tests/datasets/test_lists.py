@@ -1,0 +1,105 @@
+"""Lists of cases: read, and written from two patterns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared_networks.datasets.cases import find_cases
+from shared_networks.datasets.lists import pair_patterns, write_list
+from shared_networks.datasets.pairs import UnpairedError, name_of
+from shared_networks.datasets.scans import find_scans
+from shared_networks.errors import InputError
+from tests.conftest import ROOT
+from tests.datasets.test_pairs import relative, touch
+
+
+def pairs(root: Path, found: list[dict]) -> list[tuple[str, str]]:
+    return [tuple(relative(root, [case["image"], case["label"]])) for case in found]
+
+
+def test_patterns_pair_by_what_varies_and_not_by_position(tmp_path):
+    touch(tmp_path, *(f"{kind}-{n}.nii.gz" for kind in ("volume", "labels") for n in (0, 2, 10)), "readme.txt")
+    expected = [(f"volume-{n}.nii.gz", f"labels-{n}.nii.gz") for n in (0, 10, 2)]
+    assert pairs(tmp_path, pair_patterns(tmp_path, "volume-*.nii.gz", "labels-*.nii.gz")) == expected
+    absolute = pair_patterns(tmp_path, f"{tmp_path}/volume-*.nii.gz", f"{tmp_path}/labels-*.nii.gz")
+    assert pairs(tmp_path, absolute) == expected
+    chosen = pair_patterns(str(tmp_path), "volume-[!2]*.nii.gz", "labels-[!2]*.nii.gz")
+    assert pairs(tmp_path, chosen) == [expected[0], expected[1]]
+    one = pair_patterns(tmp_path, "volume-?.nii.gz", "labels-?.nii.gz")
+    assert pairs(tmp_path, one) == [expected[0], expected[2]]
+
+
+def test_patterns_over_folders(tmp_path):
+    root = touch(tmp_path / "odd [1]", "x/ct_a.nii", "x/seg_a.nii", "x/y/ct_b.nii", "x/y/seg_b.nii", "ct_c.nii")
+    touch(root, "seg_c.nii")
+    found = pair_patterns(root, "**/ct_*.nii", "**/seg_*.nii")
+    assert pairs(root, found) == [
+        ("ct_c.nii", "seg_c.nii"),
+        ("x/ct_a.nii", "x/seg_a.nii"),
+        ("x/y/ct_b.nii", "x/y/seg_b.nii"),
+    ]
+
+
+def test_patterns_list_all_that_is_without_partner(tmp_path):
+    touch(tmp_path, "volume-1.nii.gz", "volume-2.nii.gz", "labels-2.nii.gz", "labels-3.nii.gz")
+    with pytest.raises(UnpairedError) as caught:
+        pair_patterns(tmp_path, "volume-*.nii.gz", "labels-*.nii.gz")
+    assert caught.value.problems == [
+        f"{tmp_path}/volume-1.nii.gz: no label; add the label labels-1.nii.gz or remove the image",
+        f"{tmp_path}/labels-3.nii.gz: no image; add the image volume-3.nii.gz or remove the label",
+    ]
+    assert pairs(tmp_path, caught.value.pairs) == [("volume-2.nii.gz", "labels-2.nii.gz")]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ("a*.nii", "", "labels is not set; give both"),
+        ("", "a*.nii", "images is not set; give both"),
+        ("a*.nii", "*/a*.nii", r"1 wildcard\(s\) and labels '\*/a\*.nii' 2"),
+        ("a.nii", "b.nii", "at least one"),
+        ("[]]x*.nii", "a?.nii", r"images: '\[\]\]x\*.nii' is too intricate"),
+        ("a*.nii", "z*.nii", r"labels: 'z\*.nii' finds no file in"),
+        ("liver-*.mhd", "a*.nii", r"finds 1 file\(s\) that are no NIfTI, such as .*liver-1.mhd; .*convert"),
+    ],
+)
+def test_patterns_that_cannot_be(tmp_path, images, labels, message):
+    touch(tmp_path, "a1.nii", "]x1.nii", "liver-1.mhd")
+    with pytest.raises(InputError, match=message):
+        pair_patterns(tmp_path, images, labels)
+
+
+def test_a_written_list_is_read_for_training_and_inference(tmp_path, capsys):
+    touch(tmp_path, *(f"kits/case_{n}/{kind}.nii.gz" for n in "01" for kind in ("imaging", "segmentation")))
+    file = tmp_path / "lists" / "kits.json"
+    write_list(str(tmp_path / "kits"), "case_*/imaging.nii.gz", "case_*/segmentation.nii.gz", str(file))
+    assert capsys.readouterr().out == f"{file}: 2 cases; give it as --dataset_dir\n"
+    assert json.loads(file.read_text())["training"][0] == {
+        "image": "../kits/case_0/imaging.nii.gz",
+        "label": "../kits/case_0/segmentation.nii.gz",
+    }
+    found = find_cases(file)
+    assert [name_of(case) for case in found] == ["case_0", "case_1"]
+    assert [Path(case["label"]).is_file() for case in found] == [True, True]
+    assert [scan.files for scan in find_scans(file, "imagesTs")] == [(case["image"],) for case in found]
+
+
+def test_the_command_writes_a_list_or_says_in_one_line_what_is_wrong(tmp_path):
+    touch(tmp_path, "volume-0.nii.gz", "labels-0.nii.gz")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "shared_networks.datasets.lists", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    options = ["--dataset_dir", ".", "--labels", "labels-*.nii.gz", "--output", "own.json"]
+    assert run(*options, "--images", "volume-*.nii.gz").returncode == 0
+    assert len(find_cases(tmp_path / "own.json")) == 1
+    failed = run(*options, "--images", "scan-*.nii.gz")
+    assert failed.returncode == 1 and failed.stderr == (
+        "error: images: 'scan-*.nii.gz' finds no file in .; give a pattern such as 'volume-*.nii.gz'\n"
+    )
