@@ -13,12 +13,12 @@ from shared_networks.errors import InputError, input_error_in, report_in_one_lin
 CONFIG = {
     "initialize": [
         {"_target_": "shared_networks.errors.report_in_one_line"},
-        "$__import__('shared_networks.settings.command_line').settings.take_settings(__local_refs)",
+        "$__import__('shared_networks.settings.command_line').settings.command_line.take_settings(__local_refs)",
     ],
     "dataset_dir": "",
     "max_epochs": 1,
     "net": {"width": 4},
-    "step": "$lambda engine, batch: __import__('shared_networks.datasets.pairs', fromlist=['x']).find_images(batch)",
+    "step": "$lambda engine, batch: __import__('shared_networks.datasets.cases', fromlist=['x']).find_images(batch[0])",
     "trainer": {"_target_": "ignite.engine.Engine", "process_function": "@step"},
     "run": ["$print('width', @net['width'])", "$@trainer.run([@dataset_dir])"],
 }
@@ -117,7 +117,7 @@ def test_bundle_run_ends_with_one_line(tmp_path):
 
     # Ignite logs its own traceback; what matters is that the message comes last and once.
     assert "width 8" in in_ignite[0]
-    line = "error: nowhere: no such folder; pass --dataset_dir FOLDER, the folder that holds the scans"
+    line = "error: nowhere: no such file or folder; pass --dataset_dir FOLDER, which holds the scans"
     assert in_ignite[1].splitlines()[-1] == line
     assert "RuntimeError: Failed to evaluate" not in in_ignite[1]
 

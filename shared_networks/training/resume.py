@@ -36,7 +36,7 @@ from shared_networks.datasets.record import (
     write_model,
 )
 from shared_networks.errors import InputError
-from shared_networks.files import GO_ON, UNFINISHED, atomic_write
+from shared_networks.files import GO_ON, UNFINISHED, atomic_write, check_output_folder
 from shared_networks.training.ema import EMA
 from shared_networks.training.handlers import completes_step
 from shared_networks.training.sampler import SeededSampler
@@ -57,8 +57,10 @@ def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = 
         overwrite: whether an earlier training in the folder is to be removed when this one starts.
 
     Raises:
-        InputError: there is a training, and nothing says what to do with it; or settings contradict each other.
+        InputError: the folder cannot be written to, or holds a training and no setting says what to do with it; or
+            settings contradict each other.
     """
+    check_output_folder(folder, "ckpt_dir")
     if resume and overwrite:
         raise InputError(
             "resume and overwrite are both set; give --resume True to go on, or --overwrite True to start anew"

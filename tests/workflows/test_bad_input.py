@@ -87,7 +87,7 @@ def empty(folder: Path) -> None:
 # name: what is done to the data set, and what the one line must say, the file first
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (lambda d: shutil.rmtree(d), "{data}: no such folder; pass --dataset_dir"),
-    "empty folder": (lambda d: empty(d / "imagesTr"), "{data}/imagesTr: no NIfTI file"),
+    "empty folder": (lambda d: empty(d / "imagesTr"), "{data}: no scan found"),
     "image without label": (lambda d: labels(d)[0].unlink(), "train_000_0000.nii.gz: no label; add the label"),
     "shapes disagree": (lambda d: rewrite(labels(d)[1], lambda v: v[1:]), "train_001.nii.gz: shape"),
     "affines disagree": (lambda d: rewrite(labels(d)[1], lambda v: v, move_mm=9.0), "train_001.nii.gz: affine"),

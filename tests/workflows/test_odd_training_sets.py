@@ -18,6 +18,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientati
 from scipy.ndimage import zoom
 
 from shared_networks.datasets.cases import find_cases, find_images
+from shared_networks.datasets.lists import write_list
 from shared_networks.datasets.nifti import NiftiReader, read_nifti
 from shared_networks.datasets.pairs import find_labels, pair_cases
 from shared_networks.datasets.validate import check_cases, image_problems
@@ -221,15 +222,16 @@ def test_suffixes_in_capitals_are_found_and_other_formats_are_told(tmp_path: Pat
     pairs = pair_cases(find_images(tmp_path), find_labels(tmp_path))
     found = [(Path(case["image"]).name, Path(case["label"]).name) for case in pairs]
     assert found == [("a_0000.NII.GZ", "a.nii.gz"), ("b_0000.nii", "b.NII")]
-    for folder in ("imagesTr", "labelsTr"):
-        assert f"{tmp_path / folder}: 3 file(s) passed over, such as c.hdr" in caplog.text
+    assert f"{tmp_path}: 3 passed over, such as {tmp_path}/imagesTr/c.hdr: neither NIfTI nor DICOM" in caplog.text
+    assert f"{tmp_path}/labelsTr: 3 file(s) passed over, such as c.hdr" in caplog.text
 
 
 def test_cases_whose_files_are_named_alike_are_named_by_their_folders(
     datasets: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = odd.case_folders(datasets["btcv"], tmp_path / "kits")
-    by_pattern = find_cases(folder, "case_*/imaging.nii.gz", "case_*/segmentation.nii.gz")
+    write_list(str(folder), "case_*/imaging.nii.gz", "case_*/segmentation.nii.gz", str(folder / "written.json"))
+    by_pattern = find_cases(folder / "written.json")
     assert [case["case"] for case in by_pattern] == ["case_00000", "case_00001", "case_00002"]
     assert all(Path(case["image"]).parent == Path(case["label"]).parent for case in by_pattern)
     pairs = [{"image": f"case_0000{i}/imaging.nii.gz", "label": f"case_0000{i}/segmentation.nii.gz"} for i in range(3)]
@@ -327,16 +329,16 @@ def test_odd_names_units_and_suffixes_train_and_are_reported(datasets: dict[str,
     for file in folder.glob("*/*.nii.gz"):
         odd.rewrite(file, form=lambda affine: odd.scaled(affine, 0.001), unit="meter")
         file.rename(str(file).replace(".nii.gz", ".NII.GZ"))
-    globs = {"images_glob": "p*/imaging.NII.GZ", "labels_glob": "p*/segmentation.NII.GZ"}
-    out = tmp_path / "out"
-    names = {"val_cases": ["p$_1$"], **globs}
-    flow = workflow(BTCV, ("train", "tiny"), folder, out, pretrained_encoder="", epochs=1, num_samples=1, **names)
+    file, out = tmp_path / "kits.json", tmp_path / "out"
+    write_list(str(folder), "p*/imaging.NII.GZ", "p*/segmentation.NII.GZ", str(file))
+    names = {"split#val_cases": ["p$_1$"]}
+    flow = workflow(BTCV, ("train", "tiny"), file, out, pretrained_encoder="", epochs=1, num_samples=1, **names)
     flow.initialize()
     flow.run()
     record = json.loads((out / "model.json").read_text())
     assert sorted(record["train"]) == ["p$_0$", "p$_2$"] and list(record["validation"]) == ["p$_1$"]
     report = workflow(
-        BTCV, ("train", "tiny", "evaluate"), folder, out, overlap=0.0, **{**names, "output_dir": str(out / "e")}
+        BTCV, ("train", "tiny", "evaluate"), file, out, overlap=0.0, **{**names, "output_dir": str(out / "e")}
     )
     report.initialize()
     report.run()

@@ -19,9 +19,10 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from shared_networks.datasets.cases import find_cases
+from shared_networks.datasets.lists import write_list
 from shared_networks.datasets.pairs import case_name
 from shared_networks.datasets.record import PARTS
-from shared_networks.errors import input_error_in
+from shared_networks.errors import InputError, input_error_in
 from shared_networks.synthetic.phantom import label_names
 from tests.conftest import ROOT
 
@@ -40,16 +41,8 @@ WORD = [
 ]
 CT_ORG = ["background", "liver", "bladder", "lungs", "kidneys", "bone", "brain"]
 SLIVER07 = ["background", "liver"]
-CT_ORG_SETTINGS = {
-    "label_names": CT_ORG,
-    "images_glob": "volume-*.nii.gz",
-    "labels_glob": "labels-*.nii.gz",
-}
-SLIVER07_SETTINGS = {
-    "label_names": SLIVER07,
-    "images_glob": "liver-orig*.nii.gz",
-    "labels_glob": "liver-seg*.nii.gz",
-}
+CT_ORG_FILES = ("volume-*.nii.gz", "labels-*.nii.gz")
+SLIVER07_FILES = ("liver-orig*.nii.gz", "liver-seg*.nii.gz")
 SAME_ORGAN = {"arota": "aorta", "postcava": "inferior vena cava", "gall bladder": "gallbladder"}
 
 # What the documentation gives for MetaImages.
@@ -198,8 +191,15 @@ def test_amos_by_its_own_lists_and_labels(amos: Path, datasets: dict[str, Path],
     assert list(out.glob("*_seg.nii.gz"))
 
 
-def test_ct_org_by_patterns_and_named_labels(ct_org: Path, tmp_path: Path) -> None:
-    flow = trained(ct_org, tmp_path, **CT_ORG_SETTINGS, **{"split#test_fraction": 0.3})
+def listed(data: Path, files: tuple[str, str]) -> Path:
+    """The list that the documented command writes."""
+    write_list(str(data), *files, str(data / "cases.json"))
+    return data / "cases.json"
+
+
+def test_ct_org_by_a_written_list_and_named_labels(ct_org: Path, tmp_path: Path) -> None:
+    settings = {"label_names": CT_ORG, "split#test_fraction": 0.3}
+    flow = trained(listed(ct_org, CT_ORG_FILES), tmp_path, **settings)
     cases = flow.parser.get_parsed_content("split")
     found = [(Path(c["image"]).name, Path(c["label"]).name) for part in cases.values() for c in part]
     assert sorted(found) == [(f"volume-{k}.nii.gz", f"labels-{k}.nii.gz") for k in (10, 100, 2)]
@@ -212,8 +212,9 @@ def test_ct_org_by_patterns_and_named_labels(ct_org: Path, tmp_path: Path) -> No
 def test_sliver07_is_refused_until_it_is_converted(
     sliver07_distributed: Path, sliver07: Path, datasets: dict[str, Path], tmp_path: Path
 ) -> None:
-    settings = {**SLIVER07_SETTINGS, "images_glob": "liver-orig*.mhd"}
-    line = refusal(workflow(sliver07_distributed, tmp_path, "train", **settings))
+    with pytest.raises(InputError) as caught:
+        listed(sliver07_distributed, ("liver-orig*.mhd", SLIVER07_FILES[1]))
+    line = str(caught.value)
     assert "finds 3 file(s) that are no NIfTI" in line and "convert the files to .nii.gz first" in line
     before, after = (
         nib.load(file)
@@ -225,12 +226,13 @@ def test_sliver07_is_refused_until_it_is_converted(
 
 @pytest.mark.parametrize(
     ("name", "names", "settings"),
-    [("word", WORD, {"label_names": "@dataset_labels"}), ("sliver07", SLIVER07, SLIVER07_SETTINGS)],
+    [("word", WORD, {"label_names": "@dataset_labels"}), ("sliver07", SLIVER07, {"label_names": SLIVER07})],
 )
 def test_word_and_sliver07_pass_the_checks(
     name: str, names: list[str], settings: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    flow = workflow(request.getfixturevalue(name), tmp_path / "out", "train", **settings)
+    data = request.getfixturevalue(name)
+    flow = workflow(listed(data, SLIVER07_FILES) if name == "sliver07" else data, tmp_path / "out", "train", **settings)
     flow.initialize()
     assert flow.parser.get_parsed_content("label_names") == names
     network = flow.parser.get_parsed_content("network_def")
@@ -249,20 +251,20 @@ def test_another_bundles_data_are_refused_in_one_line(datasets: dict[str, Path],
     assert not (tmp_path / "out").exists()
 
 
-def test_orphans_and_bad_files_come_in_one_list(ct_org: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(ct_org, tmp_path / "data")
-    (data / "labels-2.nii.gz").unlink()
-    scan = nib.load(data / "labels-10.nii.gz")
-    nib.save(nib.Nifti1Image(np.asanyarray(scan.dataobj) + np.uint8(5), scan.affine), data / "labels-10.nii.gz")
-    shutil.copy(data / "volume-10.nii.gz", data / "volume-11.nii.gz")
-    shutil.copy(data / "labels-10.nii.gz", data / "labels-11.nii.gz")
-    lines = refusal(workflow(data, tmp_path / "out", "train", **CT_ORG_SETTINGS)).splitlines()
+def test_orphans_and_bad_files_come_in_one_list(datasets: dict[str, Path], tmp_path: Path) -> None:
+    data = shutil.copytree(datasets["btcv"], tmp_path / "data")
+    image, label = (f"{data}/imagesTr/train_{{}}_0000.nii.gz".format, f"{data}/labelsTr/train_{{}}.nii.gz".format)
+    Path(label("000")).unlink()
+    scan = nib.load(label("001"))
+    nib.save(nib.Nifti1Image(np.asanyarray(scan.dataobj) + np.uint8(20), scan.affine), label("001"))
+    shutil.copy(image("001"), image("009"))
+    shutil.copy(label("001"), label("009"))
+    lines = refusal(workflow(data, tmp_path / "out", "train")).splitlines()
     assert lines[0] == f"{data}: 4 problem(s):"
-    assert lines[1].startswith(f"{data}/volume-2.nii.gz: no label; add the label labels-2.nii.gz")
-    assert lines[2].startswith(f"{data}/labels-10.nii.gz: label values ")
+    assert lines[1].startswith(f"{image('000')}: no label; add the label train_000.nii.gz")
+    assert [line.partition(": label values ")[0] for line in lines[2:4]] == [label("001"), label("009")]
     assert lines[4] == (
-        f"{data}/volume-11.nii.gz: the same voxels as {data}/volume-10.nii.gz; remove one, "
-        "or a scan may both train and test"
+        f"{image('009')}: the same voxels as {image('001')}; remove one, or a scan may both train and test"
     )
     assert not (tmp_path / "out").exists()
 

@@ -23,6 +23,8 @@ OPTIONS = {
     "segmenter": {"pretrained_encoder": "", "training_run#ema#decay": 0.5, "split#val_fraction": 0.0},
 }
 
+NONE_VALIDATES = {BUNDLES[0]: "--val_fraction 0.0", BUNDLES[1]: "--split#val_fraction 0.0"}
+
 
 def workflow(bundle: str, datasets: dict[str, Path], out: Path, **override: Any) -> ConfigWorkflow:
     root = ROOT / bundle
@@ -86,7 +88,7 @@ def test_two_processes_need_no_validation_case_either(bundle: str, datasets: dic
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
         *("-m", "monai.bundle", "run", "--config_file", str(files)),
         *(word for key, value in options.items() for word in (f"--{key}", str(value))),
-        *SMALL.replace("--val_fraction 0.3", "--val_fraction 0.0").replace("--epochs 4", "--epochs 1").split(),
+        *SMALL.replace("--val_fraction 0.3", NONE_VALIDATES[bundle]).replace("--epochs 4", "--epochs 1").split(),
         *(() if bundle == BUNDLES[0] else ("--pretrained_encoder", "")),
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
