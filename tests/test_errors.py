@@ -18,7 +18,7 @@ CONFIG = {
     "dataset_dir": "",
     "max_epochs": 1,
     "net": {"width": 4},
-    "step": "$lambda engine, batch: __import__('shared_networks.datasets.cases', fromlist=['x']).find_images(batch[0])",
+    "step": "$lambda engine, batch: __import__('shared_networks.datasets.cases', fromlist=['x']).find_images(batch)",
     "trainer": {"_target_": "ignite.engine.Engine", "process_function": "@step"},
     "run": ["$print('width', @net['width'])", "$@trainer.run([@dataset_dir])"],
 }

@@ -46,13 +46,19 @@ def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> lis
     return [scan.files[0] if len(scan.files) == 1 else list(scan.files) for scan in scans]
 
 
-def find_unlabelled(dataset_dir: str | Path | None, folder: str = "imagesTr") -> list[dict[str, Any]]:
-    """Find the cases of a data set without their labels, for pre-training; as :func:`find_images`.
+def unlabelled_cases(images: Sequence[Image]) -> list[dict[str, Any]]:
+    """Make cases of images without labels, for pre-training.
+
+    Args:
+        images: a file of each case, or the files of its channels.
 
     Returns:
-        For each case `{"image": image}`, with its name as `case` where that of the file is not unique.
+        For each image `{"image": image}`, with its name as `case` where that of the file is not unique.
+
+    Raises:
+        InputError: several cases have one name.
     """
-    return named_apart([{"image": image} for image in find_images(dataset_dir, folder)], dataset_dir)
+    return named_apart([{"image": image} for image in images], "images")
 
 
 def find_cases(
