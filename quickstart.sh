@@ -40,6 +40,8 @@ python=$root/.venv/bin/python
 run() { # run BUNDLE CONFIG OPTIONS...
     (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "$2" "${@:3}" ${spacing:+--spacing "$spacing"})
 }
+# glibc keeps freed memory for the next step, in place of asking the system anew: docs/results/README.md.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 SECONDS=0
 
 if [ -z "$data" ]; then

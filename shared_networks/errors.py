@@ -22,7 +22,7 @@ def not_finite(what: str) -> InputError:
 
 
 def input_error_in(error: BaseException) -> InputError | None:
-    """Returns the first `InputError` among an exception and what raised it, as a traceback would show them."""
+    """Return the first `InputError` among an exception and what raised it, as a traceback would show them."""
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, InputError):
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
@@ -30,7 +30,7 @@ def input_error_in(error: BaseException) -> InputError | None:
 
 
 def report_in_one_line() -> None:
-    """Makes an uncaught `InputError` end the process with `error: <message>` on stderr and no traceback.
+    """Make an uncaught `InputError` end the process with `error: <message>` on stderr and no traceback.
 
     monai wraps whatever is raised in a config in RuntimeErrors, one for each component and expression on the way,
     and the one line that helps is lost in some hundred lines of traceback. The exit code stays 1, every other

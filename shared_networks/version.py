@@ -12,7 +12,7 @@ _VERSION = Path("shared_networks") / "version.py"
 
 
 def check_copy(bundle_root: str | Path) -> None:
-    """Refuses a bundle whose own copy of this package is of another version than the one that runs.
+    """Refuse a bundle whose own copy of this package is of another version than the one that runs.
 
     MONAI Label serves all its bundles from one process, in which the first one's copy is everyone's.
 

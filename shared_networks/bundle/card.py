@@ -13,7 +13,7 @@ _RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|[#/])[^)#]+")
 
 
 def model_card(card: str, metadata: Mapping[str, Any], folder: str = "docs") -> str:
-    """Makes `README.md` from a bundle's card and metadata.
+    """Make `README.md` from a bundle's card and metadata.
 
     Args:
         card: text of `docs/README.md`.

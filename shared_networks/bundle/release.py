@@ -38,7 +38,7 @@ FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
 def release(
     output_dir: str | Path, bundle: str = ALL, overlay: str = "", weights: str | Path = "", root: Path = ROOT
 ) -> list[Path]:
-    """Writes `NAME_vX.Y.Z.zip` of bundles, and beside each its checksum.
+    """Write `NAME_vX.Y.Z.zip` of bundles, and beside each its checksum.
 
     A zip has one folder, of the bundle's name: configs, documents and licence, the model card, this package,
     `models/model.pt` where weights are given, and `SHA256SUMS` of them all. Files are stored uncompressed with one time
@@ -70,7 +70,7 @@ def release(
 
 
 def bundle_names(root: Path) -> list[str]:
-    """Returns the names of the bundles of a source tree.
+    """Return the names of the bundles of a source tree.
 
     Raises:
         InputError: it has none.
@@ -82,7 +82,7 @@ def bundle_names(root: Path) -> list[str]:
 
 
 def check_versions(root: Path, names: Sequence[str]) -> None:
-    """Compares the version of each bundle with that of this package: they share it, so they are released together.
+    """Compare the version of each bundle with that of this package: they share it, so they are released together.
 
     Args:
         root: source tree.
@@ -104,7 +104,7 @@ def check_versions(root: Path, names: Sequence[str]) -> None:
 
 
 def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path = "") -> dict[str, bytes]:
-    """Reads all that belongs into a bundle's zip but the checksums.
+    """Read all that belongs into a bundle's zip but the checksums.
 
     Args:
         root: source tree.
@@ -134,7 +134,7 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
 
 
 def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
-    """Makes an overlay's settings the defaults of all configs that run without another, and of the metadata.
+    """Make an overlay's settings the defaults of all configs that run without another, and of the metadata.
 
     Args:
         files: of a bundle, by path.
@@ -187,7 +187,7 @@ def with_settings(config: str, settings: Mapping[str, Any]) -> str:
 
 
 def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
-    """Reads weights for a bundle's zip, as they are, once they are known to be those of its network and labels.
+    """Read weights for a bundle's zip, as they are, once they are known to be those of its network and labels.
 
     Args:
         config: the bundle's inference config.
@@ -223,7 +223,7 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
 
 
 def write_release(output_dir: Path, name: str, files: Mapping[str, bytes]) -> Path:
-    """Writes a bundle's zip, with checksums in it and beside it, and prints what it is.
+    """Write a bundle's zip, with checksums in it and beside it, and prints what it is.
 
     Args:
         output_dir: folder to write to.
@@ -251,12 +251,12 @@ def write_release(output_dir: Path, name: str, files: Mapping[str, bytes]) -> Pa
 
 
 def checksum(content: bytes, path: str) -> str:
-    """A line that `sha256sum --check` reads."""
+    """Return a line that `sha256sum --check` reads."""
     return f"{hashlib.sha256(content).hexdigest()}  {path}\n"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Command line of :func:`release`.
+    """Run the command line of :func:`release`.
 
     Raises:
         InputError: as :func:`release`, or for an unknown option.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_rate(cases: Sequence[Mapping[str, Any]], spacing: Sequence[float], free: int | None = None) -> float:
-    """Returns the share of cases to keep in memory, so that they take at most half of what is free, and logs why.
+    """Return the share of cases to keep in memory, so that they take at most half of what is free, and logs why.
 
     So many fit whichever they are, as the largest are counted first. Where torchrun starts several processes on a
     machine (`LOCAL_WORLD_SIZE`), each keeps cases of its own in its part.
@@ -55,7 +55,7 @@ def cache_rate(cases: Sequence[Mapping[str, Any]], spacing: Sequence[float], fre
 
 
 def cached_bytes(case: Mapping[str, Any], spacing: Sequence[float]) -> int:
-    """Returns the bytes of a resampled case, before any crop, from its header; 0 where that cannot be read.
+    """Return the bytes of a resampled case, before any crop, from its header; 0 where that cannot be read.
 
     Args:
         case: see :func:`cache_rate`.

@@ -99,7 +99,7 @@ def find_cases(
 
 
 def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[dict[str, Any]]:
-    """Gives cases whose files have one name, as `case_00000/imaging.nii.gz`, the names of their folders.
+    """Give cases whose files have one name, as `case_00000/imaging.nii.gz`, the names of their folders.
 
     Args:
         cases: dicts with `image`.

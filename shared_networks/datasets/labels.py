@@ -32,7 +32,7 @@ def label_colour(value: int) -> str:
 
 
 def read_labels(file: str | Path) -> list[str]:
-    """Reads label names from the `labels` of a JSON file.
+    """Read label names from the `labels` of a JSON file.
 
     Both of nnU-Net's forms are read: `{"0": "background", "1": "liver"}` (v1, and the Decathlon's) and
     `{"background": 0, "liver": 1}` (v2).
@@ -79,7 +79,7 @@ def read_labels(file: str | Path) -> list[str]:
 
 
 def dataset_labels(dataset_dir: str | Path | None) -> list[str]:
-    """Reads the names of a data set's labels.
+    """Read the names of a data set's labels.
 
     Args:
         dataset_dir: a folder with `dataset.json`, or a `.json` list of cases with `labels`.
@@ -96,7 +96,7 @@ def dataset_labels(dataset_dir: str | Path | None) -> list[str]:
 
 
 def checked_names(label_names: Sequence[str] | None, source: str | Path = "label_names") -> list[str]:
-    """Returns label names as they are given.
+    """Return label names as they are given.
 
     Raises:
         InputError: it is no list of at least two different names; `None` comes of `@dataset_labels` without a data set.
@@ -114,7 +114,7 @@ def checked_names(label_names: Sequence[str] | None, source: str | Path = "label
 
 
 def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) -> None:
-    """Compares the names that a network is trained on with those of the data set, where it has a `dataset.json`.
+    """Compare the names that a network is trained on with those of the data set, where it has a `dataset.json`.
 
     Capital letters, hyphens and underscores do not matter. Names that the bundle does not know (abbreviations) are
     only warned of, as long as another organ agrees and none is known at another value.
@@ -158,7 +158,7 @@ def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) ->
 def count_classes(
     label_names: Sequence[str], dataset_dir: str | Path | None = None, checkpoints: Sequence[str | Path] = ()
 ) -> int:
-    """Counts classes, background included, and checks that the data set and the trained models mean the same by them.
+    """Count classes, background included, and checks that the data set and the trained models mean the same by them.
 
     Args:
         label_names: in order of value, background first.
@@ -176,7 +176,7 @@ def count_classes(
 
 
 def check_model_labels(label_names: Sequence[str], checkpoint: str | Path) -> None:
-    """Compares label names with those that a model was trained on.
+    """Compare label names with those that a model was trained on.
 
     Args:
         label_names: in order of value, background first.
@@ -197,7 +197,7 @@ def check_model_labels(label_names: Sequence[str], checkpoint: str | Path) -> No
 
 
 def model_labels(checkpoint: str | Path) -> list[str]:
-    """Reads the label names that a model was trained on, in order of value, background first.
+    """Read the label names that a model was trained on, in order of value, background first.
 
     Raises:
         InputError: the model has no record, or one of other weights or without labels.

@@ -29,7 +29,7 @@ _WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]
 
 
 def pair_patterns(dataset_dir: str | Path | None, images: str, labels: str) -> list[dict[str, Any]]:
-    """Finds images and labels by two patterns and pairs those in which the wildcards stand for the same.
+    """Find images and labels by two patterns and pairs those in which the wildcards stand for the same.
 
     Args:
         dataset_dir: where the patterns begin, unless they are absolute.
@@ -63,7 +63,7 @@ def pair_patterns(dataset_dir: str | Path | None, images: str, labels: str) -> l
 
 
 def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name]]:
-    """Finds NIfTI files by a pattern.
+    """Find NIfTI files by a pattern.
 
     Args:
         root: where the pattern begins, unless it is absolute.
@@ -95,7 +95,7 @@ def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name
 
 
 def read_list(file: str | Path) -> list[dict[str, Any]]:
-    """Reads a Decathlon list of cases: `{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}], ...}`.
+    """Read a Decathlon list of cases: `{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}], ...}`.
 
     Args:
         file: JSON; paths in it are relative to it. `validation` and `test` may be listed as well, of which only cases

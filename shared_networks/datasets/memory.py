@@ -11,7 +11,7 @@ _GROUP_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Returns the bytes that this process could still get: of the system, or of its control group where that has less.
+    """Return the bytes that this process could still get: of the system, or of its control group where that has less.
 
     Files that are missing, unreadable or of another form limit nothing; no error is raised.
 
@@ -26,7 +26,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Yields what is left of the limit of each control group that the process is in, however deep."""
+    """Yield what is left of the limit of each control group that the process is in, however deep."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "memory" not in controllers.split(","):

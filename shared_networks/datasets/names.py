@@ -10,7 +10,7 @@ from shared_networks.errors import InputError
 
 
 def find_excluded(cases: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, list[str]]:
-    """Finds the cases that names mean; in doubt a name means too many and not too few.
+    """Find the cases that names mean; in doubt a name means too many and not too few.
 
     Small and capital letters, file suffixes and a last `_0000` do not matter. A name without folders means every case
     with such a part in its id or with such a file. A name with folders means the cases whose id or file it ends or
@@ -34,7 +34,7 @@ def find_excluded(cases: Mapping[str, Sequence[str]], names: Sequence[str]) -> d
 
 
 def read_names(file: str | Path) -> list[str]:
-    """Reads a list of cases: a name a line; what follows a # is a comment.
+    """Read a list of cases: a name a line; what follows a # is a comment.
 
     Raises:
         InputError: there is no such file, or it is no text.
@@ -59,6 +59,6 @@ def _parts(path: str) -> list[str]:
 
 
 def _within(parts: list[str], path: list[str]) -> bool:
-    """Whether one path ends the other, or the first lies within the second."""
+    """Return whether one path ends the other, or the first lies within the second."""
     ends = range(len(parts), len(path) + 1)
     return parts[-len(path) :] == path or any(path[end - len(parts) : end] == parts for end in ends)

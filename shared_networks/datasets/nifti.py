@@ -46,7 +46,7 @@ class Nifti(NamedTuple):
 
 
 def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
-    """Reads a file to its last byte, once; what is wrong with it is returned and not raised.
+    """Read a file to its last byte, once; what is wrong with it is returned and not raised.
 
     Args:
         file: `.nii.gz` or `.nii`, in small or capital letters.
@@ -81,7 +81,7 @@ def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
 
 
 def open_nifti(file: str) -> nib.Nifti1Image:
-    """Opens a file by its content; nibabel goes by the name, in which it knows small letters or capitals alone."""
+    """Open a file by its content; nibabel goes by the name, in which it knows small letters or capitals alone."""
     with ImageOpener(file) as stream:
         size = stream.read(4)
     kinds = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
@@ -119,7 +119,7 @@ def _memory_problem(scan: nib.Nifti1Image) -> str:
 
 
 def _read_voxels(scan: nib.Nifti1Image, stream: ImageOpener) -> np.ndarray:
-    """Reads voxels in the type they are stored in; nibabel makes float64, four times int16, of scaled ones."""
+    """Read voxels in the type they are stored in; nibabel makes float64, four times int16, of scaled ones."""
     stored: Any = scan.dataobj
     layout = (stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter)
     is_scaled = (stored.slope, stored.inter) != (1, 0)
@@ -175,7 +175,7 @@ def _regular(affine: np.ndarray) -> bool:
 
 
 def grid_problems(image: str, image_scan: Nifti, other: str, other_scan: Nifti) -> list[str]:
-    """Returns how the grid of another file (a channel, a label) differs from the image's."""
+    """Return how the grid of another file (a channel, a label) differs from the image's."""
     if image_scan.grid is None or other_scan.grid is None:
         return []
     (shape, affine), (other_shape, other_affine) = image_scan.grid, other_scan.grid

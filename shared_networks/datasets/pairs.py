@@ -58,7 +58,7 @@ class UnpairedError(InputError):
 
 
 def case_name(image: str | Sequence[str]) -> str:
-    """Returns the name of an image's case.
+    """Return the name of an image's case.
 
     Only the mark of the first channel is cut off: `FLARE22_Tr_0001.nii.gz` is a case of that name in a flat folder.
 
@@ -72,12 +72,12 @@ def case_name(image: str | Sequence[str]) -> str:
 
 
 def name_of(case: Mapping[str, Any]) -> str:
-    """Returns the name of a case: its own, where files alone do not tell cases apart, else :func:`case_name`."""
+    """Return the name of a case: its own, where files alone do not tell cases apart, else :func:`case_name`."""
     return str(case["case"]) if "case" in case else case_name(case["image"])
 
 
 def channel_groups(files: Sequence[str], numbered: bool) -> dict[str, list[str]]:
-    """Groups files by case.
+    """Group files by case.
 
     Args:
         files: of one folder.
@@ -97,7 +97,7 @@ def channel_groups(files: Sequence[str], numbered: bool) -> dict[str, list[str]]
 
 
 def numbering_problem(name: str, files: Sequence[str]) -> str:
-    """Returns what is wrong with the names of a case's files, nothing if they are its channels 0, 1, ..."""
+    """Return what is wrong with the names of a case's files, nothing if they are its channels 0, 1, ..."""
     channels = [f"{name}_{channel:04d}" for channel in range(len(files))]
     if len(files) == 1 or [_stem(file) for file in files] == channels:
         return ""
@@ -105,7 +105,7 @@ def numbering_problem(name: str, files: Sequence[str]) -> str:
 
 
 def find_labels(dataset_dir: str | Path | None, folder: str = "labelsTr") -> list[str]:
-    """Finds the label files of a data set, sorted by case name.
+    """Find the label files of a data set, sorted by case name.
 
     Raises:
         InputError: there is no such folder, or no NIfTI file in it.
@@ -117,7 +117,7 @@ def find_labels(dataset_dir: str | Path | None, folder: str = "labelsTr") -> lis
 
 
 def pair_cases(images: Sequence[Image], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Pairs images with labels by case name, never by position.
+    """Pair images with labels by case name, never by position.
 
     Args:
         images: a file of each case, or the files of its channels.
@@ -149,7 +149,7 @@ def pair_by_name(
     image_named: Callable[[Name], str],
     label_named: Callable[[Name], str],
 ) -> list[dict[str, Any]]:
-    """Pairs images, each with the names it may go by, with labels; see :func:`pair_cases`."""
+    """Pair images, each with the names it may go by, with labels; see :func:`pair_cases`."""
     labels_of: dict[Name, list[str]] = {}
     for label, name in labels:
         labels_of.setdefault(name, []).append(label)

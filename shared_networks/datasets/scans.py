@@ -59,7 +59,7 @@ class Source(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Number of channels: one file each, one of a series."""
+        """Return the number of channels: one file each, one of a series."""
         return 1 if self.series else len(self.files)
 
 
@@ -160,12 +160,12 @@ def _of_file(file: Path) -> list[Source]:
 
 
 def file_source(image: Image) -> Source:
-    """Returns the scan of a NIfTI file, or of a file a channel; its case is its whole path, so that no two are one."""
+    """Return the scan of a NIfTI file, or of a file a channel; its case is its whole path, so that no two are one."""
     return _nifti_source(image, Path(os.sep))
 
 
 def read_scan(source: Source, modality: str | None) -> Scan:
-    """Reads and checks a scan.
+    """Read and checks a scan.
 
     Args:
         source: of :func:`find_scans`.
@@ -184,7 +184,7 @@ def read_scan(source: Source, modality: str | None) -> Scan:
 
 
 def read_grid(source: Source) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Returns shape and spacing in mm from one header, for estimates; `None` where that says nothing."""
+    """Return shape and spacing in mm from one header, for estimates; `None` where that says nothing."""
     if source.series:
         header = read_header(source.files[0])
         slices = len(source.files) * header.frames
@@ -288,14 +288,14 @@ class _Walk:
         return self.sources
 
     def case(self, folder: Path) -> str:
-        """The id of a series that is alone in a folder."""
+        """Return the id of a series that is alone in a folder."""
         if not folder.is_relative_to(self.root):  # of a list, whose ids must not lead out of the store
             return folder.name
         return str(PurePosixPath(self.root.name, *folder.relative_to(self.root).parts))
 
 
 def _copies(parts: Sequence[tuple[Path, tuple[str, ...]]]) -> bool:
-    """Whether folders hold the same slices of a series, and not some each."""
+    """Return whether folders hold the same slices of a series, and not some each."""
     instances = [{read_header(file).instance for file in files} for _, files in parts]
     return all(instances[0] == other for other in instances[1:])
 
@@ -330,7 +330,7 @@ def result_files(folder: Path) -> set[str]:
         found |= {f"{name}{channel}_{kind}.nii.gz" for channel in ("", "_0000") for kind in ("reconstruction", "mask")}
     for figure in folder.glob("*_attention.png"):
         name = figure.name.removesuffix("_attention.png")
-        found |= {file.name for file in folder.glob(f"{glob.escape(name)}_*_tap_*.nii.gz")}
+        found |= {file.name for file in folder.glob(f"{glob.escape(name)}_*_block_*.nii.gz")}
     return found
 
 

@@ -45,7 +45,7 @@ def split_cases(
     val_fraction: float = 0.2,
     seed: int = 0,
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """Splits cases into training and validation, whatever their order.
+    """Split cases into training and validation, whatever their order.
 
     Args:
         cases: dicts with `image`.
@@ -101,7 +101,7 @@ def report_cases(
     validation: Sequence[Mapping[str, Any]],
     test: Sequence[Mapping[str, Any]] = (),
 ) -> Sequence[Mapping[str, Any]]:
-    """Returns the cases to report results on, if possible none that had a part in choosing the model.
+    """Return the cases to report results on, if possible none that had a part in choosing the model.
 
     Args:
         dataset_dir: as for :func:`find_cases`.

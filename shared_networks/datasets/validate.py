@@ -58,7 +58,7 @@ def check_cases(
     intensity_range: Sequence[float] | None = None,
     in_channels: int | None = None,
 ) -> Sequence[dict[str, Any]]:
-    """Checks that scans can be read and make sense, each file once.
+    """Check that scans can be read and make sense, each file once.
 
     Refused are: files that are missing, truncated, damaged or no NIfTI; images that are not 3D (further axes of length
     1 are left out); spacings that are not positive, affines that are singular and headers without orientation; headers
@@ -128,7 +128,7 @@ def check_cases(
 
 
 def sided_pairs(label_names: Sequence[str]) -> list[tuple[int, int]]:
-    """Returns pairs of label values of which the first organ lies to the patient's right of the second.
+    """Return pairs of label values of which the first organ lies to the patient's right of the second.
 
     These are liver and spleen, and whatever is named `right X` and `left X`.
     """
@@ -140,7 +140,7 @@ def sided_pairs(label_names: Sequence[str]) -> list[tuple[int, int]]:
 def side_problems(
     centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]], label_names: Sequence[str]
 ) -> list[str]:
-    """Returns a line if organs of a patient are on each other's side.
+    """Return a line if organs of a patient are on each other's side.
 
     Args:
         centres: `[3]` in mm (RAS), by label value; organs that are absent have none. Sides that are wrong by no more
@@ -225,7 +225,7 @@ def _warn_of_absent(label_names: Sequence[str], present: Collection[int]) -> Non
 
 
 def channel_problem(channels: int, in_channels: int) -> str:
-    """Returns what is wrong with a case of another number of channels than the network takes."""
+    """Return what is wrong with a case of another number of channels than the network takes."""
     return (
         f"has {channels} channel(s), one a file, and the network takes {in_channels}; pass "
         f"--network_def#in_channels {channels}, or leave the other files out"
@@ -233,7 +233,7 @@ def channel_problem(channels: int, in_channels: int) -> str:
 
 
 def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]:
-    """Returns what is wrong with the voxels of an image of any shape: no numbers, not finite, all the same, or foreign.
+    """Return what is wrong with the voxels of an image of any shape: no numbers, not finite, all the same, or foreign.
 
     Args:
         values: of one channel.
@@ -275,7 +275,7 @@ def _label_count(values: np.ndarray) -> int:
 
 
 def _is_patchy(values: np.ndarray) -> bool:
-    """Whether most neighbours are equal, as in label maps and not in scans, which are noisy where they are not 0."""
+    """Return whether most neighbours are equal, as in label maps; scans are noisy where they are not 0."""
     along = np.moveaxis(values, int(np.argmax(values.shape)), 0)  # a single slice has neighbours within it alone
     one, next_one = along[:-1], along[1:]
     inside = (one != 0) & (next_one != 0)
@@ -328,7 +328,7 @@ def _scale_problems(values: np.ndarray) -> list[str]:
 
 
 def otsu_threshold(values: np.ndarray) -> float:
-    """Returns the value that parts two classes best (Otsu, IEEE Transactions on Systems, Man, and Cybernetics 1979).
+    """Return the value that parts two classes best (Otsu, IEEE Transactions on Systems, Man, and Cybernetics 1979).
 
     Args:
         values: of any shape.

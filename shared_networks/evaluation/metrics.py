@@ -72,7 +72,7 @@ def confusion_counts(prediction: np.ndarray, truth: np.ndarray, num_classes: int
 
 
 def surface_voxels(mask: np.ndarray) -> np.ndarray:
-    """Indices [N, 3] of the voxels of a mask ``[X, Y, Z]`` that have a face outside it."""
+    """Return indices [N, 3] of the voxels of a mask ``[X, Y, Z]`` that have a face outside it."""
     padded = np.pad(mask, 1)
     inner = mask.copy()
     for axis, start in product(range(3), (0, 2)):
@@ -101,7 +101,7 @@ def surface_cells(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarra
 
 
 def distances_between(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of each point [N, 3] to the nearest of the others [M, 3], [N], and the other way round, [M]."""
+    """Return the distance of each point [N, 3] to the nearest of the others [M, 3], [N], and the reverse, [M]."""
     return KDTree(others).query(points)[0], KDTree(points).query(others)[0]
 
 
@@ -193,7 +193,7 @@ def _union(box: Box, other: Box) -> Box:
 
 
 def macro_mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean of ``[cases, organs]`` over each case's organs first, then over cases, NaN left out."""
+    """Average ``[cases, organs]`` over each case's organs first, then over cases, NaN left out."""
     return values.nanmean(dim=1).nanmean()
 
 
@@ -255,7 +255,7 @@ class OrganMetric(CumulativeIterationMetric):
 
 
 class OrganDice:
-    """Adds each organ's mean Dice to an evaluator's metrics, as `dice_NAME`, for a curve of its own.
+    """Add each organ's mean Dice to an evaluator's metrics, as `dice_NAME`, for a curve of its own.
 
     Args:
         label_names: names in order of label value, background first.

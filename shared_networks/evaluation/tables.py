@@ -40,7 +40,7 @@ def dice_table(dice: torch.Tensor) -> torch.Tensor:
 
 
 def dice_rows(cases: Sequence[str], organs: Sequence[str], dice: torch.Tensor) -> list[list[Any]]:
-    """Rows of ``dice.csv``: a line a case, a column an organ, and means of both (see :func:`dice_table`)."""
+    """Lay out the rows of ``dice.csv``: a line a case, a column an organ, and means (see :func:`dice_table`)."""
     table = dice_table(dice).tolist()
     body = [[name, *(_cell(value, 4) for value in row)] for name, row in zip((*cases, "mean"), table, strict=True)]
     return [["case", *organs, "mean"], *body]
@@ -54,7 +54,7 @@ def presence(truth_ml: float, predicted_ml: float) -> str:
 
 
 def measure_rows(cases: Sequence[str], organs: Sequence[str], measures: torch.Tensor) -> list[list[Any]]:
-    """Rows of ``metrics.csv``: a line for each case and organ, empty where there is no value.
+    """Lay out the rows of ``metrics.csv``: a line for each case and organ, empty where there is no value.
 
     Args:
         cases: names.
@@ -116,7 +116,7 @@ def summary(
     settings: Mapping[str, Any],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Content of ``metrics.json``.
+    """Collect the content of ``metrics.json``.
 
     Args:
         cases: names.

@@ -20,22 +20,22 @@ def attention_figure(
     window: Sequence[float] | None = (-175.0, 250.0),
     title: str = "",
 ) -> Figure:
-    """Draw attention maps over a slice through the query, which is marked: a row for each kind, a column for each tap.
+    """Draw attention maps over a slice through the query, which is marked: a row a kind, a column an encoder block.
 
     Each panel has its own colours, from violet at the smallest to yellow at the largest weight in the slice; both are
     written in its corner. Source of the layout: Tang et al., "Hi-End-MAE", arXiv 2502.08347.
 
     Args:
         image: the slice, in Hounsfield units.
-        maps: attention in that slice by kind and by tap, the same taps for every kind; 0 outside the window that the
-            network saw.
+        maps: attention in that slice by kind and by block, the same blocks for every kind; 0 outside the window that
+            the network saw.
         window: intensities shown as black and as white; `None` takes percentiles, for MR.
         title: heading of the figure, such as the name of the case.
     """
-    taps = list(next(iter(maps.values())))
+    blocks = list(next(iter(maps.values())))
     shown = display_window(image.pixels, window)
     figure, panels = draw_panels(
-        [[image] * len(taps)] * len(maps), list(maps), taps, shown, (0.3, 0.1, 0.5, 0.55), "bilinear"
+        [[image] * len(blocks)] * len(maps), list(maps), blocks, shown, (0.3, 0.1, 0.5, 0.55), "bilinear"
     )
     for row, kind in zip(panels, maps.values(), strict=True):
         for panel, plane in zip(row, kind.values(), strict=True):
@@ -56,6 +56,6 @@ def attention_figure(
         figure,
         "Share of the attention of the patch at +, mean over heads; violet is the smallest in the slice, yellow the "
         "largest.\nThe network sees one window, outside which there is none. Cross-attention: the patch at + and all "
-        "without colour are hidden.",
+        "without colour are masked.",
     )
     return figure

@@ -205,7 +205,7 @@ class SaveOverlayd(MapTransform):
 
 
 class OverlayPanel:
-    """Writes a picture of the first validation case for TensorBoard: truth and prediction over the CT.
+    """Write a picture of the first validation case for TensorBoard: truth and prediction over the CT.
 
     Args:
         log_dir: folder of TensorBoard's files.

@@ -32,7 +32,7 @@ class Plane(NamedTuple):
 
     @property
     def extent(self) -> tuple[float, float]:
-        """Height and width in millimetres."""
+        """Return height and width in millimetres."""
         return self.pixels.shape[0] * self.spacing[0], self.pixels.shape[1] * self.spacing[1]
 
 

@@ -81,7 +81,7 @@ class SaveReconstructiond(MapTransform):
 
 
 class ReconstructionPanel:
-    """Writes a picture of the first validation crop for TensorBoard: the crop, what was seen of it, what was rebuilt.
+    """Write a picture of the first validation crop for TensorBoard: the crop, what was seen of it, what was rebuilt.
 
     Args:
         log_dir: folder of TensorBoard's files.

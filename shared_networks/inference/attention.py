@@ -35,7 +35,7 @@ def query_cases(
     voxel: Sequence[int] | None = None,
     label: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The scans to look at, paired with their labels where an organ is asked for.
+    """List the scans to look at, paired with their labels where an organ is asked for.
 
     Args:
         images: as ``find_images`` returns them.
@@ -67,7 +67,7 @@ def query_cases(
 
 
 def organ_voxel(organ: np.ndarray, spacing: Sequence[float]) -> tuple[int, ...]:
-    """The voxel of an organ that is closest to its centroid, so that it lies in a curved organ too.
+    """Return the voxel of an organ that is closest to its centroid, so that it lies in a curved organ too.
 
     Args:
         organ: [X, Y, Z], true in the organ, which has at least one voxel.
@@ -166,7 +166,7 @@ class QueryWindowd(MapTransform):
 
 
 class QueryAttention(nn.Module):
-    """A pre-training network, handing out the attention of one query token by tap, mean over heads.
+    """A pre-training network, handing out the attention of one query token by feature, mean over heads.
 
     Args:
         network: in eval mode, so that it hides the same patches at every call.
@@ -179,46 +179,46 @@ class QueryAttention(nn.Module):
     def forward(self, image: Tensor, query: Tensor) -> dict[str, Tensor]:
         """Watch a query.
 
-        The encoder sees all patches. For the decoder the query is hidden, with the patches that the network's own mask
-        hides: its mask token asks, in the cross block that reads a tap, the patches that the encoder saw.
+        The encoder sees all patches. For the decoder the query is masked, with the patches that the network's own mask
+        hides: its mask token asks, in the cross block that reads a feature, the patches that the encoder saw.
 
         Args:
             image: [B, C, H, W, D], sizes a multiple of the patch size.
             query: [B], a token's number for each image, in row-major (h, w, d) order.
 
         Returns:
-            ``encoder_tap_N``, attention inside the encoder block with zero-based index N, whose output is the tap, and
-            ``cross_tap_N``, that of the decoder to the tap; each [B, 1, h, w, d] in float32, summing to 1 less the
-            share of the CLS token. Hidden patches have 0 in ``cross_tap_N``.
+            `encoder_block_N`, attention inside the encoder block with zero-based index N, and `cross_block_N`, the
+            decoder's attention to that block's features. Each is [B, 1, h, w, d] in float32 and sums to 1 less the
+            share of the CLS token. Masked patches have 0 in `cross_block_N`.
         """
         grid = self.network.vit.patch_grid(image)
         batch, length = image.shape[0], math.prod(grid)
-        taps = self.network.vit.out_indices
+        blocks = self.network.vit.out_indices
         rows = torch.arange(batch, device=image.device)
         with attention_maps(self.network) as maps:
             self.network.vit(image)
         weights = {
-            f"encoder_tap_{n}": maps[f"vit.blocks.{n}.attn"].float().mean(dim=1)[rows, 1 + query, 1:] for n in taps
+            f"encoder_block_{n}": maps[f"vit.blocks.{n}.attn"].float().mean(dim=1)[rows, 1 + query, 1:] for n in blocks
         }
-        permutation = query_last(self.network.shuffle(batch, length).to(image.device), query)
-        visible = permutation[:, : self.network.num_visible(length)]
+        ids_shuffle = query_last(self.network.shuffle(batch, length).to(image.device), query)
+        visible = ids_shuffle[:, : self.network.num_visible(length)]
         with attention_maps(self.network) as maps:
-            self.network(image, permutation)
-        for depth, n in reversed([*enumerate(reversed(taps))]):  # cross blocks read the deepest tap first
+            self.network(image, ids_shuffle)
+        for depth, n in reversed([*enumerate(reversed(blocks))]):  # cross blocks read the deepest block first
             seen = maps[f"decoder.cross_blocks.{depth}.cross_attn"].float().mean(dim=1)[:, -1, 1:]
-            weights[f"cross_tap_{n}"] = seen.new_zeros(batch, length).scatter(1, visible, seen)
+            weights[f"cross_block_{n}"] = seen.new_zeros(batch, length).scatter(1, visible, seen)
         return {name: w.reshape(batch, 1, *grid) for name, w in weights.items()}
 
 
-def query_last(permutation: Tensor, query: Tensor) -> Tensor:
-    """Move a token to the end of each row of a permutation [B, L], where it is hidden; the others keep their order.
+def query_last(ids_shuffle: Tensor, query: Tensor) -> Tensor:
+    """Move a token to the end of each row of `ids_shuffle` [B, L], where it is masked; the others keep their order.
 
     Args:
-        permutation: [B, L], each row a shuffle of the token numbers.
+        ids_shuffle: [B, L], each row a shuffle of the token numbers.
         query: [B], the tokens to move.
     """
-    order = (permutation == query[:, None]).int().argsort(dim=1, stable=True)
-    return permutation.gather(1, order)
+    order = (ids_shuffle == query[:, None]).int().argsort(dim=1, stable=True)
+    return ids_shuffle.gather(1, order)
 
 
 def to_scan_grid(tokens: np.ndarray, affine: np.ndarray, scan_affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -243,7 +243,7 @@ def to_scan_grid(tokens: np.ndarray, affine: np.ndarray, scan_affine: np.ndarray
 class SaveAttentiond(MapTransform):
     """Write the attention maps of a query on the scan's own grid, with a figure, and return the data as they came.
 
-    For each map of :class:`QueryAttention` there is ``{case}_{map}.nii.gz``, such as ``ct_001_cross_tap_9.nii.gz``,
+    For each map of :class:`QueryAttention` there is ``{case}_{map}.nii.gz``, such as ``ct_001_cross_block_9.nii.gz``,
     float32, one 3D file each so that any viewer lays it over the scan: a voxel holds the weight of the patch it lies
     in. The network sees one window, and attention does not reach beyond it: outside there are zeros.
     ``{case}_attention.png`` shows the maps in the axial slice through the query.
@@ -290,8 +290,8 @@ class SaveAttentiond(MapTransform):
             volume = to_scan_grid(convert_to_numpy(attention[0]), affine, scan_affine, shape)
             with atomic_write(self.output_dir / f"{case}_{name}.nii.gz") as part:
                 nib.save(nib.Nifti1Image(volume, scan_affine), part)
-            kind, tap = name.split("_", 1)
-            maps.setdefault(kind, {})[tap.replace("_", " ")] = orthogonal_planes(volume, scan_affine, voxel)[0]
+            kind, feature = name.split("_", 1)
+            maps.setdefault(kind, {})[feature.replace("_", " ")] = orthogonal_planes(volume, scan_affine, voxel)[0]
         figure = attention_figure(
             orthogonal_planes(np.asanyarray(scan.dataobj).reshape(shape), scan_affine, voxel)[0],
             maps,

@@ -41,21 +41,22 @@ class TokenFeatures(nn.Module):
             image: [B, C, H, W, D], sizes a multiple of the patch size.
 
         Returns:
-            ``tap_N``, the tokens after the encoder block with zero-based index N, before any final norm, and
+            ``block_N``, the tokens after the encoder block with zero-based index N, before any final norm, and
             ``latent``, the normalised last tokens; each [B, E, h, w, d] in float32.
 
         Raises:
             ValueError: if the image does not divide into patches.
         """
         grid = self.vit.patch_grid(image)
-        latent, taps = self.vit(image)
-        layers = {**{f"tap_{n}": tap for n, tap in zip(self.vit.out_indices, taps, strict=True)}, "latent": latent}
+        latent, features = self.vit(image)
+        named = {f"block_{n}": tokens for n, tokens in zip(self.vit.out_indices, features, strict=True)}
+        layers = {**named, "latent": latent}
         first = 0 if self.vit.cls_token is None else 1
         return {name: tokens_to_volume(tokens[:, first:], grid).float() for name, tokens in layers.items()}
 
 
 def token_affine(affine: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
-    """Affine [4, 4] from indices (h, w, d) of tokens to the millimetres of their patches' centres.
+    """Return the affine [4, 4] from indices (h, w, d) of tokens to the millimetres of their patches' centres.
 
     Args:
         affine: [4, 4], from voxel indices of the image that was cut into patches to RAS millimetres.
@@ -68,7 +69,7 @@ def token_affine(affine: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
 def centres_inside(
     affine: np.ndarray, grid: Sequence[int], scan_affine: np.ndarray, shape: Sequence[int]
 ) -> np.ndarray:
-    """Which tokens have their patch's centre in the scan, [h, w, d]; the others are padding, or mostly so.
+    """Return which tokens [h, w, d] have their patch's centre in the scan; the others are mostly padding.
 
     Args:
         affine: [4, 4] of :func:`token_affine`.
@@ -88,7 +89,7 @@ class SaveFeaturesd(MapTransform):
 
     The file holds no pickles (``numpy.load`` reads it as it is):
 
-    - ``tap_N`` and ``latent``: [h, w, d, E], see :class:`TokenFeatures`;
+    - ``block_N`` and ``latent``: [h, w, d, E], see :class:`TokenFeatures`;
     - ``affine``: [4, 4] float64, from token indices (h, w, d) to RAS millimetres of the patches' centres;
     - ``inside``: [h, w, d] bool, false where the patch's centre is padding beyond the scan;
     - ``patch_size``: (p_h, p_w, p_d) in voxels, and ``spacing``: millimetres a voxel along them.

@@ -36,7 +36,7 @@ class ScanGrid(NamedTuple):
 
     @classmethod
     def of(cls, affine: np.ndarray, scan_affine: np.ndarray, shape: Sequence[int]) -> ScanGrid:
-        """From affines, which also hold what was cropped and padded since.
+        """Make the grid from affines, which also hold crops and padding.
 
         Args:
             affine: [4, 4], from prepared voxels to mm.
@@ -71,7 +71,7 @@ class ScanGrid(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the scan, its axes in the prepared volume's order."""
+        """Return the scan's shape, its axes in the prepared volume's order."""
         return tuple(len(position) for position in self.positions)
 
 
@@ -87,7 +87,7 @@ class Plane(NamedTuple):
     weights: Tensor
 
     def probabilities(self, rows: slice, columns: slice, from_logits: bool) -> Tensor:
-        """Of a rectangle, [C, rows, columns]; background where no window was."""
+        """Return the probabilities of a rectangle, [C, rows, columns]; background where no window was."""
         sums, weights = self.sums[:, rows, columns], self.weights[rows, columns]
         unseen = weights == 0
         means = sums / weights.masked_fill(unseen, 1)
@@ -103,7 +103,7 @@ Rectangle = tuple[int, int, int, int]
 
 
 class LabelPlanes:
-    """Turns planes of logits on the prepared grid, as they come, into labels on the scan's grid.
+    """Turn planes of logits on the prepared grid, as they come, into labels on the scan's grid.
 
     Of the planes given, labels are those of MONAI's chain softmax, `Invertd` (linear, of all classes), argmax, and
     outside of the box background, as after the inverse of `CropForegroundd`. Where the corners of a
@@ -157,7 +157,7 @@ class LabelPlanes:
         return self.on_scan(self.labels)
 
     def on_scan(self, planes: Tensor) -> Tensor:
-        """From [planes, rows, columns] to the scan's order of axes."""
+        """Permute [planes, rows, columns] to the scan's order of axes."""
         place = {self.axis: 0, self.in_plane[0]: 1, self.in_plane[1]: 2}
         return planes.permute([place[axis] for axis in self.grid.axes])
 

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def output_names(sources: Sequence[Source]) -> dict[str, str]:
-    """Names for the results by case, no two alike, also where small and capital letters are the same.
+    """Name for the results by case, no two alike, also where small and capital letters are the same.
 
     A name is the last part of the case's id; all parts where several cases share that, or where the results would be
     named as another scan; and with a digest of the id where these are the same too.
@@ -67,14 +67,14 @@ def output_names(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def scan_stamp(source: Source) -> str:
-    """What tells whether a scan has changed: its files' number, size and time of last change."""
+    """Return a text that changes with a scan: its files' number, size and time of last change."""
     stats = [os.stat(file) for file in source.files]
     size, time = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
     return f"{source.files[0]}: {len(stats)} file(s), {size} bytes, changed {time}"
 
 
 def memory_estimate(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float], classes: int) -> int:
-    """Bytes that segmenting a scan takes at most, without the network, from tests/benchmarks/inference.py.
+    """Estimate the bytes that segmenting a scan takes, without the network (see tests/benchmarks/inference.py).
 
     Args:
         shape: (X, Y, Z) of the scan.
@@ -88,7 +88,7 @@ def memory_estimate(shape: Sequence[int], spacing: Sequence[float], target: Sequ
 
 
 def scan_tensor(scan: Scan, file: str) -> MetaTensor:
-    """A scan as `LoadImaged` and `EnsureChannelFirstd` would have it, [C, X, Y, Z], but in its own number type."""
+    """Make of a scan what `LoadImaged` and `EnsureChannelFirstd` would, [C, X, Y, Z], in its own number type."""
     image = scan.image.astype(scan.image.dtype.newbyteorder("="), copy=False)
     image = image if image.dtype.name in _TORCH_TYPES else image.astype(np.float32)
     affine = torch.as_tensor(scan.affine, dtype=torch.float64)
@@ -103,7 +103,7 @@ def scan_tensor(scan: Scan, file: str) -> MetaTensor:
 
 
 def one_case(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Makes a batch of a single case, as `monai.data.list_data_collate` does, but without copying its volumes."""
+    """Make a batch of a single case, as `monai.data.list_data_collate` does, but without copying its volumes."""
     (item,) = items
     tensors = {name: value for name, value in item.items() if isinstance(value, MetaTensor)}
     # Only metadata are collated; what they belong to does not matter.

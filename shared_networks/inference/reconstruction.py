@@ -26,7 +26,7 @@ class RestoreReconstructiond(MapTransform):
         image_key: key of the image [C, H, W, D] that was reconstructed.
 
     Returns:
-        The data with ``reconstruction`` [C, H, W, D] in the image's intensities and ``mask`` [1, H, W, D], 1 = hidden.
+        The data with ``reconstruction`` [C, H, W, D] in the image's intensities and ``mask`` [1, H, W, D], 1 = masked.
 
     Raises:
         InputError: on call, if the prediction is not finite.

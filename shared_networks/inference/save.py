@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def keep_largest_components(labels: np.ndarray) -> np.ndarray:
-    """Of every label keep the largest piece, voxels with a common corner being one piece; the rest becomes background.
+    """Keep the largest component of each label; the rest becomes background. Voxels with a common corner touch.
 
     MONAI's `KeepLargestConnectedComponent` needs scikit-image and a pass over the whole volume for each label.
 
@@ -61,7 +61,7 @@ class KeepLargestComponentsd(MapTransform):
 
 
 def label_image(labels: np.ndarray, affine: np.ndarray, file: str) -> nib.Nifti1Image:
-    """Labels with the geometry of the scan's file: affine, units and the codes of sform and qform.
+    """Label with the geometry of the scan's file: affine, units and the codes of sform and qform.
 
     Args:
         labels: [X, Y, Z], in the type that is written.
@@ -86,7 +86,7 @@ def label_image(labels: np.ndarray, affine: np.ndarray, file: str) -> nib.Nifti1
 
 
 def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Value, name and RGB colour (0 to 255), the figures' colours, of every label but the background."""
+    """List value, name and RGB colour (0 to 255), as in figures, of every label but the background."""
     return [
         {"value": value, "name": name, "rgb": [round(255 * part) for part in to_rgb(label_colour(value))]}
         for value, name in enumerate(label_names)
@@ -95,7 +95,7 @@ def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 class SaveSegmentationd(SaveImaged):
-    """Writes labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and a look at them as `NAME_overlay.png`.
+    """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and a look at them as `NAME_overlay.png`.
 
     With an organ's probability, `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete.
     It is one of MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
@@ -178,12 +178,12 @@ class SaveSegmentationd(SaveImaged):
         return [f"{name}_overlay.png"]
 
     def made_with(self, stamp: str) -> dict[str, Any]:
-        """What results depend on: the scan, the weights and the settings."""
+        """Return all that results depend on: the scan, the weights and the settings."""
         weights = [f"{file}: {file_digest(file)}" for file in self.checkpoints]
         return json.loads(json.dumps({"scan": stamp, "weights": weights, **self.settings}, default=str))
 
     def is_done(self, name: str, stamp: str) -> bool:
-        """Whether the results of a name are there and of this scan, these weights and these settings."""
+        """Return whether the results of a name are there and of this scan, these weights and these settings."""
         try:
             content = json.loads((self.output_dir / f"{name}_seg.json").read_text())
         except (OSError, ValueError):

@@ -90,7 +90,7 @@ class SlidingWindowLabels(Inferer):
 
     @property
     def averages_probabilities(self) -> bool:
-        """Whether probabilities are summed, and not logits."""
+        """Return whether probabilities are summed, and not logits."""
         return len(self.flips) * len(self.ensemble) > 1
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class SlidingWindowLabels(Inferer):
         args: Any,
         kwargs: Any,
     ) -> Iterator[Plane | None]:
-        """Yields the planes of the box along the axis, each finished; `None` is one that no window was at."""
+        """Yield the planes of the box along the axis, each finished; `None` is one that no window was at."""
         size, roi = volume.shape[2:], self.roi_size
         cut = [slice(first, end) for other, (first, end) in enumerate(box) if other != axis]
         weight = compute_importance_map(roi, mode=self.blending, device=volume.device)
@@ -188,7 +188,7 @@ class SlidingWindowLabels(Inferer):
     def _outputs(
         self, volume: Tensor, group: Sequence[Window], network: Network, args: Any, kwargs: Any, bar: Any
     ) -> Iterator[tuple[Window, Tensor]]:
-        """Yields what each network makes of each window, [C, *roi_size]: logits, or the flips' mean probabilities."""
+        """Yield what each network makes of each window, [C, *roi_size]: logits, or the flips' mean probabilities."""
         for _ in self.ensemble.in_turn(network):
             for first in range(0, len(group), self.sw_batch_size):
                 some = group[first : first + self.sw_batch_size]
@@ -237,7 +237,7 @@ def _advance(slab: Tensor, dim: int, step: int) -> None:
 
 
 def window_slices(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[Window]:
-    """Where MONAI's sliding window inference has its windows.
+    """List the windows of MONAI's sliding window inference.
 
     Args:
         size: of the volume, at least that of the window.
@@ -249,13 +249,13 @@ def window_slices(size: Sequence[int], roi_size: Sequence[int], overlap: float) 
 
 
 def bounding_box(mask: Tensor) -> list[tuple[int, int]]:
-    """First true voxel and the one after the last on each axis of [h, w, d], of which some are true."""
+    """Return the first true voxel and the one after the last on each axis of [h, w, d], of which some are true."""
     found = [mask.movedim(axis, 0).flatten(1).any(dim=1).nonzero() for axis in range(3)]
     return [(int(places[0]), int(places[-1]) + 1) for places in found]
 
 
 def scan_grid(inputs: Tensor) -> ScanGrid:
-    """The scan's grid from the metadata of [1, C, h, w, d], collated or not; see :class:`SlidingWindowLabels`."""
+    """Read the scan's grid from the metadata of [1, C, h, w, d], collated or not; see :class:`SlidingWindowLabels`."""
     meta = getattr(inputs, "meta", {})
     if inputs.ndim != 5 or inputs.shape[0] != 1 or not {"original_affine", "spatial_shape"} <= set(meta):
         raise ValueError(
@@ -270,7 +270,7 @@ def scan_grid(inputs: Tensor) -> ScanGrid:
 
 
 def with_scan_meta(labels: Tensor, inputs: Any) -> MetaTensor:
-    """Labels with the metadata of the prepared scan, and the affine that the scan has on file."""
+    """Label with the metadata of the prepared scan, and the affine that the scan has on file."""
     out = MetaTensor(labels)
     out.copy_meta_from(inputs)
     out.affine = torch.as_tensor(convert_to_numpy(inputs.meta["original_affine"]), dtype=torch.float64)
@@ -279,7 +279,7 @@ def with_scan_meta(labels: Tensor, inputs: Any) -> MetaTensor:
 
 
 def organ_value(organ: str | int, label_names: Sequence[str]) -> int:
-    """The value of a label given by name or value.
+    """Return the value of a label given by name or value.
 
     Raises:
         InputError: there is no such label.

@@ -12,7 +12,7 @@ from shared_networks.errors import InputError
 
 
 def load_engine(file: str | Path, device: torch.device | str, **sizes: Any) -> torch.nn.Module:
-    """Loads a network that `trt_export` has compiled with TensorRT.
+    """Load a network that `trt_export` has compiled with TensorRT.
 
     Args:
         file: which `trt_export` wrote.

@@ -245,7 +245,7 @@ def on_scan_grid(volume: Tensor, image: MetaTensor) -> Tensor:
 
 
 class SaveUncertaintyd(SaveSegmentationd):
-    """Writes ``NAME_uncertainty.nii.gz``, float32 from 0 to 1 on the scan's own grid, and ranks the cases.
+    """Write ``NAME_uncertainty.nii.gz``, float32 from 0 to 1 on the scan's own grid, and ranks the cases.
 
     ``uncertainty.csv`` has all cases so far, most unsure first: ``rank``, ``case``, ``mean_uncertainty`` over the
     voxels where most windows see an organ, and their volume ``predicted_ml``. A case without any comes first, its mean
@@ -303,7 +303,7 @@ class SaveUncertaintyd(SaveSegmentationd):
         write_csv(self.output_dir / "uncertainty.csv", ranking_rows(self.scores))
 
     def is_done(self, name: str, stamp: str) -> bool:
-        """Whether a case's map is there and of this scan, these weights and settings; if so, the case is ranked."""
+        """Return whether a map exists of this scan, these weights and settings; if so, rank the case."""
         try:
             content = json.loads((self.output_dir / f"{name}_uncertainty.json").read_text())
         except (OSError, ValueError):
@@ -315,7 +315,7 @@ class SaveUncertaintyd(SaveSegmentationd):
 
 
 def ranking_rows(scores: Mapping[str, tuple[float, float]]) -> list[list[Any]]:
-    """Rows of ``uncertainty.csv``.
+    """Lay out the rows of ``uncertainty.csv``.
 
     Args:
         scores: by case, the mean uncertainty, infinite where no organ was predicted, and the predicted volume in ml.

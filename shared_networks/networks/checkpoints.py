@@ -147,7 +147,7 @@ def token_grid(positions: Tensor, expected: Sequence[int]) -> list[int] | None:
 
 
 def _is_sincos(positions: Tensor, grid: Sequence[int]) -> bool:
-    """Whether a table [1, L, E] is the fixed one of its grid."""
+    """Return whether a table [1, L, E] is the fixed one of its grid."""
     return torch.allclose(positions.float(), sincos_positions(grid, positions.shape[2]), rtol=0, atol=1e-5)
 
 
@@ -349,7 +349,7 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
 def load_hi_end_mae_10k(
     num_classes: int = 14, checkpoint: str | Path = "hi_end_mae_10k.pth", **network: Any
 ) -> HiEndUNETR:
-    """A segmenter on the encoder that the authors pre-trained on ten thousand CTs.
+    """Make a segmenter on the encoder that the authors pre-trained on ten thousand CTs.
 
     Args:
         num_classes: output channels, background included.
@@ -372,7 +372,7 @@ def load_hi_end_mae_10k(
 
 
 def to_monai_vit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of a :class:`HiEndMAE` or :class:`HiEndUNETR` under the names of :class:`monai.networks.nets.ViT`.
+    """Convert the encoder of a network to the names of :class:`monai.networks.nets.ViT`.
 
     They load strictly into ``ViT(..., proj_type="perceptron", qkv_bias=True)`` of the same sizes. That ViT has no CLS
     token unless it classifies, and there its norms have epsilon 1e-5, so the CLS token is left out: the outputs are

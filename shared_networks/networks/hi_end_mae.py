@@ -57,14 +57,14 @@ class CrossAttentionBlock(nn.Module):
 
 
 class HierarchicalDecoder(nn.Module):
-    """Hierarchical dense decoding: plain blocks on all tokens, then a cross block for each tap, deep to shallow.
+    """Hierarchical dense decoding: plain blocks on all tokens, then a cross-attention block a layer, deep to shallow.
 
     Args:
         encoder_size: width of the encoder's tokens, E.
         hidden_size: width of the decoder's tokens, a multiple of 6 and of ``num_heads``.
         num_heads: attention heads.
         num_self_layers: plain blocks before the cross blocks.
-        num_taps: encoder layers read.
+        num_cross_blocks: cross-attention blocks, one for each encoder layer that is read.
         grid: token grid (h, w, d) of the position table.
         patch_length: P, voxels of a patch times channels.
         mlp_ratio: hidden width of the MLP over the token width.
@@ -78,7 +78,7 @@ class HierarchicalDecoder(nn.Module):
         hidden_size: int,
         num_heads: int,
         num_self_layers: int,
-        num_taps: int,
+        num_cross_blocks: int,
         grid: Sequence[int],
         patch_length: int,
         mlp_ratio: float = 4.0,
@@ -88,44 +88,44 @@ class HierarchicalDecoder(nn.Module):
         super().__init__()
         self.grid: list[int] = list(grid)
         self.use_checkpoint = use_checkpoint
-        self.bridges = nn.ModuleList(nn.Linear(encoder_size, hidden_size) for _ in range(num_taps + 1))
+        self.decoder_embeds = nn.ModuleList(nn.Linear(encoder_size, hidden_size) for _ in range(num_cross_blocks + 1))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.position_embeddings = nn.Parameter(sincos_positions(grid, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_self_layers)
         )
         self.cross_blocks = nn.ModuleList(
-            CrossAttentionBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_taps)
+            CrossAttentionBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_cross_blocks)
         )
         self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.head = nn.Linear(hidden_size, patch_length)
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, taps: list[Tensor], permutation: Tensor, grid: list[int]) -> Tensor:
+    def forward(self, latent: Tensor, features: list[Tensor], ids_shuffle: Tensor, grid: list[int]) -> Tensor:
         """Predict every token's patch.
 
         Args:
             latent: normalised encoder output [B, 1 + V, E], CLS first.
-            taps: encoder layers, shallow to deep, each [B, 1 + V, E].
-            permutation: [B, L]; its first V entries are the visible tokens.
+            features: of encoder layers, shallow to deep, each [B, 1 + V, E].
+            ids_shuffle: [B, L]; its first V entries are the visible tokens.
             grid: token grid (h, w, d).
 
         Returns:
             [B, 1 + L, P]: CLS first, then the tokens in permuted order.
         """
-        batch, length = permutation.shape
-        layers = taps + [latent]  # noqa: RUF005 (TorchScript knows no unpacking)
-        bridged = [bridge(layers[index]) for index, bridge in enumerate(self.bridges)]
-        seen = bridged[-1]
+        batch, length = ids_shuffle.shape
+        layers = features + [latent]  # noqa: RUF005 (TorchScript knows no unpacking)
+        embedded = [embed(layers[index]) for index, embed in enumerate(self.decoder_embeds)]
+        seen = embedded[-1]
         masked = self.mask_token.to(seen.dtype).expand(batch, 1 + length - seen.shape[1], -1)
         positions = interpolate_positions(self.position_embeddings, self.grid, grid).expand(batch, -1, -1)
-        positions = gather_tokens(positions, permutation)
+        positions = gather_tokens(positions, ids_shuffle)
         y = torch.cat([seen[:, :1], torch.cat([seen[:, 1:], masked], dim=1) + positions], dim=1)
         for block in self.blocks:
             y = recompute(block, y) if not torch.jit.is_scripting() and self.use_checkpoint else block(y)
         for depth, block in enumerate(self.cross_blocks):
-            context = bridged[-2 - depth]
+            context = embedded[-2 - depth]
             if not torch.jit.is_scripting() and self.use_checkpoint:
                 y = recompute(block, y, context)
             else:
@@ -134,7 +134,7 @@ class HierarchicalDecoder(nn.Module):
 
 
 class HiEndMAE(nn.Module):
-    """The pre-training network: an image in, the reconstruction of its hidden patches out.
+    """The pre-training network: an image in, the reconstruction of its masked patches out.
 
     The defaults are the paper's vit_large_p12 (366.9 M trainable parameters).
 
@@ -150,11 +150,12 @@ class HiEndMAE(nn.Module):
         decoder_num_heads: decoder attention heads.
         decoder_self_layers: plain decoder blocks before the cross blocks.
         out_indices: zero-based encoder blocks that the decoder reads, ascending; none makes a plain masked autoencoder.
-        mask_ratio: share of the patches hidden, above 0 and below 1.
+        mask_ratio: share of the patches masked, above 0 and below 1.
         use_checkpoint: recompute blocks in the backward pass to save memory.
 
     Raises:
-        ValueError: for sizes that do not divide, taps out of range, or a mask ratio that leaves nothing to see or do.
+        ValueError: for sizes that do not divide, `out_indices` out of range, or a mask ratio that masks
+            no patch or every patch.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class HiEndMAE(nn.Module):
             hidden_size=decoder_hidden_size,
             num_heads=decoder_num_heads,
             num_self_layers=decoder_self_layers,
-            num_taps=len(self.vit.out_indices),
+            num_cross_blocks=len(self.vit.out_indices),
             grid=self.vit.grid,
             patch_length=math.prod(self.vit.patch_size) * in_channels,
             mlp_ratio=mlp_ratio,
@@ -205,7 +206,7 @@ class HiEndMAE(nn.Module):
         )
 
     def num_visible(self, length: int) -> int:
-        """V, the patches left visible of ``length``: int(L * (1 - mask ratio)).
+        """Return V, the number of visible patches of ``length``: int(L * (1 - mask ratio)).
 
         Raises:
             ValueError: if no patch, or every patch, would be visible.
@@ -214,12 +215,12 @@ class HiEndMAE(nn.Module):
         if not 0 < visible < length:
             raise ValueError(
                 f"mask ratio {self.mask_ratio} leaves {visible} of {length} patches visible: "
-                "at least one must be visible and one hidden."
+                "at least one must be visible and one masked."
             )
         return visible
 
     def shuffle(self, batch: int, length: int) -> Tensor:
-        """A random order of the patches for each image, [B, L]; in eval mode the same at every call.
+        """Draw a random order of the patches of each image, [B, L]; in eval mode the same at every call.
 
         TorchScript and ONNX know no generators, so exported networks draw a new one at each call.
         """
@@ -231,43 +232,43 @@ class HiEndMAE(nn.Module):
             noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(0))
         return noise.argsort(dim=1)
 
-    def encode(self, image: Tensor, permutation: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Visible patches of [B, C, H, W, D] to latent and taps, each [B, 1 + V, E] with CLS first."""
-        visible = permutation[:, : self.num_visible(permutation.shape[1])]
+    def encode(self, image: Tensor, ids_shuffle: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encode the visible patches of [B, C, H, W, D] to latent and features, each [B, 1 + V, E], CLS first."""
+        visible = ids_shuffle[:, : self.num_visible(ids_shuffle.shape[1])]
         return self.vit.encode(self.vit.embed(image, visible))
 
-    def decode(self, latent: Tensor, taps: list[Tensor], permutation: Tensor, grid: list[int]) -> Tensor:
-        """Latent and taps to predicted patches [B, 1 + L, P], CLS first, then in permuted order."""
-        return self.decoder(latent, taps, permutation, grid)
+    def decode(self, latent: Tensor, features: list[Tensor], ids_shuffle: Tensor, grid: list[int]) -> Tensor:
+        """Predict patches [B, 1 + L, P] from latent and features, CLS first, then in shuffled order."""
+        return self.decoder(latent, features, ids_shuffle, grid)
 
-    def forward(self, image: Tensor, permutation: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, ids_shuffle: Tensor | None = None) -> Tensor:
         """Hide patches, reconstruct them.
 
         Args:
             image: [B, C, H, W, D].
-            permutation: [B, L], each row a shuffle of the patch indices whose first V entries stay visible;
+            ids_shuffle: [B, L], each row a shuffle of the patch indices whose first V entries stay visible;
                 drawn by :meth:`shuffle` when not given.
 
         Returns:
-            [B, C + 1, H, W, D]: the predicted voxels, standardised patch by patch, and last the mask (1 = hidden).
+            [B, C + 1, H, W, D]: the predicted voxels, standardised patch by patch, and last the mask (1 = masked).
 
         Raises:
-            ValueError: if the image does not divide into patches, or the permutation is not of its length.
+            ValueError: if the image does not divide into patches, or the ids_shuffle is not of its length.
         """
         grid = self.vit.patch_grid(image)
         shape = [image.shape[0], grid[0] * grid[1] * grid[2]]
-        if permutation is None:
-            permutation = self.shuffle(shape[0], shape[1]).to(image.device)
-        elif list(permutation.shape) != shape:
-            raise ValueError(f"permutation of shape {list(permutation.shape)} is not [B, L] = {shape}.")
-        latent, taps = self.encode(image, permutation)
-        tokens = self.decode(latent, taps, permutation, grid)[:, 1:]
+        if ids_shuffle is None:
+            ids_shuffle = self.shuffle(shape[0], shape[1]).to(image.device)
+        elif list(ids_shuffle.shape) != shape:
+            raise ValueError(f"ids_shuffle of shape {list(ids_shuffle.shape)} is not [B, L] = {shape}.")
+        latent, features = self.encode(image, ids_shuffle)
+        tokens = self.decode(latent, features, ids_shuffle, grid)[:, 1:]
 
-        order = permutation.argsort(dim=1)
+        order = ids_shuffle.argsort(dim=1)
         patches = gather_tokens(tokens, order)
-        hidden = (order >= self.num_visible(shape[1])).to(patches.dtype)
+        masked = (order >= self.num_visible(shape[1])).to(patches.dtype)
         size = self.vit.patch_size
-        mask = hidden.unsqueeze(-1).expand(-1, -1, size[0] * size[1] * size[2])
+        mask = masked.unsqueeze(-1).expand(-1, -1, size[0] * size[1] * size[2])
         return torch.cat([unpatchify(patches, grid, size), unpatchify(mask, grid, size)], dim=1)
 
 

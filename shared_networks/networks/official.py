@@ -19,7 +19,7 @@ OFFICIAL_MODULES = {
     "encoder.blocks.{i}.mlp.fc1": "vit.blocks.{i}.mlp.linear1",
     "encoder.blocks.{i}.mlp.fc2": "vit.blocks.{i}.mlp.linear2",
     "encoder.norm": "vit.norm",
-    "encoder_to_decoder.{i}": "decoder.bridges.{i}",
+    "encoder_to_decoder.{i}": "decoder.decoder_embeds.{i}",
     "decoder.blocks.{i}.norm1": "decoder.blocks.{i}.norm1",
     "decoder.blocks.{i}.attn.qkv": "decoder.blocks.{i}.attn.qkv",
     "decoder.blocks.{i}.attn.proj": "decoder.blocks.{i}.attn.out_proj",
@@ -48,19 +48,19 @@ OFFICIAL_TENSORS = {
 }
 
 
-def official_names(num_layers: int, num_self_layers: int, num_taps: int) -> dict[str, str]:
-    """The full one-to-one table of parameter names, published -> ours, for a network of the given depths.
+def official_names(num_layers: int, num_self_layers: int, num_cross_blocks: int) -> dict[str, str]:
+    """Return the one-to-one table of parameter names, published to ours, for a network of the given depths.
 
     Args:
         num_layers: encoder blocks.
         num_self_layers: plain decoder blocks.
-        num_taps: cross blocks.
+        num_cross_blocks: cross blocks.
     """
     repeats = {
         "encoder.blocks.": num_layers,
         "decoder.blocks.": num_self_layers,
-        "decoder.cross_attention_blocks.": num_taps,
-        "encoder_to_decoder.": num_taps + 1,
+        "decoder.cross_attention_blocks.": num_cross_blocks,
+        "encoder_to_decoder.": num_cross_blocks + 1,
     }
     names = dict(OFFICIAL_TENSORS)
     for official, ours in OFFICIAL_MODULES.items():
@@ -72,7 +72,7 @@ def official_names(num_layers: int, num_self_layers: int, num_taps: int) -> dict
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """Number of modules ``prefix0.``, ``prefix1.`` ... among parameter names."""
+    """Return the number of modules ``prefix0.``, ``prefix1.`` ... among parameter names."""
     return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 

@@ -11,7 +11,7 @@ from monai.utils import convert_to_tensor
 
 
 def autocast_type(device: torch.device | str, amp: bool) -> torch.dtype | None:
-    """Number type of mixed precision: bfloat16 where the device has it, else float16, `None` without `amp`.
+    """Return the number type of mixed precision: bfloat16 where the device has it, else float16, `None` without `amp`.
 
     Float16 overflows, so it needs MONAI's gradient scaler (the trainer's own `amp`); bfloat16 does not.
     """
@@ -23,7 +23,7 @@ def autocast_type(device: torch.device | str, amp: bool) -> torch.dtype | None:
 
 
 class AutocastInferer(Inferer):
-    """Runs another inferer in mixed precision, on any device; MONAI's engines autocast on CUDA alone.
+    """Run another inferer in mixed precision, on any device; MONAI's engines autocast on CUDA alone.
 
     Args:
         inferer: what runs the network.

@@ -21,7 +21,7 @@ from shared_networks.networks.vit import ViTEncoder
 
 
 def tokens_to_volume(tokens: Tensor, grid: list[int]) -> Tensor:
-    """[B, L, E] to [B, E, h, w, d]."""
+    """Reshape tokens [B, L, E] to a volume [B, E, h, w, d]."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid[0], grid[1], grid[2])
 
 
@@ -60,7 +60,7 @@ class HiEndUNETR(nn.Module):
         use_checkpoint: recompute encoder blocks in the backward pass to save memory.
 
     Raises:
-        ValueError: for sizes that do not divide, taps out of range, or a number of taps other than three.
+        ValueError: for sizes that do not divide, or `out_indices` out of range or not three.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class HiEndUNETR(nn.Module):
     ) -> None:
         super().__init__()
         if len(out_indices) != 3:
-            raise InputError(f"tap layers {list(out_indices)} must be three, one for each skip of the UNETR.")
+            raise InputError(f"out_indices {list(out_indices)} must be three, one for each skip of the UNETR.")
         self.vit = ViTEncoder(
             in_channels=in_channels,
             img_size=img_size,
@@ -121,11 +121,11 @@ class HiEndUNETR(nn.Module):
             ValueError: if a size is not a multiple of the patch size, or the channels differ.
         """
         grid = self.vit.patch_grid(image)
-        last, taps = self.vit(image)
-        skip4 = self.encoder4(tokens_to_volume(taps[2], grid))
+        last, features = self.vit(image)
+        skip4 = self.encoder4(tokens_to_volume(features[2], grid))
         x = self.decoder5(tokens_to_volume(last, grid), skip4)
-        x = self.decoder4(x, self.encoder3(tokens_to_volume(taps[1], grid)))
-        x = self.decoder3(x, self.encoder2(tokens_to_volume(taps[0], grid)))
+        x = self.decoder4(x, self.encoder3(tokens_to_volume(features[1], grid)))
+        x = self.decoder3(x, self.encoder2(tokens_to_volume(features[0], grid)))
         x = self.decoder2(x, self.encoder1(image))
         return self.out(x).contiguous()
 

@@ -17,7 +17,7 @@ from shared_networks.errors import InputError
 
 
 def grid_size(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Number of patches along each axis.
+    """Return the number of patches along each axis.
 
     Args:
         img_size: image size in voxels, (H, W, D).
@@ -54,7 +54,7 @@ def patchify(image: Tensor, patch_size: list[int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: list[int], patch_size: list[int]) -> Tensor:
-    """Inverse of :func:`patchify`: [B, L, P] to [B, C, H, W, D], for a token grid (h, w, d)."""
+    """Put patches [B, L, P] of a token grid (h, w, d) together to [B, C, H, W, D], the inverse of :func:`patchify`."""
     b = patches.shape[0]
     h, w, d = grid[0], grid[1], grid[2]
     i, j, k = patch_size[0], patch_size[1], patch_size[2]
@@ -63,7 +63,7 @@ def unpatchify(patches: Tensor, grid: list[int], patch_size: list[int]) -> Tenso
 
 
 def sincos_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
-    """Fixed 3D sine-cosine position table.
+    """Compute the fixed 3D sine-cosine position table.
 
     For a token at (h, w, d) the vector is [sin(h f), cos(h f), sin(w f), cos(w f), sin(d f), cos(d f)] with
     f_m = 10000^(-m / (E / 6)). MONAI's helper orders the axes differently, so its table is not this one.
@@ -121,12 +121,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, N, E] to [B, heads, N, E / heads]."""
+    """Reshape [B, N, E] to [B, heads, N, E / heads]."""
     return x.unflatten(2, (num_heads, x.shape[2] // num_heads)).transpose(1, 2)
 
 
 def attention_weights(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
-    """The softmax matrix [B, heads, N, M] of :func:`attend`, float32."""
+    """Compute the softmax matrix [B, heads, N, M] of :func:`attend`, float32."""
     with torch.autocast(query.device.type, enabled=False):  # bfloat16 scores would be the largest error of a network
         q, k = split_heads(query.float(), num_heads), split_heads(key.float(), num_heads)
         return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
@@ -159,7 +159,7 @@ class SelfAttention(nn.Module):
 
     @torch.jit.unused
     def weights(self, x: Tensor) -> Tensor:
-        """Attention of every token (dim 2) to every token (dim 3), [B, heads, N, N]."""
+        """Compute the attention of every token (dim 2) to every token (dim 3), [B, heads, N, N]."""
         q, k, _ = self.qkv(x).chunk(3, dim=-1)
         return attention_weights(q, k, self.num_heads)
 
@@ -182,7 +182,7 @@ class CrossAttention(nn.Module):
 
     @torch.jit.unused
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """Attention of every query (dim 2) to every context token (dim 3), [B, heads, N, M]."""
+        """Compute the attention of every query (dim 2) to every context token (dim 3), [B, heads, N, M]."""
         k, _ = self.kv(context).chunk(2, dim=-1)
         return attention_weights(self.q(x), k, self.num_heads)
 
@@ -265,7 +265,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """Vision transformer that hands out the tokens after chosen blocks ("taps").
+    """Vision transformer that also returns the intermediate features: the tokens after chosen blocks.
 
     Parameter names are those of :class:`monai.networks.nets.ViT`.
 
@@ -277,7 +277,7 @@ class ViTEncoder(nn.Module):
         num_layers: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
-        out_indices: zero-based indices of the blocks whose outputs are handed out, ascending; none is allowed.
+        out_indices: zero-based indices, ascending, of the blocks whose features are returned; none is allowed.
         norm_eps: LayerNorm epsilon (published: 1e-6 in pre-training, 1e-5 in fine-tuning).
         cls_token: put a learned token before the others (pre-training).
         trainable_positions: train the position table (fine-tuning) or keep it fixed (pre-training).
@@ -285,7 +285,7 @@ class ViTEncoder(nn.Module):
         use_checkpoint: recompute blocks in the backward pass to save memory.
 
     Raises:
-        ValueError: for sizes that do not divide, or taps out of range or order.
+        ValueError: for sizes that do not divide, or `out_indices` out of range or order.
     """
 
     def __init__(
@@ -305,15 +305,15 @@ class ViTEncoder(nn.Module):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        taps = list(out_indices)
-        if taps != sorted(set(taps)) or not set(taps) <= set(range(num_layers)):
-            raise InputError(f"tap layers {taps} must be ascending block indices from 0 to {num_layers - 1}.")
+        indices = list(out_indices)
+        if indices != sorted(set(indices)) or not set(indices) <= set(range(num_layers)):
+            raise InputError(f"out_indices {indices} must be ascending block indices from 0 to {num_layers - 1}.")
         self.in_channels = in_channels
         self.patch_size: list[int] = list(ensure_tuple_rep(patch_size, 3))
         self.grid: list[int] = list(grid_size(ensure_tuple_rep(img_size, 3), self.patch_size))
         self.hidden_size = hidden_size
-        self.out_indices: list[int] = taps
-        self.is_tap = [index in taps for index in range(num_layers)]  # TorchScript cannot type a list without entries
+        self.out_indices: list[int] = indices
+        self.is_output = [i in indices for i in range(num_layers)]  # TorchScript cannot type an empty list
         self.use_checkpoint = use_checkpoint
         self.patch_embedding = PatchEmbedding(in_channels, self.grid, self.patch_size, hidden_size, trainable_positions)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if cls_token else None
@@ -327,7 +327,7 @@ class ViTEncoder(nn.Module):
             nn.init.normal_(self.cls_token, std=0.02)
 
     def patch_grid(self, image: Tensor) -> list[int]:
-        """Token grid (h, w, d) of an image [B, C, H, W, D].
+        """Return the token grid (h, w, d) of an image [B, C, H, W, D].
 
         Raises:
             ValueError: if the channels are not those of the encoder or a size is not a multiple of the patch size.
@@ -341,7 +341,7 @@ class ViTEncoder(nn.Module):
         return [size[0] // self.patch_size[0], size[1] // self.patch_size[1], size[2] // self.patch_size[2]]
 
     def embed(self, image: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Image [B, C, H, W, D] to position-coded tokens: all, [B, L, E], or those at ``visible`` [B, V], [B, V, E]."""
+        """Embed an image [B, C, H, W, D] with positions: all tokens [B, L, E], or [B, V, E] at ``visible`` [B, V]."""
         grid = self.patch_grid(image)
         patches = self.patch_embedding.patch_embeddings[0](image)
         positions = interpolate_positions(self.patch_embedding.position_embeddings, self.grid, grid)
@@ -354,16 +354,16 @@ class ViTEncoder(nn.Module):
         """Run the blocks on [B, N, E] (the CLS token, if any, goes first).
 
         Returns:
-            The normalised last tokens and the taps before any final norm, each [B, (1 +) N, E].
+            The normalised last tokens, and the intermediate features before any final norm, each [B, (1 +) N, E].
         """
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        taps: list[Tensor] = []
+        features: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             tokens = recompute(block, tokens) if not torch.jit.is_scripting() and self.use_checkpoint else block(tokens)
-            if self.is_tap[index]:
-                taps.append(tokens)
-        return self.norm(tokens), taps
+            if self.is_output[index]:
+                features.append(tokens)
+        return self.norm(tokens), features
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode all patches of [B, C, H, W, D]; see :meth:`encode`."""
@@ -376,7 +376,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as masked autoencoders are initialised."""
+    """Initialise a linear layer with Xavier-uniform weights and zero biases, as masked autoencoders do."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -49,7 +49,7 @@ class Given(NamedTuple):
 
 
 def take_settings(resolved: dict[str, Any]) -> None:
-    """Puts the settings of `python -m monai.bundle run` in place of what MONAI made of them.
+    """Put the settings of `python -m monai.bundle run` in place of what MONAI made of them.
 
     Does nothing in any other process: there settings are Python values.
 
@@ -73,7 +73,7 @@ def take_settings(resolved: dict[str, Any]) -> None:
 
 
 def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """Reads all settings of a run: those of its config files, of `args_file` and of the command line.
+    """Read all settings of a run: those of its config files, of `args_file` and of the command line.
 
     Args:
         arguments: the words after `run`.
@@ -122,7 +122,7 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
 def read_settings(
     config: ConfigParser, given: Iterable[Given], beside: Collection[str] = (), files: str = ""
 ) -> dict[str, Any]:
-    """Checks what was given for a config, and all its settings.
+    """Check what was given for a config, and all its settings.
 
     Args:
         config: as the files have it; what was given is put into it.
@@ -198,7 +198,7 @@ def _misfits(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _is_expression(value: Any, one: Given) -> bool:
-    """Whether MONAI evaluates a value: an expression, a reference or a macro; paths on the command line are none."""
+    """Return whether MONAI evaluates a value: an expression, reference or macro; paths on the command line are none."""
     if isinstance(value, (list, tuple)):
         return bool(one.file) and any(_is_expression(item, one) for item in value)
     if not isinstance(value, str) or value[:1] not in ("$", "@", "%"):
@@ -208,7 +208,7 @@ def _is_expression(value: Any, one: Given) -> bool:
 
 
 def _read(kind: Kind, one: Given) -> Any:
-    """Reads a value, or raises InputError with what to give."""
+    """Read a value, or raises InputError with what to give."""
     expected = kind.expected if isinstance(kind.expected, str) else kind.expected()
     if not one.file and isinstance(one.value, bool) and kind.native != (bool,):
         raise InputError(f"--{one.name}: has no value; give {expected}")
@@ -310,7 +310,7 @@ def _kind_of(current: Any, annotation: str) -> Kind | None:
 
 
 def command_line_options(arguments: Sequence[str]) -> dict[str, str | bool]:
-    """Reads options as fire does.
+    """Read options as fire does.
 
     Args:
         arguments: the words after `run`, such as `["--dataset-dir", "/data", "--net#width=8", "--noamp"]`.
@@ -323,7 +323,7 @@ def command_line_options(arguments: Sequence[str]) -> dict[str, str | bool]:
 
 
 def positional_words(arguments: Sequence[str]) -> list[str]:
-    """Returns the words that are neither options nor their values; arguments as `command_line_options`."""
+    """Return the words that are neither options nor their values; arguments as `command_line_options`."""
     return _split(arguments)[1]
 
 
@@ -351,7 +351,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
 
 
 def unknown_options(options: Collection[str], known: Collection[str]) -> list[str]:
-    """Compares option names with the top-level keys of a config.
+    """Compare option names with the top-level keys of a config.
 
     Args:
         options: names, which may be nested (`a#b` or `a::b`) or carry monai's leading `+`.
@@ -372,7 +372,7 @@ def unknown_options(options: Collection[str], known: Collection[str]) -> list[st
 
 
 def call_with_options(function: Callable[..., Any], kinds: Mapping[str, Kind], arguments: Sequence[str]) -> Any:
-    """Calls a function with the options of a command line, as its own command line.
+    """Call a function with the options of a command line, as its own command line.
 
     Args:
         function: its docstring is the help; parameters without a default are required.
@@ -410,7 +410,7 @@ def call_with_options(function: Callable[..., Any], kinds: Mapping[str, Kind], a
 
 
 def _monai_settings(tracking: Any) -> set[str]:
-    """Names that monai itself reads: the parameters that an option of `run` can reach, and experiment tracking's."""
+    """Name that monai itself reads: the parameters that an option of `run` can reach, and experiment tracking's."""
     functions: tuple[Callable[..., Any], ...] = (run, create_workflow, ConfigWorkflow)
     parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
     names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} | {ConfigParser.meta_key}

@@ -100,7 +100,7 @@ def _device(value: Any) -> torch.device:
 
 
 def _devices() -> dict[str, int]:
-    """Number of the devices of this machine, by type."""
+    """Return the number of the devices of this machine, by type."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
 
@@ -111,7 +111,7 @@ def _device_names() -> str:
 
 
 def number(expected: str, fits: Callable[[float], bool]) -> Kind:
-    """A number within limits."""
+    """Declare a number within limits."""
 
     def read(value: Any) -> float:
         result = _number(value)
@@ -123,7 +123,7 @@ def number(expected: str, fits: Callable[[float], bool]) -> Kind:
 
 
 def whole(expected: str, fits: Callable[[int], bool]) -> Kind:
-    """A whole number within limits."""
+    """Declare a whole number within limits."""
 
     def read(value: Any) -> int:
         result = _whole(value)
@@ -135,7 +135,7 @@ def whole(expected: str, fits: Callable[[int], bool]) -> Kind:
 
 
 def three(item: Kind, expected: str, repeat: bool = True) -> Kind:
-    """Three values, for the axes left-right, back-front and foot-head, or one for all three."""
+    """Declare three values, for the axes left-right, back-front and foot-head, or one for all three."""
 
     def read(value: Any) -> list[Any]:
         values = [item.read(part) for part in _items(value)]
@@ -149,7 +149,7 @@ def three(item: Kind, expected: str, repeat: bool = True) -> Kind:
 
 
 def ascending(expected: str) -> Kind:
-    """Two numbers, the lower one first."""
+    """Declare two numbers, the lower one first."""
 
     def read(value: Any) -> list[float]:
         values = [_number(part) for part in _items(value)]
@@ -161,7 +161,7 @@ def ascending(expected: str) -> Kind:
 
 
 def list_of(item: Kind, expected: str, distinct: bool = False, least: int = 0) -> Kind:
-    """A list, or one item for a list of it."""
+    """Declare a list, or one item for a list of it."""
 
     def read(value: Any) -> list[Any]:
         values = [item.read(part) for part in _items(value)]
@@ -173,7 +173,7 @@ def list_of(item: Kind, expected: str, distinct: bool = False, least: int = 0) -
 
 
 def choice(*names: str) -> Kind:
-    """One of a few words."""
+    """Declare one of a few words."""
 
     def read(value: Any) -> str:
         return {name.casefold(): name for name in names}.get(str(value).strip().casefold()) or _refused()
@@ -182,7 +182,7 @@ def choice(*names: str) -> Kind:
 
 
 def optional(kind: Kind) -> Kind:
-    """Also None, or null, for none."""
+    """Allow None, or null, for none."""
 
     def read(value: Any) -> Any:
         return None if value is None or value in ("None", "null") else kind.read(value)

@@ -35,7 +35,7 @@ class Crop(NamedTuple):
 
 
 class RandReadCropsd(Randomizable, MapTransform):
-    """Reads random crops of a prepared case, augmented as published.
+    """Read random crops of a prepared case, augmented as published.
 
     It stands for `RandCropByPosNegLabeld`, three `RandFlipd`, `RandRotate90d`, `RandScaleIntensityd` and
     `RandShiftIntensityd` of train.json, with the same distributions. Crops lie inside the volume; a volume that is
@@ -85,7 +85,7 @@ class RandReadCropsd(Randomizable, MapTransform):
         self.crops: list[Crop] = []
 
     def randomize(self, data: Any) -> None:
-        """Draws the crops.
+        """Draw the crops.
 
         Args:
             data: `[2, N, 3]` centres, and the shape `[C, H, W, D]` of the volume.
@@ -94,7 +94,7 @@ class RandReadCropsd(Randomizable, MapTransform):
         self.crops = [self._draw(centres, shape[1:]) for _ in range(self.num_samples)]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
-        """Reads `num_samples` crops: dicts with `image`, `[C, h, w, d]` float32, and `case`."""
+        """Read `num_samples` crops: dicts with `image`, `[C, h, w, d]` float32, and `case`."""
         [key] = self.keys
         file, shape = data[key], data["shape"]
         with open_volume(file, shape) as volume:
@@ -120,7 +120,7 @@ class RandReadCropsd(Randomizable, MapTransform):
 
 
 class ReadCentralCropd(MapTransform):
-    """Reads the middle of a prepared case, as `CropForegroundd`, `SpatialPadd` and `CenterSpatialCropd` leave it.
+    """Read the middle of a prepared case, as `CropForegroundd`, `SpatialPadd` and `CenterSpatialCropd` leave it.
 
     Args:
         keys: of the file in the item of :func:`read_manifest`, `"image"`.
@@ -132,7 +132,7 @@ class ReadCentralCropd(MapTransform):
         self.img_size = tuple(img_size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Reads a dict with `image`, `[C, h, w, d]` float32, and `case`."""
+        """Read a dict with `image`, `[C, h, w, d]` float32, and `case`."""
         [key] = self.keys
         shape = data["shape"]
         start = tuple(max(n // 2 - size // 2, 0) for n, size in zip(shape[1:], self.img_size, strict=True))

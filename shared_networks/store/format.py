@@ -49,7 +49,7 @@ _PREPARE = "python -m monai.bundle run --config_file configs/prepare.json --data
 
 
 def write_volume(file: Path, image: NDArray[np.float32]) -> None:
-    """Writes a volume so that it is there as a whole or not at all.
+    """Write a volume so that it is there as a whole or not at all.
 
     Args:
         file: `NAME.npy`; its folder must exist.
@@ -63,7 +63,7 @@ def write_volume(file: Path, image: NDArray[np.float32]) -> None:
 
 
 def write_array(file: Path, array: NDArray[Any]) -> None:
-    """Writes an array as `.npy` whose values begin at its second page; it is there as a whole or not at all."""
+    """Write an array as `.npy` whose values begin at its second page; it is there as a whole or not at all."""
     header = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
     room = _PAGE - 10
     with atomic_write(file, RUN_AGAIN) as unfinished, unfinished.open("wb") as stream:
@@ -72,7 +72,7 @@ def write_array(file: Path, array: NDArray[Any]) -> None:
 
 
 def read_volume(file: str | Path, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Reads a whole volume.
+    """Read a whole volume.
 
     Args:
         file: `NAME.npy` of the store.
@@ -89,22 +89,22 @@ def read_volume(file: str | Path, shape: Sequence[int]) -> NDArray[np.float32]:
 
 
 def volume_bytes(shape: Sequence[int]) -> int:
-    """Returns the size of the file of a volume `[C, H, W, D]`."""
+    """Return the size of the file of a volume `[C, H, W, D]`."""
     return _PAGE + 2 * shape[0] * int(np.prod(_grid(shape)) * np.prod(_BLOCK))
 
 
 def centres_file(file: str | Path) -> Path:
-    """Returns where the crop centres of a volume are: `NAME.centres.npy` beside `NAME.npy`."""
+    """Return where the crop centres of a volume are: `NAME.centres.npy` beside `NAME.npy`."""
     return Path(file).with_suffix(".centres.npy")
 
 
 def volume_file(prepared_dir: str | Path, case: str) -> Path:
-    """Returns the file of a case's voxels."""
+    """Return the file of a case's voxels."""
     return Path(prepared_dir) / "cases" / f"{case}.npy"
 
 
 def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """Reads the manifest of a store.
+    """Read the manifest of a store.
 
     A last line without end, which a crash may leave, is ignored; of several lines of a case the last one counts.
 
@@ -129,7 +129,7 @@ def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def append_entry(prepared_dir: str | Path, entry: Mapping[str, Any]) -> None:
-    """Adds a line to the manifest; it is on the disk when this returns."""
+    """Add a line to the manifest; it is on the disk when this returns."""
     line = json.dumps(entry).encode() + b"\n"
     with (Path(prepared_dir) / _MANIFEST).open("a+b") as stream:
         if stream.seek(0, os.SEEK_END):
@@ -143,14 +143,14 @@ def append_entry(prepared_dir: str | Path, entry: Mapping[str, Any]) -> None:
 
 
 def write_manifest(prepared_dir: str | Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes a manifest anew, sorted by id; it is there as a whole or the old one stays."""
+    """Write a manifest anew, sorted by id; it is there as a whole or the old one stays."""
     file = Path(prepared_dir) / _MANIFEST
     with atomic_write(file, RUN_AGAIN) as unfinished, unfinished.open("w") as stream:
         stream.writelines(json.dumps(entries[case]) + "\n" for case in sorted(entries))
 
 
 def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:
-    """Lists the cases of a store for a MONAI data set.
+    """List the cases of a store for a MONAI data set.
 
     Returns:
         Sorted by id: `{"image": file, "case": id, "shape": [C, H, W, D]}`.
@@ -176,7 +176,7 @@ def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:
 
 
 def is_complete(prepared_dir: str | Path, entry: Mapping[str, Any]) -> bool:
-    """Returns whether an entry is whole, and its files are there at their full size."""
+    """Return whether an entry is whole, and its files are there at their full size."""
     file = volume_file(prepared_dir, entry["id"])
     try:
         sizes = {file: volume_bytes(entry["shape"]), centres_file(file): _PAGE + 12 * entry["centres"]}
@@ -192,7 +192,7 @@ def check_prepared(
     modality: str | None = None,
     cases: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Checks that a store was prepared as training expects its images.
+    """Check that a store was prepared as training expects its images.
 
     Args:
         prepared_dir: the store.
@@ -264,7 +264,7 @@ def open_volume(file: str | Path, shape: Sequence[int]) -> Iterator[Volume]:
 
 
 def _read_on(volume: Volume, run: NDArray[np.uint16], offset: int, count: int) -> None:
-    """Fills the rest of a run of blocks that begins at an offset, of which the system gave `count` bytes at first."""
+    """Fill the rest of a run of blocks that begins at an offset, of which the system gave `count` bytes at first."""
     rest: Any = run.reshape(-1).view(np.uint8)
     while count < len(rest):
         if not (more := os.preadv(volume.descriptor, [rest[count:]], offset + count)):
@@ -278,7 +278,7 @@ def _block_range(start: Sequence[int], size: Sequence[int], grid: Sequence[int])
 
 
 def _runs(volume: Volume, ranges: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """Yields where in the file the blocks of a box begin, for each run of them along the last axis."""
+    """Yield where in the file the blocks of a box begin, for each run of them along the last axis."""
     (h0, h1), (w0, w1), (d0, _) = ranges
     rows, columns, depth = volume.grid
     for channel in range(volume.channels):
@@ -288,7 +288,7 @@ def _runs(volume: Volume, ranges: Sequence[tuple[int, int]]) -> Iterator[int]:
 
 
 def prefetch(volume: Volume, start: Sequence[int], size: Sequence[int]) -> None:
-    """Asks the disk for all of a crop at once; otherwise it would come run by run, and its neighbourhood with it."""
+    """Ask the disk for all of a crop at once; otherwise it would come run by run, and its neighbourhood with it."""
     if hasattr(os, "posix_fadvise"):
         ranges = _block_range(start, size, volume.grid)
         length = _PAGE * (ranges[2][1] - ranges[2][0])
@@ -297,7 +297,7 @@ def prefetch(volume: Volume, start: Sequence[int], size: Sequence[int]) -> None:
 
 
 def read_box(volume: Volume, start: Sequence[int], size: Sequence[int]) -> NDArray[np.uint16]:
-    """Reads a box, `[C, *size]`, which must lie inside the volume."""
+    """Read a box, `[C, *size]`, which must lie inside the volume."""
     ranges = _block_range(start, size, volume.grid)
     (h0, h1), (w0, w1), (d0, d1) = ranges
     blocks = np.empty((volume.channels, h1 - h0, w1 - w0, d1 - d0, *_BLOCK), "<u2")

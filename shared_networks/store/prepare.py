@@ -90,7 +90,7 @@ def prepare(
     min_size: int = 24,
     seed: int = 0,
 ) -> None:
-    """Prepares what is missing or has changed, and lists what cannot be prepared.
+    """Preprocess what is missing or has changed, and lists what cannot be prepared.
 
     Args:
         dataset_dir: as :func:`find_scans` takes it.
@@ -157,7 +157,7 @@ def prepare(
 
 
 def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entry:
-    """Prepares one case and writes its files.
+    """Preprocess one case and writes its files.
 
     Args:
         task: how and where.
@@ -217,7 +217,7 @@ def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entr
 def draw_centres(
     foreground: NDArray[np.bool_], random: np.random.RandomState, count: int = _CENTRES
 ) -> NDArray[np.int16]:
-    """Draws voxels with replacement.
+    """Draw voxels with replacement.
 
     Args:
         foreground: `[H, W, D]`, not all false.
@@ -235,7 +235,7 @@ def draw_centres(
 
 
 def intensity_statistics(image: NDArray[Any]) -> dict[str, float]:
-    """Returns minimum, maximum, mean, standard deviation and percentiles (of a million voxels at even steps)."""
+    """Return minimum, maximum, mean, standard deviation and percentiles (of a million voxels at even steps)."""
     sample = image.reshape(-1)[:: max(1, image.size // _SAMPLE)]
     shares = (0.5, 5, 50, 95, 99.5)
     found = {"min": image.min(), "max": image.max(), "mean": image.mean(dtype=float), "std": image.std(dtype=float)}
@@ -244,7 +244,7 @@ def intensity_statistics(image: NDArray[Any]) -> dict[str, float]:
 
 
 def _prepare_all(task: Task, todo: Sequence[Source], entries: dict[str, Entry], num_workers: int) -> dict[str, str]:
-    """Prepares cases, adds them to `entries` and the manifest as they come, and returns why others failed."""
+    """Preprocess cases, adds them to `entries` and the manifest as they come, and returns why others failed."""
     failed = {}
     seconds = 0.5 if sys.stderr.isatty() else 30
     results = _results(task, [(source, entries.get(source.case)) for source in todo], num_workers)
@@ -264,7 +264,7 @@ def _prepare_all(task: Task, todo: Sequence[Source], entries: dict[str, Entry], 
 def _results(
     task: Task, jobs: Sequence[tuple[Source, Entry | None]], num_workers: int
 ) -> Iterator[tuple[Source, Entry | str]]:
-    """Yields entries, or the reasons why there is none, in the order in which they get ready."""
+    """Yield entries, or the reasons why there is none, in the order in which they get ready."""
     if num_workers == 0 or not jobs:
         yield from ((source, _entry_or_reason(task, source, known)) for source, known in jobs)
         return
@@ -333,7 +333,7 @@ def _entry_or_reason(task: Task, source: Source, known: Entry | None) -> Entry |
 
 
 def _check_moved(known: Entry) -> None:
-    """Refuses a case whose id another scan has; of a data set that was moved, the old place is empty."""
+    """Refuse a case whose id another scan has; of a data set that was moved, the old place is empty."""
     if all(Path(file).exists() for file in known["source"]):
         raise BadScanError(f"the store has another scan under this id, {known['source'][0]}; rename a folder")
 
@@ -362,7 +362,7 @@ def _fits(task: Task, entry: Entry) -> bool:
 
 
 def _check_room(task: Task, todo: Sequence[Source], entries: Mapping[str, Entry], workers: int) -> None:
-    """Prints what the cases will take of disk and time, from their headers."""
+    """Print what the cases will take of disk and time, from their headers."""
     if not todo:
         return
     with ThreadPoolExecutor(4) as pool:
@@ -396,7 +396,7 @@ def _gigabytes(size: int) -> str:
 
 
 def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[str, str], passed_over: int) -> None:
-    """Prints how much is in the store, what is there twice and what failed, and writes the latter to failed.txt."""
+    """Print how much is in the store, what is there twice and what failed, and writes the latter to failed.txt."""
     cases_of: dict[str, list[str]] = {}
     for case, entry in entries.items():
         cases_of.setdefault(entry["sha256"], []).append(case)

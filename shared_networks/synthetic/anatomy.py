@@ -47,7 +47,7 @@ TISSUE_ID = {name: number for number, name in enumerate(TISSUES)}
 
 
 def label_names(label_set: str) -> tuple[str, ...]:
-    """Organ names of a label set; each one's position is its label value. ValueError if the set is unknown."""
+    """Return the organ names of a label set, in order of label value. ValueError if the set is unknown."""
     if label_set not in LABEL_SETS:
         raise ValueError(f"label_set is {label_set!r}; choose one of {', '.join(LABEL_SETS)}")
     return LABEL_SETS[label_set]
@@ -96,13 +96,13 @@ class Structure(NamedTuple):
 
 
 def ball(x: float, y: float, z: float, *radii: float, turn: Triple = (0, 0, 0)) -> Shape:
-    """An ellipsoid about (x, y, z) with one radius or three, in mm."""
+    """Make an ellipsoid about (x, y, z) with one radius or three, in mm."""
     rx, ry, rz = radii * 3 if len(radii) == 1 else radii
     return Shape(np.array([[x, y, z, 1]], np.float32), (rx, ry, rz), turn)
 
 
 def tube(*points: tuple[float, float, float, float], flat: Triple = (1, 1, 1), steps: int = 4) -> Shape:
-    """A tube through points (x, y, z, radius) in mm along a cubic spline, in `steps` straight pieces a point."""
+    """Make a tube through points (x, y, z, radius) in mm along a cubic spline, in `steps` straight pieces a point."""
     line = np.array(points, float)
     along = np.r_[0, np.cumsum(np.linalg.norm(np.diff(line[:, :3], axis=0), axis=1))]
     fine = np.interp(np.linspace(0, len(line) - 1, steps * (len(line) - 1) + 1), np.arange(len(line)), along)
@@ -110,19 +110,19 @@ def tube(*points: tuple[float, float, float, float], flat: Triple = (1, 1, 1), s
 
 
 def mirrored(*shapes: Shape) -> tuple[Shape, ...]:
-    """The shapes and their mirror images on the other side of the body."""
+    """Return shapes and their mirror images on the other side of the body."""
     mirror = np.array([-1, 1, 1, 1], np.float32)
     return shapes + tuple(Shape(s.path * mirror, s.flat, (s.turn[0], -s.turn[1], -s.turn[2])) for s in shapes)
 
 
 def spine(z: float) -> float:
-    """Where the vertebral bodies' centre lies at height z: y in mm (lumbar lordosis, thoracic kyphosis)."""
+    """Return y in mm of the vertebral bodies' centre at height z (lumbar lordosis, thoracic kyphosis)."""
     return 4 - 16 * ((z + 60) / 150) ** 2
 
 
 # fmt: off
 def vertebra(z: float) -> tuple[Shape, ...]:
-    """Body, spinous process, arch and transverse processes of a vertebra at height z."""
+    """Make body, spinous process, arch and transverse processes of a vertebra at height z."""
     y = spine(z)
     return (
         tube((0, y, z - 8, 1), (0, y, z + 8, 1), flat=(22, 16.5, 6)),
@@ -133,7 +133,7 @@ def vertebra(z: float) -> tuple[Shape, ...]:
 
 
 def kidney(organ: str, x: float, z: float, rng: np.random.Generator) -> tuple[Structure, ...]:
-    """A kidney about (x, 4, z) with pyramids, fatty sinus, renal pelvis and sometimes a cyst."""
+    """Make a kidney about (x, 4, z) with pyramids, fatty sinus, renal pelvis and sometimes a cyst."""
     out, turn = np.sign(x), (-12, -14 * np.sign(x), 0)
     fan = enumerate(np.radians(np.linspace(-125, 125, 8)))
     pyramids = tuple(ball(x + out * (9 * np.cos(a) - 1), 5 + 7 * (-1) ** i, z + 28 * np.sin(a), 8) for i, a in fan)
@@ -149,7 +149,7 @@ def kidney(organ: str, x: float, z: float, rng: np.random.Generator) -> tuple[St
 
 
 def bowel(rng: np.random.Generator) -> tuple[Structure, ...]:
-    """Mesenteric vessels, the small bowel wandering to and fro in layers from back to front, and the colon's frame."""
+    """Make mesenteric vessels, the small bowel in layers from back to front, and the colon's frame."""
     ends = rng.uniform((-75, 55, -150), (75, 105, -40), (14, 3))
     vessels = tuple(tube((4, 60, -35, 2.2), (x / 2, 62, z / 2 - 15, 1.8), (x, y, z, 1)) for x, y, z in ends)
     grid = [(x * (-1) ** z, y, z) for y in (52, 78, 102) for z in range(-48, -165, -27) for x in (-68, -34, 0, 34, 68)]
@@ -166,7 +166,7 @@ def bowel(rng: np.random.Generator) -> tuple[Structure, ...]:
 
 
 def lesions(tissue: str, count: int, rng: np.random.Generator) -> Structure:
-    """Roundish lesions of the liver."""
+    """Make roundish lesions of the liver."""
     centres = rng.uniform((25, 0, 0), (125, 85, 95), (count, 3))
     radii = rng.uniform(3, 15, (count, 1)) * rng.uniform(0.8, 1.2, (count, 3))
     return Structure(tissue, tuple(ball(*c, *r) for c, r in zip(centres, radii, strict=True)), within="liver")
@@ -236,7 +236,7 @@ ILIA = mirrored(ball(92, -6, -172, 9, 58, 58, turn=(0, 18, -38)))
 
 
 def anatomy(rng: np.random.Generator) -> tuple[Structure, ...]:
-    """All structures in the order of painting: first those of the belly, then what lies around it or passes through."""
+    """List all structures in the order of painting: first those of the belly, then all around it or through it."""
     belly = (
         *bowel(rng),
         Structure("spleen", (ball(-102, -10, 45, 35, 56, 65, turn=(-22, -8, -24)),), "spleen",

@@ -55,24 +55,24 @@ OPTIONS = {
 
 
 def pieces(shape: Shape) -> Array:
-    """The straight pieces of a shape's path, `[n, 2, 4]`; an ellipsoid has one, of no length."""
+    """Return the straight pieces of a shape's path, `[n, 2, 4]`; an ellipsoid has one, of no length."""
     path = shape.path if len(shape.path) > 1 else shape.path[[0, 0]]
     return np.stack([path[:-1], path[1:]], 1)
 
 
 def axes(shape: Shape) -> Array:
-    """The directions of a shape's own axes as the columns of a matrix."""
+    """Return the directions of a shape's own axes as the columns of a matrix."""
     return Rotation.from_euler("xyz", shape.turn, degrees=True).as_matrix().astype(np.float32)
 
 
 def bounds(shape: Shape, piece: Array, margin: float) -> Array:
-    """Lowest and highest corner, `[2, 3]` in mm, around a piece of a shape and `margin` mm more."""
+    """Return the lowest and highest corner, `[2, 3]` in mm, around a piece of a shape and `margin` mm more."""
     reach = np.linalg.norm(axes(shape) * shape.flat, axis=1) * piece[:, 3:] + margin
     return np.stack([(piece[:, :3] - reach).min(0), (piece[:, :3] + reach).max(0)])
 
 
 def distance(shape: Shape, piece: Array, points: Array) -> Array:
-    """Distance in mm from the surface of a piece of a shape, negative inside, exact to first order.
+    """Return the distance in mm from the surface of a piece of a shape, negative inside, exact to first order.
 
     Args:
         shape: The shape, for its flattening and turn.
@@ -110,7 +110,7 @@ class Canvas:
         self.low, self.high = ([f(p, a) for p, a in zip(points, across, strict=True)] for f in (np.min, np.max))
 
     def box(self, corners: Array) -> Box:
-        """The voxels that may lie between two corners, `[2, 3]` in mm; empty slices where there are none."""
+        """Return the voxels that may lie between two corners, `[2, 3]` in mm; empty slices where there are none."""
         found = [
             np.flatnonzero((top >= low) & (bottom <= high))
             for bottom, top, low, high in zip(self.low, self.high, *corners, strict=True)
@@ -118,7 +118,7 @@ class Canvas:
         return tuple(slice(f[0], f[-1] + 1) if f.size else slice(0, 0) for f in found)
 
     def distance(self, shapes: Iterable[Shape], box: Box, blend: float, margin: float) -> Array:
-        """Distance in mm from the melted union of shapes over a box; `FAR` where it is more than `margin`."""
+        """Return the distance in mm from the melted union of shapes over a box; `FAR` beyond `margin`."""
         union = np.full(self.tissue[box].shape, FAR, np.float32)
         for shape in shapes:
             single = np.full_like(union, FAR)
@@ -202,7 +202,7 @@ class Canvas:
 
 
 def varied(structures: Iterable[Structure], rng: np.random.Generator) -> list[Structure]:
-    """The structures with each organ, and what lies within it, a little resized and moved, or gone after surgery."""
+    """Resize and move each organ a little, with what lies within it; some are gone after surgery."""
     grow = {organ: rng.normal(1, 0.035) for organ in ORGANS[1:]}
     move = {organ: rng.normal(0, (1.5, 1.5, 1.5, 0)) for organ in ORGANS[1:]}
     gone = [organ for organ, chance in ABSENT.items() if rng.random() < chance]
@@ -219,7 +219,7 @@ def varied(structures: Iterable[Structure], rng: np.random.Generator) -> list[St
 
 
 def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], spacing: Array, scale: float) -> Array:
-    """Random field of zero mean and unit variance that varies over `scale` mm: float32 of `shape`."""
+    """Draw a random field of zero mean and unit variance that varies over `scale` mm: float32 of `shape`."""
     bases = []
     for size, step in zip(shape, spacing, strict=True):
         knots = np.arange(-scale, size * step + scale, scale)
@@ -232,7 +232,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], spacing: Arra
 
 
 def grain(rng: np.random.Generator, shape: tuple[int, ...], sigma: Array) -> Array:
-    """White noise smoothed by a Gaussian of `sigma` voxels an axis, at unit variance: float32 of `shape`."""
+    """Draw white noise smoothed by a Gaussian of `sigma` voxels an axis, at unit variance: float32 of `shape`."""
     field = gaussian_filter(rng.standard_normal(shape, np.float32), sigma, truncate=3)
     return field / field.std()
 

@@ -12,7 +12,7 @@ from shared_networks.training.handlers import completes_step
 
 
 class EMA:
-    """Validates and saves an exponential moving average of the weights in place of the last ones.
+    """Validate and saves an exponential moving average of the weights in place of the last ones.
 
     After each step of the optimiser, average += (1 - decay) * (weights - average), with the decay held below
     (1 + steps) / (10 + steps) so that a short run's average does not remember its start. For each validation the
@@ -73,11 +73,11 @@ class EMA:
             self.own = {}
 
     def copy(self) -> dict[str, Tensor]:
-        """The network's weights as they are now."""
+        """Copy the network's present weights."""
         return {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

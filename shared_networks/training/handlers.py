@@ -74,7 +74,7 @@ class TrainingHandlers:
 
 
 class SeedIterations:
-    """Seeds torch before each iteration from (seed, rank, iteration).
+    """Seed torch before each iteration from (seed, rank, iteration).
 
     The masks of pre-training and dropout then differ between processes, and training that was interrupted draws what it
     would have drawn.
@@ -96,7 +96,7 @@ class SeedIterations:
 
 
 class ClipGradients:
-    """Measures the norm of the gradient before each optimiser step and, on request, limits it.
+    """Measure the norm of the gradient before each optimiser step and, on request, limits it.
 
     The norm is left in `engine.state.grad_norm`, a scalar tensor (0 between steps of accumulated gradients).
 
@@ -123,7 +123,7 @@ class ClipGradients:
 
 
 class ReduceOnStep:
-    """Lets processes exchange gradients only in the iterations that end with a step of the optimiser.
+    """Let processes exchange gradients only in the iterations that end with a step of the optimiser.
 
     While gradients accumulate, each process keeps its own, as in `DistributedDataParallel.no_sync`, which MONAI's
     trainer does not enter. Nothing changes for a network that is not distributed.
@@ -140,13 +140,13 @@ class ReduceOnStep:
 
 
 def completes_step(engine: Any) -> bool:
-    """Whether this iteration ends with a step of the optimiser, as MONAI's trainer accumulates gradients."""
+    """Return whether this iteration ends with a step of the optimiser, as MONAI's trainer accumulates gradients."""
     done = (engine.state.iteration - 1) % engine.state.epoch_length + 1
     return done % engine.accumulation_steps == 0 or done == engine.state.epoch_length
 
 
 class StopOnNonFinite:
-    """Stops training before a loss that is no number reaches the weights, and names the cases of the batch."""
+    """Stop training before a loss that is no number reaches the weights, and names the cases of the batch."""
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI trainer."""
@@ -169,7 +169,7 @@ class StopOnNonFinite:
 
 
 def batch_cases(batch: Mapping[str, Any]) -> Sequence[str]:
-    """Names of the cases in a batch: its `case`, or the files that its images were read from."""
+    """Name of the cases in a batch: its `case`, or the files that its images were read from."""
     image = batch["image"]
     if "case" in batch:
         return [str(name) for name in batch["case"]]

@@ -12,7 +12,7 @@ from shared_networks.networks.vit import patchify
 
 
 class MaskedPatchLoss(nn.Module):
-    """Mean squared error on hidden patches, against voxels standardised patch by patch.
+    """Mean squared error on masked patches, against voxels standardised patch by patch.
 
     Source: He et al., "Masked autoencoders are scalable vision learners" (norm_pix_loss); the published Hi-End-MAE
     uses it unchanged.
@@ -26,10 +26,10 @@ class MaskedPatchLoss(nn.Module):
         self.patch_size = list(ensure_tuple_rep(patch_size, 3))
 
     def forward(self, prediction: Tensor, image: Tensor) -> Tensor:
-        """Loss of a prediction.
+        """Compute the loss of a prediction.
 
         Args:
-            prediction: [B, C + 1, H, W, D] of :class:`HiEndMAE`: standardised voxels and the mask (1 = hidden).
+            prediction: [B, C + 1, H, W, D] of :class:`HiEndMAE`: standardised voxels and the mask (1 = masked).
             image: [B, C, H, W, D], the truth.
 
         Returns:
@@ -45,6 +45,6 @@ class MaskedPatchLoss(nn.Module):
             )
         target = standardise_patches(patchify(image.float(), self.patch_size))
         predicted = patchify(prediction[:, :-1].float(), self.patch_size)
-        hidden = patchify(prediction[:, -1:].float(), self.patch_size)[..., 0]
+        masked = patchify(prediction[:, -1:].float(), self.patch_size)[..., 0]
         error = (predicted - target).square().mean(dim=-1)
-        return (error * hidden).sum() / hidden.sum()
+        return (error * masked).sum() / masked.sum()

@@ -49,7 +49,7 @@ class LogHandlers:
 
 
 class TrainingMonitor:
-    """Adds to a trainer's metrics, epoch by epoch, what tells a healthy run from a starved or a diverging one.
+    """Add to a trainer's metrics, epoch by epoch, what tells a healthy run from a starved or a diverging one.
 
     - `learning_rate`: at the end of the epoch;
     - `grad_norm`: median over the epoch's optimiser steps, where :class:`ClipGradients` measures it;
@@ -109,9 +109,9 @@ class TrainingMonitor:
 
 
 class FeatureSpread:
-    """Adds to an evaluator's metrics how much the encoder's features differ, tap by tap: a probe for collapse.
+    """Add to an evaluator's metrics how much the encoder's features differ, block by block: a probe for collapse.
 
-    `spread_tap_N` is the standard deviation of a feature over all tokens seen in the validation (CLS left out),
+    `spread_block_N` is the standard deviation of a feature over all tokens seen in the validation (CLS left out),
     averaged over the features of block N. It falls towards 0 where the encoder answers alike whatever it is shown.
 
     Args:
@@ -127,17 +127,17 @@ class FeatureSpread:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.report)
 
     def start(self, _engine: Any) -> None:
-        """Watch the taps."""
-        self.sums = {tap: torch.zeros(3, self.vit.hidden_size, dtype=torch.float64) for tap in self.vit.out_indices}
-        self.hooks = [self.vit.blocks[tap].register_forward_hook(self.watch(tap)) for tap in self.sums]
+        """Watch the blocks."""
+        self.sums = {block: torch.zeros(3, self.vit.hidden_size, dtype=torch.float64) for block in self.vit.out_indices}
+        self.hooks = [self.vit.blocks[block].register_forward_hook(self.watch(block)) for block in self.sums]
 
-    def watch(self, tap: int) -> Any:
-        """A hook that sums up the outputs of a block."""
+    def watch(self, block: int) -> Any:
+        """Return a hook that sums up the outputs of a block."""
 
         def hook(_block: nn.Module, _inputs: Any, tokens: Tensor) -> None:
             features = tokens[:, 1:].detach().flatten(0, 1).double().cpu()
             count = torch.full_like(features[0], len(features))
-            self.sums[tap] += torch.stack([count, features.sum(0), features.square().sum(0)])
+            self.sums[block] += torch.stack([count, features.sum(0), features.square().sum(0)])
 
         return hook
 
@@ -145,6 +145,6 @@ class FeatureSpread:
         """Add the spreads to the metrics and stop watching."""
         for hook in self.hooks:
             hook.remove()
-        for tap, (count, total, squares) in self.sums.items():
+        for block, (count, total, squares) in self.sums.items():
             variance = squares / count - (total / count).square()
-            engine.state.metrics[f"spread_tap_{tap}"] = variance.clamp(min=0).sqrt().mean().item()
+            engine.state.metrics[f"spread_block_{block}"] = variance.clamp(min=0).sqrt().mean().item()

@@ -70,7 +70,7 @@ def layerwise_groups(
 
 
 def _layer(name: str, depth: int) -> int:
-    """Number of the block that a parameter belongs to: -1 before the first, `depth` behind the last."""
+    """Return the number of the block that a parameter belongs to: -1 before the first, `depth` behind the last."""
     if name.startswith("vit.blocks."):
         return int(name.split(".")[2])
     return -1 if name.startswith("vit.patch_embedding.") else depth

@@ -187,13 +187,13 @@ class TrainingRun:
 
     @property
     def unfinished(self) -> bool:
-        """Whether epochs are left to train."""
+        """Return whether epochs are left to train."""
         state = self.trainer.state
         return state.iteration < state.epoch_length * state.max_epochs
 
     @property
     def unvalidated(self) -> bool:
-        """Whether all epochs are trained and the last was not validated, so that the last model might go unsaved."""
+        """Return whether all epochs are trained and the last was not validated, so that its model may be unsaved."""
         return not self.unfinished and not self.stop_signal and self.validated_epoch < self.trainer.state.max_epochs
 
     def run(self) -> None:
@@ -296,11 +296,11 @@ class TrainingRun:
             self.save()
 
     def is_time(self) -> bool:
-        """Whether the last state is older than `every_minutes`."""
+        """Return whether the last state is older than `every_minutes`."""
         return time.monotonic() - self.saved_at > self.every_seconds
 
     def is_told_to_stop(self) -> bool:
-        """Whether any process was sent SIGTERM; all must leave after the same iteration, or some wait for ever."""
+        """Return whether any process got SIGTERM; all must leave after the same iteration, or some wait for ever."""
         if self.votes is not None:
             vote = torch.tensor(self.stop_signal)
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.votes)

@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 
     @classmethod
     def at(cls, position: Tensor, size: int) -> Axis:
-        """Samples at positions [N] among `size` others; beyond the ends lies the end."""
+        """Sample at positions [N] among `size` others; beyond the ends lies the end."""
         position = position.clamp(0, size - 1)
         lower = position.floor().clamp(max=max(size - 2, 0))
         return cls(lower.long(), (position - lower).float())

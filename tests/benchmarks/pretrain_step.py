@@ -92,11 +92,11 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -
 def published_loss(network: HiEndMAE, image: Tensor) -> Tensor:
     """The published forward pass: the loss is taken on tokens, no volume is put together."""
     grid = network.vit.patch_grid(image)
-    permutation = network.shuffle(image.shape[0], math.prod(grid)).to(image.device)
-    latent, taps = network.encode(image, permutation)
-    hidden = permutation[:, network.num_visible(math.prod(grid)) :]
-    predicted = network.decode(latent, taps, permutation, grid)[:, -hidden.shape[1] :]
-    target = standardise_patches(vit.gather_tokens(vit.patchify(image, network.vit.patch_size), hidden))
+    ids_shuffle = network.shuffle(image.shape[0], math.prod(grid)).to(image.device)
+    latent, features = network.encode(image, ids_shuffle)
+    masked = ids_shuffle[:, network.num_visible(math.prod(grid)) :]
+    predicted = network.decode(latent, features, ids_shuffle, grid)[:, -masked.shape[1] :]
+    target = standardise_patches(vit.gather_tokens(vit.patchify(image, network.vit.patch_size), masked))
     return (predicted - target).square().mean()
 
 

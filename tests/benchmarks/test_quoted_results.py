@@ -1,4 +1,4 @@
-"""README and model cards quote measurements as they are on file."""
+"""README, results and model cards quote measurements that are on file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from tests.benchmarks.transfer.settings import SIZES
 from tests.conftest import BUNDLES, ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "results" / "README.md").read_text()
+DEPTH = " ".join((ROOT / "docs" / "segmentation.md").read_text().split())
 CARDS = {bundle: " ".join((ROOT / bundle / "docs" / "README.md").read_text().split()) for bundle in BUNDLES}
 
 
-def test_readme_has_the_tables_of_the_files() -> None:
-    assert quoted.speed_table() in README
+def test_results_have_the_tables_of_the_files() -> None:
+    assert quoted.speed_table() in PAGE
+    assert quoted.ranges_table() in PAGE and quoted.ranges_table() in README
     assert len(quoted.transfer_tables()) == 2
     assert len(quoted.ablation_tables()) == 1
     for table in quoted.transfer_tables() + quoted.ablation_tables():
-        assert table in README
+        assert table in PAGE
 
 
-def test_readme_has_what_scaling_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_have_what_scaling_prints(capsys: pytest.CaptureFixture[str]) -> None:
     scaling.main([])
-    assert capsys.readouterr().out.strip() in README
+    assert capsys.readouterr().out.strip() in PAGE
 
 
 def test_cards_have_the_figures_of_the_files() -> None:
@@ -35,6 +38,7 @@ def test_cards_have_the_figures_of_the_files() -> None:
     for bundle in BUNDLES[1:]:
         assert quoted.window_line() in CARDS[bundle]
         assert quoted.memory_line() in CARDS[bundle]
+    assert quoted.memory_row() in DEPTH
 
 
 def test_crops_a_second_have_one_source() -> None:
@@ -47,7 +51,7 @@ def test_crops_a_second_have_one_source() -> None:
                 figures = re.findall(r"(\d[\d,.]*)\+? (?:augmented )?crops(?: of [\d^³]+)?(?:/s| a second)", text)
                 said.setdefault(str(file.relative_to(ROOT)), set()).update(figures)
     assert {file: figures for file, figures in said.items() if figures - measured} == {}
-    assert said["README.md"] and said["hi_end_mae_pretrain/docs/README.md"]
+    assert said["hi_end_mae_pretrain/docs/README.md"] and said["docs/pretraining.md"]
     assert quoted.crops_line() in CARDS["hi_end_mae_pretrain"]
     assert quoted.crops(quoted.STORE)["crops/s a core"] == scaling.CROPS_A_CORE
 
@@ -65,11 +69,11 @@ def test_tables_and_intervals_are_those_of_the_raw_numbers() -> None:
 
 
 def test_no_p_value_is_given_and_what_the_intervals_cover_is_said() -> None:
-    section = README.split("**Does pre-training pay?**")[1].split("**What do ten thousand CTs cost?**")[0]
+    section = PAGE.split("## Does pre-training pay?")[1].split("## What do ten thousand CTs cost?")[0]
     for text in (section, (quoted.RESULTS / "transfer.md").read_text()):
         assert not re.search(r"\bp\s*[<=|]|Wilcoxon|Holm|significan", text)
         assert "one pre-training" in text
-    figure = section.index("docs/results/transfer.png")
+    figure = section.index("](transfer.png)")
     assert "one pre-training an arm" in section[:figure].splitlines()[-3]
     quotes = re.findall(r"[+-]\d\.\d+ to\s[+-]\d\.\d+", section)
     assert len(quotes) >= 10

@@ -65,14 +65,14 @@ class PublishedUNETR(nn.Module):
     def __init__(self, ours: HiEndUNETR) -> None:
         super().__init__()
         self.vit = ours.vit
-        hidden, f = ours.vit.hidden_size, ours.out.conv.conv.in_channels
+        masked, f = ours.vit.hidden_size, ours.out.conv.conv.in_channels
         conv: dict[str, Any] = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
         lift: dict[str, Any] = {**conv, "stride": 1, "upsample_kernel_size": 2, "conv_block": True}
         self.encoder1 = UnetrBasicBlock(3, ours.vit.in_channels, f, stride=1, **conv)
-        self.encoder2 = UnetrPrUpBlock(3, hidden, 2 * f, num_layer=2, **lift)
-        self.encoder3 = UnetrPrUpBlock(3, hidden, 4 * f, num_layer=1, **lift)
-        self.encoder4 = UnetrPrUpBlock(3, hidden, 8 * f, num_layer=0, **lift)
-        self.decoder5 = UnetrUpBlock(3, hidden, 8 * f, upsample_kernel_size=2, **conv)
+        self.encoder2 = UnetrPrUpBlock(3, masked, 2 * f, num_layer=2, **lift)
+        self.encoder3 = UnetrPrUpBlock(3, masked, 4 * f, num_layer=1, **lift)
+        self.encoder4 = UnetrPrUpBlock(3, masked, 8 * f, num_layer=0, **lift)
+        self.decoder5 = UnetrUpBlock(3, masked, 8 * f, upsample_kernel_size=2, **conv)
         self.decoder4 = UnetrUpBlock(3, 8 * f, 4 * f, upsample_kernel_size=2, **conv)
         self.decoder3 = UnetrUpBlock(3, 4 * f, 2 * f, upsample_kernel_size=2, **conv)
         self.decoder2 = PublishedResizeUp(2 * f, f)
@@ -85,9 +85,9 @@ class PublishedUNETR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         with mock.patch.object(vit, "attend", plain_attention):
-            last, taps = self.vit(image)
-        skip1, skip2 = self.encoder1(image), self.encoder2(self.volume(taps[0], image))
-        skip3, skip4 = self.encoder3(self.volume(taps[1], image)), self.encoder4(self.volume(taps[2], image))
+            last, features = self.vit(image)
+        skip1, skip2 = self.encoder1(image), self.encoder2(self.volume(features[0], image))
+        skip3, skip4 = self.encoder3(self.volume(features[1], image)), self.encoder4(self.volume(features[2], image))
         x = self.decoder5(self.volume(last, image), skip4)
         x = self.decoder3(self.decoder4(x, skip3), skip2)
         return self.out(self.decoder2(x, skip1))

@@ -40,7 +40,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_pretrain"
-MAPS = [f"{kind}_tap_{tap}" for kind in ("encoder", "cross") for tap in (3, 6, 9)]
+MAPS = [f"{kind}_block_{feature}" for kind in ("encoder", "cross") for feature in (3, 6, 9)]
 SHAPE, ZOOMS = (20, 31, 17), (2.0, 3.0, 5.0)  # in RAS
 
 
@@ -198,8 +198,8 @@ def test_window_crops_what_it_says() -> None:
 
 
 def test_query_goes_last_and_the_others_keep_their_order() -> None:
-    permutation = torch.tensor([[2, 0, 3, 1], [1, 3, 0, 2]])
-    assert query_last(permutation, torch.tensor([0, 2])).tolist() == [[2, 3, 1, 0], [1, 3, 0, 2]]
+    ids_shuffle = torch.tensor([[2, 0, 3, 1], [1, 3, 0, 2]])
+    assert query_last(ids_shuffle, torch.tensor([0, 2])).tolist() == [[2, 3, 1, 0], [1, 3, 0, 2]]
 
 
 def test_encoder_maps_are_the_softmax_of_the_query() -> None:
@@ -218,10 +218,10 @@ def test_encoder_maps_are_the_softmax_of_the_query() -> None:
                     heads.append(torch.softmax(q[:, :, part] @ k[:, :, part].mT / 8**0.5, dim=-1))
                 expected = torch.stack(heads).mean(dim=0)
                 for b in range(2):
-                    found = weights[f"encoder_tap_{n}"][b]
+                    found = weights[f"encoder_block_{n}"][b]
                     torch.testing.assert_close(found.flatten(), expected[b, 1 + query[b], 1:])
             tokens = block(tokens)
-    assert list(weights) == [f"{kind}_tap_{n}" for kind in ("encoder", "cross") for n in (0, 1, 3)]
+    assert list(weights) == [f"{kind}_block_{n}" for kind in ("encoder", "cross") for n in (0, 1, 3)]
     assert {tuple(w.shape) for w in weights.values()} == {(2, 1, 2, 2, 3)}
 
 
@@ -230,26 +230,29 @@ def test_cross_maps_are_of_the_hidden_query_to_visible_tokens() -> None:
     order = network.shuffle(1, 12)[0].tolist()
     query = order[0]  # visible but for the asking
     visible = order[1:4]
-    permutation = torch.tensor([[*order[1:], query]])
+    ids_shuffle = torch.tensor([[*order[1:], query]])
     with torch.no_grad(), attention_maps(network) as maps:
         weights = QueryAttention(network)(image, torch.tensor([query]))
-        network(image, permutation)
-    for block, tap in ((0, 3), (1, 1), (2, 0)):  # deep to shallow
+        network(image, ids_shuffle)
+    for block, feature in ((0, 3), (1, 1), (2, 0)):  # deep to shallow
         asked = maps[f"decoder.cross_blocks.{block}.cross_attn"][0].mean(dim=0)[12]  # last of CLS and 12 tokens
-        found = weights[f"cross_tap_{tap}"].flatten()
+        found = weights[f"cross_block_{feature}"].flatten()
         torch.testing.assert_close(found[visible], asked[1:])
         assert found.sum() == pytest.approx(1 - asked[0].item(), abs=1e-5)
         assert found.nonzero().flatten().tolist() == sorted(visible)
 
 
-def test_cross_maps_carry_the_name_of_the_tap_that_is_read() -> None:
+def test_cross_maps_carry_the_name_of_the_block_that_is_read() -> None:
     network = tiny_mae()
-    nn.init.zeros_(network.decoder.bridges[2].weight)  # all tokens of the deepest tap look alike
+    nn.init.zeros_(network.decoder.decoder_embeds[2].weight)  # all tokens of the deepest feature look alike
     with torch.no_grad():
         weights = QueryAttention(network)(torch.rand(1, 1, 8, 8, 12), torch.tensor([5]))
-    spread = {tap: float(weights[f"cross_tap_{tap}"][weights[f"cross_tap_{tap}"] > 0].std()) for tap in (0, 1, 3)}
+    spread = {
+        feature: float(weights[f"cross_block_{feature}"][weights[f"cross_block_{feature}"] > 0].std())
+        for feature in (0, 1, 3)
+    }
     assert spread[3] < 1e-6 < min(spread[0], spread[1])
-    assert weights["cross_tap_3"].max().item() == pytest.approx(1 / 4)  # CLS and three visible tokens
+    assert weights["cross_block_3"].max().item() == pytest.approx(1 / 4)  # CLS and three visible tokens
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "PIL"])
@@ -313,7 +316,7 @@ def test_maps_of_an_organ_lie_on_the_scan(model: Path, scan: Path, tmp_path: Pat
             expected = weights[name][(0, 0, *patch)].item() if inside else 0.0
             assert volume[place] == pytest.approx(expected, abs=1e-6)
         assert 10 < seen < 200
-        assert (volume[voxel] == 0) == name.startswith("cross")  # the query itself is hidden there
+        assert (volume[voxel] == 0) == name.startswith("cross")  # the query itself is masked there
     picture = imread(out / "test_000_attention.png")[..., :3]
     assert 0.02 < (np.ptp(picture, axis=-1) > 0.1).mean() < 0.5  # in colour, over grey
 
@@ -325,7 +328,7 @@ def test_maps_of_a_voxel(model: Path, scan: Path, tmp_path: Path) -> None:
     )
     flow.initialize()
     flow.run()
-    volume = np.asanyarray(nib.load(tmp_path / "test_000_encoder_tap_9.nii.gz").dataobj)
+    volume = np.asanyarray(nib.load(tmp_path / "test_000_encoder_block_9.nii.gz").dataobj)
     assert volume[30, 20, 10] > 0 and volume[30, 20, 47] == 0
 
 
@@ -371,12 +374,12 @@ def test_figure_marks_the_query_and_scales_each_panel() -> None:
     encoder[:10], encoder[:5] = 0.25, 0.5
     cross[:5] = 0.125
     maps = {
-        kind: {tap: orthogonal_planes(volume, affine, query)[0] for tap in ("tap 3", "tap 6")}
+        kind: {feature: orthogonal_planes(volume, affine, query)[0] for feature in ("feature 3", "feature 6")}
         for kind, volume in {"encoder": encoder, "cross": cross}.items()
     }
-    maps["cross"]["tap 6"] = orthogonal_planes(np.zeros(shape), affine, query)[0]
+    maps["cross"]["feature 6"] = orthogonal_planes(np.zeros(shape), affine, query)[0]
     figure = attention_figure(image, maps, title="ct_1")
-    assert [panel.get_title() for panel in figure.axes[:2]] == ["tap 3", "tap 6"]
+    assert [panel.get_title() for panel in figure.axes[:2]] == ["feature 3", "feature 6"]
     assert [panel.get_ylabel() for panel in figure.axes[::2]] == ["encoder", "cross"]
     texts = [panel.texts[-1].get_text() for panel in figure.axes]
     assert texts == ["25.00 to 50.00 %"] * 2 + ["12.50 to 12.50 %", "0.00 to 0.00 %"]

@@ -22,7 +22,7 @@ from shared_networks.networks.unetr import HiEndUNETR
 from tests.conftest import ROOT, full_disk
 
 BUNDLE = ROOT / "hi_end_mae_pretrain"
-NAMES = ("tap_3", "tap_6", "tap_9", "latent")
+NAMES = ("block_3", "block_6", "block_9", "latent")
 TINY: dict[str, Any] = {
     "in_channels": 2,
     "img_size": (4, 6, 12),
@@ -55,11 +55,11 @@ def test_tokens_are_the_encoders_at_their_place_without_cls(kind: type[HiEndMAE]
     sizes = {"decoder_hidden_size": 12, "decoder_num_heads": 2} if kind is HiEndMAE else {"feature_size": 2}
     network = kind(**TINY, **sizes)
     image = torch.rand(2, 2, 4, 6, 12)
-    features = TokenFeatures(network)(image)
-    assert list(features) == ["tap_0", "tap_1", "tap_3", "latent"]
-    latent, taps = network.vit(image)
+    volumes = TokenFeatures(network)(image)
+    assert list(volumes) == ["block_0", "block_1", "block_3", "latent"]
+    latent, features = network.vit(image)
     assert latent.shape[1] == (13 if kind is HiEndMAE else 12)
-    for volume, tokens in zip(features.values(), [*taps, latent], strict=True):
+    for volume, tokens in zip(volumes.values(), [*features, latent], strict=True):
         assert volume.shape == (2, 24, 2, 2, 3)
         for number, (h, w, d) in enumerate(product(range(2), range(2), range(3)), start=latent.shape[1] - 12):
             assert torch.equal(volume[:, :, h, w, d], tokens[:, number])
@@ -145,9 +145,9 @@ def test_whole_scans_are_encoded_window_by_window(
     for corner in product(*(range(0, size, 48) for size in sizes)):
         window = image.as_tensor()[(None, slice(None), *(slice(at, at + 48) for at in corner))]
         with eval_mode(network):
-            latent, taps = network.vit(window)
+            latent, features = network.vit(window)
         part = tuple(slice(at // 12, at // 12 + 4) for at in corner)
-        for name, tokens in zip(NAMES, [*taps, latent], strict=True):
+        for name, tokens in zip(NAMES, [*features, latent], strict=True):
             assert content[name].dtype == dtype
             expected = tokens[0, 1:].reshape(4, 4, 4, 192).numpy()
             np.testing.assert_allclose(
@@ -157,16 +157,19 @@ def test_whole_scans_are_encoded_window_by_window(
 
 def features_case(value: float) -> dict[str, Any]:
     meta = {"filename_or_obj": "ct_1.nii", "original_affine": np.eye(4), "spatial_shape": np.array([2, 2, 2])}
-    return {"image": MetaTensor(torch.zeros(1, 2, 2, 2), meta=meta), "pred": {"tap_3": torch.full((3, 1, 1, 1), value)}}
+    return {
+        "image": MetaTensor(torch.zeros(1, 2, 2, 2), meta=meta),
+        "pred": {"block_3": torch.full((3, 1, 1, 1), value)},
+    }
 
 
 def test_overflow_and_wrong_types_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="ct_1: tap_3 reaches 70000, beyond float16: give --feature_dtype float32"):
+    with pytest.raises(InputError, match="ct_1: block_3 reaches 70000, beyond float16: give --feature_dtype float32"):
         SaveFeaturesd("pred", 2, tmp_path)(features_case(-70000.0))
     assert not list(tmp_path.iterdir())
     SaveFeaturesd("pred", 2, tmp_path, "float32")(features_case(-70000.0))
     with np.load(tmp_path / "ct_1_features.npz") as file:
-        assert (file["tap_3"] == -70000).all()
+        assert (file["block_3"] == -70000).all()
     with pytest.raises(InputError, match="feature_dtype is 'bfloat16': give float16 or float32"):
         SaveFeaturesd("pred", 2, tmp_path, "bfloat16")
 
@@ -175,8 +178,8 @@ def test_overflow_and_wrong_types_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_features_that_are_not_finite_are_refused(value: float, dtype: str, tmp_path: Path) -> None:
     case = features_case(1.0)
-    case["pred"]["tap_3"][1] = value
-    with pytest.raises(InputError, match="ct_1: tap_3 is NaN or infinite: give --amp False"):
+    case["pred"]["block_3"][1] = value
+    with pytest.raises(InputError, match="ct_1: block_3 is NaN or infinite: give --amp False"):
         SaveFeaturesd("pred", 2, tmp_path, dtype)(case)
     assert not list(tmp_path.iterdir())
 
@@ -205,7 +208,7 @@ def test_mixed_precision_is_that_of_training(
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:
     case = features_case(1.0)
-    case["pred"]["tap_3"] = torch.ones(9000, 1, 1, 1)
+    case["pred"]["block_3"] = torch.ones(9000, 1, 1, 1)
     with full_disk(), pytest.raises(InputError, match=r"ct_1_features\.npz: cannot be written \("):
         SaveFeaturesd("pred", 2, tmp_path)(case)
     assert not list(tmp_path.iterdir())

@@ -100,7 +100,7 @@ def test_names_are_one_to_one_and_cover_the_published_checkpoint(full_size):
 def test_names_follow_the_depths():
     names = official_names(2, 0, 1)
     assert names["encoder.blocks.1.attn.proj.bias"] == "vit.blocks.1.attn.out_proj.bias"
-    assert names["encoder_to_decoder.1.weight"] == "decoder.bridges.1.weight"
+    assert names["encoder_to_decoder.1.weight"] == "decoder.decoder_embeds.1.weight"
     assert (
         names["decoder.cross_attention_blocks.0.cross_attn.kv.weight"] == "decoder.cross_blocks.0.cross_attn.kv.weight"
     )
@@ -577,11 +577,11 @@ def test_exported_encoder_is_monais_vit(channels, tmp_path):
     image = torch.rand(2, channels, 4, 6, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # in double precision, as weights of variance 1 amplify rounding
         tokens, layers = vit.double()(image.double())
-        latent, taps = segmenter.double().vit(image.double())
+        latent, features = segmenter.double().vit(image.double())
         with_cls, _ = mae.double().vit(image.double())
     torch.testing.assert_close(tokens, latent, rtol=1e-9, atol=1e-9)
-    for n, tap in zip(VIT["out_indices"], taps, strict=True):
-        torch.testing.assert_close(layers[n], tap, rtol=1e-9, atol=1e-9)
+    for n, feature in zip(VIT["out_indices"], features, strict=True):
+        torch.testing.assert_close(layers[n], feature, rtol=1e-9, atol=1e-9)
     assert (with_cls[:, 1:] - tokens).abs().max() > 1e-3  # the difference that the docstring tells
     assert_same_weights(to_monai_vit(segmenter.float().state_dict()), torch.load(file, weights_only=True))
 

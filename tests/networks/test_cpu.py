@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from shared_networks.networks.cpu import ChannelsLastInstanceNorm, fast_cpu_inference
+from shared_networks.networks.cpu import ChannelsLastInstanceNorm, fast_cpu_inference, kept_memory
 from shared_networks.networks.unetr import HiEndUNETR
 
 CPU = torch.device("cpu")
@@ -85,3 +89,20 @@ def test_nothing_changes_where_it_would_not_help(case: str) -> None:
     device = torch.device("cuda" if case == "another device" else "cpu")
     with torch.set_grad_enabled(case == "gradients"), fast_cpu_inference(given, device):
         assert not network[0]._forward_pre_hooks and type(network[1]) is nn.InstanceNorm3d
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's way with memory")
+def test_freed_memory_is_kept_inside_the_block_alone() -> None:
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+    def use() -> None:
+        torch.ones(30_000_000).sum()  # 120 MB
+
+    before = resident()
+    with kept_memory():
+        use()
+        inside = resident()
+    after = resident()
+    use()
+    assert inside - before > 100_000 and after - before < 20_000 and resident() - before < 20_000

@@ -76,26 +76,26 @@ def test_pretraining_network_is_the_published_one(vector: dict[str, Any]) -> Non
     config = current_names(vector["config"])
     network = HiEndMAE(**config).train()
     network.load_state_dict(from_official(vector["state_dict"]), strict=True)
-    image, permutation = vector["image"], vector["permutation"]
+    image, ids_shuffle = vector["image"], vector["permutation"]
     size = network.vit.patch_size
-    assert network.num_visible(permutation.shape[1]) == vector["num_visible"]
+    assert network.num_visible(ids_shuffle.shape[1]) == vector["num_visible"]
 
-    latent, taps = network.encode(image, permutation)
+    latent, features = network.encode(image, ids_shuffle)
     assert_close(latent, vector["latent"], "latent")
-    for index, tap in zip(config["out_indices"], taps, strict=True):
-        assert_close(tap, vector[f"hidden_{index}"], f"tap {index}")
-    tokens = network.decode(latent, taps, permutation, network.vit.patch_grid(image))
+    for index, tokens in zip(config["out_indices"], features, strict=True):
+        assert_close(tokens, vector[f"hidden_{index}"], f"block {index}")
+    tokens = network.decode(latent, features, ids_shuffle, network.vit.patch_grid(image))
     assert_close(tokens, vector["pred_tokens"], "predicted tokens")
 
-    prediction = network(image, permutation)
+    prediction = network(image, ids_shuffle)
     loss = MaskedPatchLoss(config["patch_size"])(prediction, image)
     assert_close(loss, vector["loss"], "loss")
     assert_close(patchify(image, size), vector["image_patches"], "image patches")
     restored = patchify(restore_intensities(prediction[:, :-1], image, size), size)
     assert_close(restored, vector["reconstruction_patches"], "reconstruction")
     mask = patchify(prediction[:, -1:], size)[..., 0]
-    assert gather_tokens(mask[..., None], permutation)[:, : vector["num_visible"]].sum() == 0
-    assert mask.sum().item() == permutation.numel() - vector["num_visible"] * len(image)
+    assert gather_tokens(mask[..., None], ids_shuffle)[:, : vector["num_visible"]].sum() == 0
+    assert mask.sum().item() == ids_shuffle.numel() - vector["num_visible"] * len(image)
 
     loss.backward()
     depths = (config["num_layers"], config["decoder_self_layers"], len(config["out_indices"]))

@@ -50,8 +50,8 @@ def test_default_network_has_the_papers_size():
         network = HiEndMAE()
     assert million(network) == pytest.approx(366.9, abs=0.05)
     assert million(network.vit) == pytest.approx(342.6, abs=0.05)
-    assert million(network.decoder.bridges) == pytest.approx(4 * (1536 * 528 + 528) / 1e6)
-    assert million(network.decoder) - million(network.decoder.bridges) == pytest.approx(21.0, abs=0.05)
+    assert million(network.decoder.decoder_embeds) == pytest.approx(4 * (1536 * 528 + 528) / 1e6)
+    assert million(network.decoder) - million(network.decoder.decoder_embeds) == pytest.approx(21.0, abs=0.05)
 
 
 def test_tokens_start_small_linears_xavier_and_biases_zero():
@@ -113,40 +113,40 @@ def test_mask_ratio_leaves_its_share_visible(mask_ratio, visible):
 
 def test_mask_and_prediction_lie_where_the_permutation_says():
     network, image = tiny(), draw(2, 2, *SIZE)
-    permutation = torch.stack([torch.arange(LENGTH).flip(0), torch.arange(LENGTH).roll(5)])
-    output = network(image, permutation)
-    tokens = network.decode(*network.encode(image, permutation), permutation, [2, 3, 4])
+    ids_shuffle = torch.stack([torch.arange(LENGTH).flip(0), torch.arange(LENGTH).roll(5)])
+    output = network(image, ids_shuffle)
+    tokens = network.decode(*network.encode(image, ids_shuffle), ids_shuffle, [2, 3, 4])
     assert tokens.shape == (2, 1 + LENGTH, 48)
     for b in range(2):
-        seen = permutation[b, :6]
+        seen = ids_shuffle[b, :6]
         assert hidden_patches(output)[b, :, 0].nonzero().flatten().tolist() == sorted(
             set(range(24)) - set(seen.tolist())
         )
         predicted = patchify(output[:, :-1], [2, 3, 4])[b]
-        assert torch.equal(predicted[permutation[b]], tokens[b, 1:])
+        assert torch.equal(predicted[ids_shuffle[b]], tokens[b, 1:])
 
 
 def test_hidden_voxels_do_not_influence_the_prediction():
     network, image = tiny().eval(), draw(2, 2, *SIZE)
     output = network(image)
-    hidden = output[:, -1:]
-    assert torch.equal(network(image + 100 * hidden), output)
-    assert not torch.equal(network(image + 100 * (1 - hidden)), output)
+    masked = output[:, -1:]
+    assert torch.equal(network(image + 100 * masked), output)
+    assert not torch.equal(network(image + 100 * (1 - masked)), output)
 
 
-@pytest.mark.parametrize("taps", [(), (3,), (0, 2), (0, 1, 2, 3)])
-def test_decoder_reads_its_taps_deep_to_shallow(taps):
-    network, image = tiny(out_indices=taps).eval(), draw(2, 2, *SIZE)
-    decoder, permutation = network.decoder, network.shuffle(2, LENGTH)
-    latent, tapped = network.encode(image, permutation)
-    assert len(tapped) == len(taps) == len(decoder.cross_blocks) == len(decoder.bridges) - 1
+@pytest.mark.parametrize("features", [(), (3,), (0, 2), (0, 1, 2, 3)])
+def test_decoder_reads_its_taps_deep_to_shallow(features):
+    network, image = tiny(out_indices=features).eval(), draw(2, 2, *SIZE)
+    decoder, ids_shuffle = network.decoder, network.shuffle(2, LENGTH)
+    latent, tapped = network.encode(image, ids_shuffle)
+    assert len(tapped) == len(features) == len(decoder.cross_blocks) == len(decoder.decoder_embeds) - 1
 
-    seen, positions = decoder.bridges[-1](latent), decoder.position_embeddings[0][permutation]
+    seen, positions = decoder.decoder_embeds[-1](latent), decoder.position_embeddings[0][ids_shuffle]
     tokens = torch.cat([seen[:, 1:], decoder.mask_token.expand(2, LENGTH - 6, -1)], dim=1) + positions
     y = decoder.blocks[0](torch.cat([seen[:, :1], tokens], dim=1))
-    for block, bridge, tap in zip(decoder.cross_blocks, decoder.bridges[-2::-1], tapped[::-1], strict=True):
-        y = block(y, bridge(tap))
-    torch.testing.assert_close(network.decode(latent, tapped, permutation, [2, 3, 4]), decoder.head(decoder.norm(y)))
+    for block, embed, feature in zip(decoder.cross_blocks, decoder.decoder_embeds[-2::-1], tapped[::-1], strict=True):
+        y = block(y, embed(feature))
+    torch.testing.assert_close(network.decode(latent, tapped, ids_shuffle, [2, 3, 4]), decoder.head(decoder.norm(y)))
 
 
 def test_every_trainable_parameter_gets_a_gradient():
@@ -183,16 +183,16 @@ def test_evaluation_does_not_disturb_the_random_state():
 
 def test_other_image_sizes_interpolate_both_position_tables():
     network, larger = tiny(), tiny(img_size=(6, 6, 24))
-    image, permutation = draw(1, 2, 6, 6, 24), network.shuffle(1, 36)
+    image, ids_shuffle = draw(1, 2, 6, 6, 24), network.shuffle(1, 36)
     positions = {"vit.patch_embedding.position_embeddings", "decoder.position_embeddings"}
     weights = {name: tensor for name, tensor in network.state_dict().items() if name not in positions}
     larger.load_state_dict(weights, strict=False)
-    assert (larger(image, permutation) - network(image, permutation)).abs().max() > 1e-3
+    assert (larger(image, ids_shuffle) - network(image, ids_shuffle)).abs().max() > 1e-3
     for name in positions:
         table = network.state_dict()[name].transpose(1, 2).unflatten(2, (2, 3, 4))
         resized = nn.functional.interpolate(table, size=(3, 2, 6), mode="trilinear").flatten(2).transpose(1, 2)
         larger.get_parameter(name).data = resized
-    torch.testing.assert_close(larger(image, permutation), network(image, permutation))
+    torch.testing.assert_close(larger(image, ids_shuffle), network(image, ids_shuffle))
 
 
 def test_attention_maps_name_self_and_cross_attention():
@@ -225,11 +225,11 @@ def test_cross_attention_map_is_softmax_of_queries_and_context():
 
 def test_checkpointing_changes_neither_output_nor_gradients():
     plain, recomputing = tiny(), tiny(use_checkpoint=True)
-    image, permutation = draw(2, 2, *SIZE), plain.shuffle(2, LENGTH)
+    image, ids_shuffle = draw(2, 2, *SIZE), plain.shuffle(2, LENGTH)
     calls: list[nn.Module] = []
     for block in (*recomputing.vit.blocks, *recomputing.decoder.blocks, *recomputing.decoder.cross_blocks):
         block.register_forward_pre_hook(lambda module, inputs: calls.append(module))
-    outputs = [network(image, permutation) for network in (plain, recomputing)]
+    outputs = [network(image, ids_shuffle) for network in (plain, recomputing)]
     assert torch.equal(*outputs)
     for output in outputs:
         output.square().mean().backward()
@@ -238,12 +238,12 @@ def test_checkpointing_changes_neither_output_nor_gradients():
         assert p.grad is None if q.grad is None else torch.equal(p.grad, q.grad), name
 
 
-@pytest.mark.parametrize("taps", [(0, 2), ()])
-def test_torchscript_gives_the_same_output(taps):
-    network, image = tiny(out_indices=taps), draw(2, 2, *SIZE)
-    permutation = network.shuffle(2, LENGTH)
+@pytest.mark.parametrize("features", [(0, 2), ()])
+def test_torchscript_gives_the_same_output(features):
+    network, image = tiny(out_indices=features), draw(2, 2, *SIZE)
+    ids_shuffle = network.shuffle(2, LENGTH)
     scripted = torch.jit.script(network)
-    torch.testing.assert_close(scripted(image, permutation), network(image, permutation))
+    torch.testing.assert_close(scripted(image, ids_shuffle), network(image, ids_shuffle))
     assert hidden_patches(scripted(image))[..., 0].sum(dim=1).tolist() == [18.0, 18.0]
 
 
@@ -273,7 +273,7 @@ def test_permutation_must_be_of_the_batch_and_length(shape):
         ({"num_heads": 7}, "hidden size 24 is not divisible by 7 heads"),
         ({"decoder_hidden_size": 20}, "hidden size 20 is not divisible by 6"),
         ({"decoder_num_heads": 4}, "hidden size 18 is not divisible by 4 heads"),
-        ({"out_indices": (0, 4)}, r"tap layers \[0, 4\] must be ascending block indices from 0 to 3"),
+        ({"out_indices": (0, 4)}, r"out_indices \[0, 4\] must be ascending block indices from 0 to 3"),
     ],
 )
 def test_network_refuses_sizes_and_taps_that_do_not_fit(changes, message):

@@ -57,8 +57,8 @@ def test_last_step_resizes_trilinearly_to_the_skip():
 
 def test_decoder_climbs_from_the_last_tokens_past_the_taps():
     network, image = tiny().eval(), draw(1, 2, 12, 18, 8)
-    last, taps = network.vit(image)
-    deep, middle, shallow = (tokens_to_volume(tap, [2, 3, 2]) for tap in reversed(taps))
+    last, features = network.vit(image)
+    deep, middle, shallow = (tokens_to_volume(feature, [2, 3, 2]) for feature in reversed(features))
     skips = network.encoder4(deep), network.encoder3(middle), network.encoder2(shallow), network.encoder1(image)
     assert [tuple(skip.shape[1:]) for skip in skips] == [(32, 4, 6, 4), (16, 8, 12, 8), (8, 16, 24, 16), (4, 12, 18, 8)]
     x = tokens_to_volume(last, [2, 3, 2])
@@ -203,17 +203,17 @@ def test_a_served_network_is_never_loaded_in_part(change, message):
         torch.testing.assert_close(torch.jit.script(network)(image), network(image))
 
 
-@pytest.mark.parametrize("taps", [(0, 1), (0, 1, 2, 3), ()])
-def test_network_needs_three_taps(taps):
+@pytest.mark.parametrize("features", [(0, 1), (0, 1, 2, 3), ()])
+def test_network_needs_three_taps(features):
     with pytest.raises(ValueError, match="must be three") as error:
-        tiny(out_indices=taps)
-    assert str(list(taps)) in str(error.value)
+        tiny(out_indices=features)
+    assert str(list(features)) in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out_indices": (0, 1, 4)}, r"tap layers \[0, 1, 4\] must be ascending block indices from 0 to 3"),
+        ({"out_indices": (0, 1, 4)}, r"out_indices \[0, 1, 4\] must be ascending block indices from 0 to 3"),
         ({"img_size": (12, 20, 8)}, r"image size \(12, 20, 8\) is not divisible by patch size \(6, 6, 4\)"),
         ({"hidden_size": 20}, "hidden size 20 is not divisible by 6"),
         ({"num_heads": 5}, "hidden size 24 is not divisible by 5 heads"),

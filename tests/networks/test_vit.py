@@ -200,13 +200,13 @@ def test_attention_maps_are_no_longer_collected_after_an_error():
 
 def test_encoder_runs_on_all_patches_and_hands_out_taps():
     network, image = tiny().eval(), draw(2, 2, 4, 9, 8)
-    latent, taps = network(image)
+    latent, features = network(image)
     embedding = network.patch_embedding
     x = patchify(image, [2, 3, 4]) @ embedding.patch_embeddings[1].weight.T + embedding.patch_embeddings[1].bias
     outputs = [x + sincos_positions((2, 3, 2), 24)]
     for block in network.blocks:
         outputs.append(block(outputs[-1]))
-    torch.testing.assert_close(taps, [outputs[1], outputs[3]])
+    torch.testing.assert_close(features, [outputs[1], outputs[3]])
     torch.testing.assert_close(latent, network.norm(outputs[3]))
 
 
@@ -221,9 +221,9 @@ def test_encoder_embeds_only_the_visible_patches():
 def test_class_token_goes_first():
     network = tiny(cls_token=True, num_layers=1, out_indices=(0,))
     tokens = draw(2, 12, 24)
-    _, taps = network.encode(tokens)
+    _, features = network.encode(tokens)
     with_class = torch.cat([network.cls_token, network.cls_token]), tokens
-    torch.testing.assert_close(taps[0], network.blocks[0](torch.cat(with_class, dim=1)))
+    torch.testing.assert_close(features[0], network.blocks[0](torch.cat(with_class, dim=1)))
 
 
 @pytest.mark.parametrize("size", [(8, 9, 4), (2, 3, 4), (6, 12, 16)])
@@ -270,11 +270,11 @@ def test_dropout_acts_on_embedding_attention_and_mlp():
         assert not torch.equal(part(x), part(x)), part
 
 
-@pytest.mark.parametrize("taps", [(2, 0), (0, 0), (0, 3), (-1, 2)])
-def test_encoder_refuses_taps_out_of_range_or_order(taps):
+@pytest.mark.parametrize("features", [(2, 0), (0, 0), (0, 3), (-1, 2)])
+def test_encoder_refuses_taps_out_of_range_or_order(features):
     with pytest.raises(ValueError) as error:
-        tiny(out_indices=taps)
-    assert str(list(taps)) in str(error.value) and "from 0 to 2" in str(error.value)
+        tiny(out_indices=features)
+    assert str(list(features)) in str(error.value) and "from 0 to 2" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def two_voxel_patches(*patches: list[float]) -> Tensor:
 
 
 def test_loss_is_the_mean_over_hidden_patches():
-    image = two_voxel_patches([3, 5], [0, 20], [10, 4])  # hidden ones standardise to (-1, 1) and (1, -1)
+    image = two_voxel_patches([3, 5], [0, 20], [10, 4])  # masked ones standardise to (-1, 1) and (1, -1)
     predicted = two_voxel_patches([700, -900], [0.5, 0.0], [1.0, 1.0])
     mask = two_voxel_patches([0, 0], [1, 1], [1, 1])
     loss = MaskedPatchLoss((1, 1, 2))(torch.cat([predicted, mask], dim=1), image)
@@ -117,8 +117,8 @@ def test_pretraining_decays_weight_matrices_alone():
     linears = {
         "vit.patch_embedding.patch_embeddings.1",
         *(f"vit.blocks.{i}.{name}" for i in range(2) for name in block),
-        "decoder.bridges.0",
-        "decoder.bridges.1",
+        "decoder.decoder_embeds.0",
+        "decoder.decoder_embeds.1",
         *(f"decoder.blocks.0.{name}" for name in block),
         *(f"decoder.cross_blocks.0.{name}" for name in (*cross, *block[2:])),
         "decoder.head",

@@ -97,11 +97,13 @@ def test_feature_spread_is_the_deviation_over_all_tokens_of_the_taps() -> None:
     net.eval()
     with torch.no_grad():
         for batch in loader():
-            _, taps = net.encode(batch["image"], net.shuffle(2, 8))
-            for tap, tokens in zip(seen, taps, strict=True):
-                seen[tap].append(tokens[:, 1:].flatten(0, 1))
-    for tap, tokens in seen.items():
-        assert metrics[f"spread_tap_{tap}"] == pytest.approx(torch.cat(tokens).std(0, correction=0).mean().item(), 1e-4)
+            _, features = net.encode(batch["image"], net.shuffle(2, 8))
+            for feature, tokens in zip(seen, features, strict=True):
+                seen[feature].append(tokens[:, 1:].flatten(0, 1))
+    for feature, tokens in seen.items():
+        assert metrics[f"spread_block_{feature}"] == pytest.approx(
+            torch.cat(tokens).std(0, correction=0).mean().item(), 1e-4
+        )
     assert not any(module._forward_hooks for module in net.modules())  # training pays nothing
 
 
@@ -110,7 +112,7 @@ def test_a_collapsed_encoder_shows() -> None:
     for name, parameter in net.vit.named_parameters():
         if name.startswith("blocks.2") or "patch_embedding" in name:
             nn.init.zeros_(parameter)
-    assert evaluate(net, FeatureSpread(net)).state.metrics["spread_tap_2"] < 1e-6
+    assert evaluate(net, FeatureSpread(net)).state.metrics["spread_block_2"] < 1e-6
 
 
 def test_a_validation_draws_one_panel_at_its_epoch(tmp_path: Path) -> None:

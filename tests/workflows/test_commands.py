@@ -1,4 +1,4 @@
-"""Every command that a README prints, run as a user runs it, with the tiny overlay on small synthetic CTs."""
+"""Every command that cards and documents print, run as users run it, with the tiny overlay on small synthetic CTs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ pytestmark = pytest.mark.integration
 QUICK = "--epochs 1 --warmup_epochs 1 --num_samples 1 --batch_size 1"
 
 
-def printed_commands(readme: Path) -> list[str]:
-    """Commands of the bash fences of a README that run a bundle, continuation lines joined."""
-    fences = re.findall(r"```bash\n(.*?)```", readme.read_text(), re.DOTALL)
+def printed_commands(*documents: Path) -> list[str]:
+    """Commands of the bash fences of documents that run a bundle, continuation lines joined, each once."""
+    text = "\n".join(document.read_text() for document in documents)
+    fences = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(fences).replace("\\\n", " ").splitlines()
-    return [line for line in lines if "-m monai.bundle run" in line]
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if "-m monai.bundle run" in line))
 
 
 def tiny(command: str, data: Path, store: Path) -> list[str]:
@@ -59,10 +60,12 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
+DOCUMENTS = {bundle: [ROOT / bundle / "docs" / "README.md", ROOT / "docs" / "segmentation.md"] for bundle in BUNDLES}
+DOCUMENTS[BUNDLES[0]][1] = ROOT / "docs" / "pretraining.md"
 COMMANDS = [
     pytest.param(bundle, command, id=f"{bundle.removeprefix('hi_end_mae_')}-{index}")
     for bundle in BUNDLES
-    for index, command in enumerate(printed_commands(ROOT / bundle / "docs" / "README.md"))
+    for index, command in enumerate(printed_commands(*DOCUMENTS[bundle]))
     if "hi_end_mae_10k" not in command  # on files of its true shapes in test_checkpoints.py
 ]
 
@@ -76,7 +79,7 @@ def test_printed_command_runs(bundle: str, command: str, clone: Path, datasets: 
 
 def test_every_bundle_prints_commands_for_every_config() -> None:
     for bundle in BUNDLES:
-        text = " ".join(printed_commands(ROOT / bundle / "docs" / "README.md"))
+        text = " ".join(printed_commands(*DOCUMENTS[bundle]))
         for file in (ROOT / bundle / "configs").glob("*.json"):
             if file.name not in ("metadata.json", "inference_trt.json"):  # TensorRT needs a GPU; see test_exports.py
                 assert f"configs/{file.name}" in text, f"{bundle} never runs {file.name}"
@@ -88,7 +91,7 @@ def test_root_readme_prints_only_commands_that_a_bundle_prints() -> None:
     def shape(command: str) -> str:
         return re.sub(r"\S*\.(pth|pt)\b", "FILE", " ".join(shlex.split(command)))
 
-    printed = {shape(c) for bundle in BUNDLES for c in printed_commands(ROOT / bundle / "docs" / "README.md")}
+    printed = {shape(c) for bundle in BUNDLES for c in printed_commands(*DOCUMENTS[bundle])}
     assert [c for c in printed_commands(ROOT / "README.md") if shape(c) not in printed] == []
 
 
@@ -139,8 +142,8 @@ def test_reconstruction_is_on_the_input_grid(clone: Path, datasets: dict[str, Pa
 
 def test_features_attention_and_weights_were_written(clone: Path) -> None:
     outputs = clone / "hi_end_mae_pretrain" / "outputs"
-    assert np.load(outputs / "test_000_features.npz")["tap_3"].shape[-1] == 192
+    assert np.load(outputs / "test_000_features.npz")["block_3"].shape[-1] == 192
     names = {file.name for file in outputs.iterdir()}
-    assert len([name for name in names if re.search(r"_(encoder|cross)_tap_[369]\.nii\.gz$", name)]) >= 6
+    assert len([name for name in names if re.search(r"_(encoder|cross)_block_[369]\.nii\.gz$", name)]) >= 6
     assert any(name.endswith("_attention.png") for name in names)
     assert "vit.cls_token" not in torch.load(outputs / "encoder_monai_vit.pt", weights_only=True)

@@ -23,7 +23,7 @@ from zipfile import ZipFile
 
 
 def install(bundle: str, app: Path) -> str:
-    """Unpacks a release zip into the app, and returns the name of its bundle.
+    """Unpack a release zip into the app, and returns the name of its bundle.
 
     Args:
         bundle: the zip, or the name of a bundle that is in the app already.
@@ -41,7 +41,7 @@ def install(bundle: str, app: Path) -> str:
 
 
 def without_operators() -> bool:
-    """Whether torchvision does not import, because its operators are compiled for another build of torch.
+    """Return whether torchvision does not import, because its operators are compiled for another build of torch.
 
     That is so where torch is its CPU build, and of torchvision there is only the CUDA build. MONAI Label imports it to
     draw grids of images, for which it needs no operator.
@@ -54,7 +54,7 @@ def without_operators() -> bool:
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the server and of the processes that it trains in, from the one given."""
+    """Return the environment of the server and of the processes that it trains in."""
     changed = dict(given)
     changed.setdefault("BUNDLE_DOWNLOAD_SRC", "ngc")  # by default GitHub is asked for models, even for local ones
     changed["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")])  # torchrun

@@ -1,0 +1,104 @@
+"""FLARE22's bundle is BTCV's with other labels; both lie in the repository as they are made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared_networks.bundle.config_format import WIDTH, format_config
+from shared_networks.bundle.derive import FACTS, derive, derived_card, derived_files
+from shared_networks.bundle.settings_table import settings_table
+from shared_networks.errors import InputError
+from shared_networks.synthetic.phantom import label_names
+from tests.conftest import BUNDLES, ROOT
+
+BTCV, FLARE = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"
+
+
+def test_the_second_bundle_is_what_its_facts_and_the_first_make() -> None:
+    made = derived_files(ROOT / FLARE)
+    different = [path for path, text in made.items() if (ROOT / FLARE / path).read_text(encoding="utf-8") != text]
+    assert different == [], "run python -m shared_networks.bundle.derive --bundle hi_end_mae_flare_seg"
+    configs = {f"configs/{file.name}" for file in (ROOT / BTCV / "configs").glob("*.json")}
+    assert configs <= set(made)
+
+
+def test_only_labels_validation_cases_and_facts_differ() -> None:
+    for file in (ROOT / BTCV / "configs").glob("*.json"):
+        one, other = (json.loads((ROOT / bundle / "configs" / file.name).read_text()) for bundle in (BTCV, FLARE))
+        assert list(one) == list(other)
+        differing = {key for key in one if one[key] != other[key]}
+        if file.name != "metadata.json":
+            assert differing <= {"label_names", "split"}
+    train = json.loads((ROOT / FLARE / "configs" / "train.json").read_text())
+    assert train["label_names"] == list(label_names("flare")) and train["split"]["val_cases"] == []
+
+
+def test_a_third_bundle_is_made_by_the_command(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / BTCV, tmp_path / BTCV, ignore=shutil.ignore_patterns("models", "outputs"))
+    facts = yaml.safe_load((ROOT / FLARE / FACTS).read_text())
+    facts |= {"label_names": ["background", "liver"], "val_cases": ["a"], "words": {"BTCV": "OWN"}}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / FACTS).write_text(yaml.safe_dump(facts))
+    derive(str(tmp_path / "own"))
+    train = json.loads((tmp_path / "own" / "configs" / "train.json").read_text())
+    assert train["label_names"] == ["background", "liver"] and train["split"]["val_cases"] == ["a"]
+    metadata = json.loads((tmp_path / "own" / "configs" / "metadata.json").read_text())
+    assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "liver"}
+    assert "| 0 | background | 1 | liver |" in (tmp_path / "own" / "docs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"words": None}, r"facts.yaml: words missing or of another kind"),
+        ({"derived_from": "nowhere"}, r"nowhere: has no configs/train.json"),
+        ({"card": {"Weather": "sunny"}}, r"there is no section 'Weather'; there are Intended use"),
+    ],
+)
+def test_wrong_facts_are_said_in_one_line(change: dict, said: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / BTCV, tmp_path / BTCV, ignore=shutil.ignore_patterns("models", "outputs"))
+    facts = {**yaml.safe_load((ROOT / FLARE / FACTS).read_text()), **change}
+    (tmp_path / FACTS).write_text(yaml.safe_dump(facts))
+    (tmp_path / "own").mkdir()
+    (tmp_path / FACTS).rename(tmp_path / "own" / FACTS)
+    with pytest.raises(InputError, match=said):
+        derived_files(tmp_path / "own")
+    with pytest.raises(InputError, match="not readable as facts"):
+        derived_files(tmp_path / "none")
+
+
+def test_a_card_keeps_its_other_sections_with_words_replaced() -> None:
+    card = "# A of X\n\nX.\n\n## One\n\nX here.\n\n## Two\n\nold\n"
+    assert (
+        derived_card(card, {"Two": "new X"}, {"X": "Y"}) == "# A of Y\n\nY.\n\n## One\n\nY here.\n\n## Two\n\nnew X\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("hi_end_mae_*/configs/*.json")), ids=lambda f: f"{f.parts[-3]}/{f.name}"
+)
+def test_configs_have_one_layout(file: Path) -> None:
+    assert file.read_text(encoding="utf-8") == format_config(json.loads(file.read_text(encoding="utf-8")))
+
+
+def test_layout_of_a_config() -> None:
+    content = {"a": [1, 2], "b": {"c": "d"}, "e": {"f": {"g": 1}}, "h": ["x" * 70, "y" * 70], "i": [{"j": []}], "k": {}}
+    text = format_config(content)
+    assert json.loads(text) == content and max(map(len, text.splitlines())) <= WIDTH
+    assert text.splitlines()[1:6] == [
+        '    "a": [1, 2],',
+        '    "b": {"c": "d"},',
+        '    "e": {',
+        '        "f": {"g": 1}',
+        "    },",
+    ]
+
+
+def test_the_table_of_settings_is_made_from_the_configs() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_table()
+    assert BUNDLES[2] not in settings_table()
