@@ -20,6 +20,7 @@ from tqdm import tqdm
 from shared_networks.errors import InputError, not_finite
 from shared_networks.inference.label_planes import LabelPlanes, Plane, ScanGrid
 from shared_networks.networks.checkpoints import read_weights
+from shared_networks.networks.cpu import fast_cpu_inference
 from shared_networks.networks.precision import AutocastInferer
 
 Window = tuple[slice, ...]
@@ -127,8 +128,9 @@ class SlidingWindowLabels(Inferer):
         else:
             axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
             planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
-            for plane in self._planes(volume, foreground, network, axis, box, args, kwargs):
-                planes.add(plane)
+            with fast_cpu_inference(network, volume.device):
+                for plane in self._planes(volume, foreground, network, axis, box, args, kwargs):
+                    planes.add(plane)
             labels = planes.finish()
             if planes.organ_probability is not None:
                 self.organ_probability = planes.on_scan(planes.organ_probability)

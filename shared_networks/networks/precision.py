@@ -9,8 +9,6 @@ import torch
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 
-from shared_networks.networks.cpu import keep_freed_memory
-
 
 def autocast_type(device: torch.device | str, amp: bool) -> torch.dtype | None:
     """Number type of mixed precision: bfloat16 where the device has it, else float16, `None` without `amp`.
@@ -27,8 +25,6 @@ def autocast_type(device: torch.device | str, amp: bool) -> torch.dtype | None:
 class AutocastInferer(Inferer):
     """Runs another inferer in mixed precision, on any device; MONAI's engines autocast on CUDA alone.
 
-    On the CPU it also lets the process keep the memory of one call for the next.
-
     Args:
         inferer: what runs the network.
         dtype: of :func:`autocast_type`; `None` leaves all as it is.
@@ -41,8 +37,6 @@ class AutocastInferer(Inferer):
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the network's output, a tensor or a dict of them, in float32, in which losses and metrics are."""
-        if inputs.device.type == "cpu":
-            keep_freed_memory()
         plain = convert_to_tensor(inputs)  # torch.compile cannot follow MONAI's tensors
         with torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             output = self.inferer(plain, network, *args, **kwargs)

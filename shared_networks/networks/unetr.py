@@ -17,52 +17,12 @@ from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetResBlock, U
 from torch import Tensor, nn
 
 from shared_networks.errors import InputError
-from shared_networks.networks.vit import ViTEncoder, change_class, linear, on_cpu_for_inference
+from shared_networks.networks.vit import ViTEncoder
 
 
 def tokens_to_volume(tokens: Tensor, grid: list[int]) -> Tensor:
     """[B, L, E] to [B, E, h, w, d]."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid[0], grid[1], grid[2])
-
-
-class Convolution(nn.Conv3d):
-    """nn.Conv3d of any arguments, in inference on CPU with the channels of a voxel side by side ("channels last").
-
-    oneDNN convolves in this order without copies, at 96^3 in little more than half the time.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and x.dim() == 5 and on_cpu_for_inference(x):
-            each_voxel = self.kernel_size == self.stride == (1, 1, 1) and self.groups == 1
-            if each_voxel and self.padding in ((0, 0, 0), "same", "valid"):  # PyTorch's own way is slow for one image
-                return linear(x.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
-            x = x.contiguous(memory_format=torch.channels_last_3d)
-        return self._conv_forward(x, self.weight, self.bias)
-
-
-class InstanceNorm(nn.InstanceNorm3d):
-    """nn.InstanceNorm3d in the order of :class:`Convolution`, unless it has parameters or running statistics."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:
-            return self.normalise(x.unsqueeze(0)).squeeze(0)
-        return self.normalise(x)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """Normalise a batch [B, C, H, W, D]."""
-        if torch.jit.is_scripting() or self.affine or self.track_running_stats or not on_cpu_for_inference(x):
-            by_input = self.training or not self.track_running_stats
-            momentum = 0.0 if self.momentum is None else self.momentum
-            return F.instance_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, by_input, momentum, self.eps
-            )
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        if x.dtype != torch.float32:
-            return F.group_norm(x, x.shape[1], eps=self.eps)
-        # In this order PyTorch's own norms are wrong by 5e-4 at 96^3: they add up a million voxels one by one.
-        x = x - x.mean((2, 3, 4), keepdim=True)
-        variance = x.square().mean((2, 3, 4), keepdim=True)
-        return x.mul_(torch.rsqrt(variance + self.eps))
 
 
 class ResizeUpBlock(nn.Module):
@@ -147,9 +107,6 @@ class HiEndUNETR(nn.Module):
         self.decoder3 = UnetrUpBlock(3, 4 * f, 2 * f, upsample_kernel_size=2, **conv)
         self.decoder2 = ResizeUpBlock(2 * f, f, norm_name)
         self.out = UnetOutBlock(3, f, out_channels)
-        change_class(self, nn.Conv3d, Convolution)
-        if norm_name == "instance":
-            change_class(self, nn.InstanceNorm3d, InstanceNorm)
 
     def forward(self, image: Tensor) -> Tensor:
         """Segment an image.

@@ -99,7 +99,7 @@ def interpolate_positions(positions: Tensor, source: list[int], target: list[int
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Multi-head attention, by the fused kernel wherever that is faster.
+    """Compute multi-head attention by the fused kernel, which never forms the softmax matrix.
 
     Args:
         query: [B, N, E].
@@ -110,18 +110,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     Returns:
         [B, N, E], heads concatenated.
     """
-    # On CPU the fused kernel takes 2.5 to 4 times as long as two products, while the matrix between them is small.
-    small = (
-        query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] * key.shape[1] <= 1024 * 1024
-    )
-    if small and not torch.jit.is_scripting():
-        out = attention_weights(query, key, num_heads).to(value.dtype) @ split_heads(value, num_heads)
-        return out.transpose(1, 2).flatten(2)
-    return fused_attention(query, key, value, num_heads)
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """:func:`attend` by the kernel that never forms the softmax matrix."""
     q, k, v = split_heads(query, num_heads), split_heads(key, num_heads), split_heads(value, num_heads)
     size = q.shape[-1]
     # Fused kernels refuse head sizes that are not a multiple of 8 (the paper's decoder has 33): zeros change nothing.
@@ -142,38 +130,6 @@ def attention_weights(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):  # bfloat16 scores would be the largest error of a network
         q, k = split_heads(query.float(), num_heads), split_heads(key.float(), num_heads)
         return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
-
-
-def on_cpu_for_inference(x: Tensor) -> bool:
-    """Whether a tensor is on a CPU and nobody wants gradients or records what is done, to compile or to export it."""
-    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and not recorded
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`torch.nn.functional.linear`, by the faster library where PyTorch would choose the slower one.
-
-    Args:
-        x: [..., I].
-        weight: [O, I].
-        bias: [O], or none.
-
-    Returns:
-        [..., O].
-    """
-    if not torch.jit.is_scripting():
-        plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if plain and on_cpu_for_inference(x) and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            # PyTorch gives float32 products to MKL, which takes twice as long as oneDNN on AMD processors.
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """:func:`linear` as a layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -367,7 +323,6 @@ class ViTEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.apply(init_linear)
-        change_class(self, nn.Linear, Linear)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
 
@@ -425,19 +380,6 @@ def init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def change_class(network: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Let all layers of one class, MONAI's too, run as a subclass of it; parameters and their names stay.
-
-    Args:
-        network: whose layers are changed in place.
-        old: exactly this class.
-        new: a subclass that has another `forward` and no further state.
-    """
-    for module in network.modules():
-        if type(module) is old:
-            module.__class__ = new
 
 
 def recompute(block: nn.Module, *inputs: Tensor) -> Tensor:

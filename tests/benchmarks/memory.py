@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -26,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared_networks.errors import InputError, report_in_one_line
-from shared_networks.networks import vit
 from shared_networks.settings.command_line import Given, command_line_options, positional_words, read_settings
 from shared_networks.settings.kinds import FILES
 
@@ -99,17 +97,6 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@contextmanager
-def attention_as_on_gpu() -> Iterator[None]:
-    """Inside the block all attention runs by the fused kernel, also on CPU in bfloat16, where it else does not."""
-    chosen = vit.attend
-    vit.attend = vit.fused_attention
-    try:
-        yield
-    finally:
-        vit.attend = chosen
-
-
 def step_memory(
     build: Callable[[], nn.Module],
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -130,7 +117,7 @@ def step_memory(
     Returns:
         Bytes.
     """
-    with attention_as_on_gpu(), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as bytes_:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as bytes_:
         network = build().train()
         weights = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
         trainable = [p for p in network.parameters() if p.requires_grad]

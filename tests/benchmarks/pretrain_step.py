@@ -30,7 +30,6 @@ from shared_networks.networks import vit
 from shared_networks.networks.hi_end_mae import HiEndMAE, standardise_patches
 from shared_networks.training.loss import MaskedPatchLoss
 from shared_networks.training.optim import parameter_groups
-from tests.benchmarks.allocation import set_allocation
 
 PRESETS: dict[str, dict[str, Any]] = {
     "vit_large_p12": {},
@@ -58,10 +57,8 @@ class Variant:
 
     Args:
         name: for the table.
-        published: plain attention, loss on tokens, AdamW that is not fused, freed memory given back to the system.
+        published: plain attention, loss on tokens, AdamW that is not fused.
         dtype: of autocast; float32 for none.
-        matmul: `torch.set_float32_matmul_precision`. "medium" lets float32 products run in oneDNN on CPU (still in
-            float32 where the CPU has no AMX) and in TF32 on GPUs.
         compiled: with torch.compile.
         plain_attention: attention written out, as published.
         monai: MONAI's masked autoencoder of equal sizes instead, whose decoder is a plain transformer.
@@ -70,7 +67,6 @@ class Variant:
     name: str
     published: bool = False
     dtype: torch.dtype = torch.float32
-    matmul: str = "highest"
     compiled: bool = False
     plain_attention: bool = False
     monai: bool = False
@@ -79,7 +75,6 @@ class Variant:
 VARIANTS = [
     Variant("published way, float32", published=True),
     Variant("float32"),
-    Variant("float32, matmul precision medium", matmul="medium"),
     Variant("bfloat16", dtype=torch.bfloat16),
     Variant("bfloat16, attention not fused", dtype=torch.bfloat16, plain_attention=True),
 ]
@@ -142,15 +137,10 @@ def resident(key: str) -> int:
 @contextmanager
 def running(variant: Variant, device: torch.device) -> Any:
     """The settings of a variant, put back afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(variant.matmul)
     plain = variant.published or variant.plain_attention
     attention = mock.patch.object(vit, "attend", plain_attention) if plain else nullcontext()
-    try:
-        with attention:
-            yield torch.autocast(device.type, variant.dtype, enabled=variant.dtype != torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with attention:
+        yield torch.autocast(device.type, variant.dtype, enabled=variant.dtype != torch.float32)
 
 
 def set_fused(optimizer: torch.optim.Optimizer, fused: bool, device: torch.device) -> None:
@@ -284,7 +274,6 @@ def measure(
     rates = {v.name: 0.0 for v in variants}
     for _ in range(repeats):
         for variant in variants:
-            set_allocation(variant.published)
             bench.step(variant, image)
             steps[variant.name].append(bench.step(variant, image))
             rates[variant.name] = max(rates[variant.name], bench.matmul_rate(variant))

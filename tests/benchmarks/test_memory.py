@@ -20,7 +20,6 @@ from tests.benchmarks.memory import (
     GIB,
     StepMemory,
     advice,
-    attention_as_on_gpu,
     flags,
     main,
     most_crops,
@@ -84,7 +83,7 @@ def test_activations_are_those_that_autograd_saves(checkpointing):
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with attention_as_on_gpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value = loss(network(image), image)
     kept = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in apart)
     assert small(2, use_checkpoint=checkpointing).activations == pytest.approx(kept + value.nbytes, abs=16)
@@ -110,15 +109,6 @@ def test_segmenter_is_counted_too():
     )
     one, two = (step_memory(build, total, (n, 1, 24, 24, 24)) for n in (1, 2))
     assert 14 * 24**3 * 4 < one.activations < two.activations
-
-
-def test_attention_on_gpu_gives_what_that_on_cpu_gives():
-    network, image = HiEndMAE(**SMALL).eval(), torch.rand(2, 1, 24, 24, 24)  # head size 9: padded
-    with torch.no_grad():
-        plain = network(image)
-        with attention_as_on_gpu():
-            torch.testing.assert_close(network(image), plain)
-    assert vit.attend is not vit.fused_attention
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_networks.networks.unetr import (
-    Convolution,
     HiEndUNETR,
-    InstanceNorm,
     ResizeUpBlock,
     strict_segmenter,
     tokens_to_volume,
@@ -114,69 +112,6 @@ def test_gradients_are_those_of_the_published_network():
     published = PublishedUNETR(network)
     gradients = [torch.autograd.grad(n(image).square().mean(), list(n.parameters())) for n in (network, published)]
     torch.testing.assert_close(*gradients)
-
-
-def test_norm_for_inference_is_exact_over_many_voxels():
-    x = 2 * torch.randn(1, 8, 64, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
-    with torch.no_grad():
-        found = InstanceNorm(8)(x)
-    expected = nn.functional.instance_norm(x.double())
-    assert (found - expected).abs().max() < 1e-5
-    assert found.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"bias": False},
-        {"stride": 2},
-        {"stride": (1, 2, 3)},
-        {"padding": 1},
-        {"padding": (0, 0, 2)},
-        {"padding": "same"},
-        {"padding": 1, "padding_mode": "reflect"},
-        {"groups": 2},
-        {"dilation": 3},
-    ],
-)
-@pytest.mark.parametrize("kernel_size", [1, (1, 1, 3)])
-def test_a_convolution_without_gradients_is_the_plain_one(kernel_size, arguments):
-    torch.manual_seed(0)
-    plain, ours = (layer(4, 6, kernel_size, **arguments) for layer in (nn.Conv3d, Convolution))
-    ours.load_state_dict(plain.state_dict())
-    for image in (draw(2, 4, 5, 7, 9), draw(4, 5, 7, 9)):
-        expected = plain(image).detach()
-        with torch.no_grad():
-            torch.testing.assert_close(ours(image), expected)
-            with torch.autocast("cpu", torch.bfloat16):
-                assert ours(image).shape == expected.shape
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"affine": True},
-        {"track_running_stats": True},
-        {"affine": True, "track_running_stats": True, "momentum": None},
-        {"eps": 0.5},
-    ],
-)
-def test_a_norm_without_gradients_is_the_plain_one(arguments):
-    torch.manual_seed(0)
-    plain, ours = (layer(4, **arguments) for layer in (nn.InstanceNorm3d, InstanceNorm))
-    with torch.no_grad():
-        for tensor in plain.state_dict().values():
-            tensor.copy_(torch.rand(tensor.shape) if tensor.ndim else tensor)
-    ours.load_state_dict(plain.state_dict())
-    for training in (True, False):
-        for image in (3 * draw(2, 4, 5, 7, 9) + 1, draw(4, 5, 7, 9)):
-            expected = plain.train(training)(image).detach()
-            with torch.no_grad():
-                torch.testing.assert_close(ours.train(training)(image), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.jit.script(ours)(image), plain(image))
 
 
 def test_encoder_is_the_fine_tuning_one():

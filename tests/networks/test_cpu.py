@@ -1,0 +1,87 @@
+"""Faster inference on CPUs: the same results, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from shared_networks.networks.cpu import ChannelsLastInstanceNorm, fast_cpu_inference
+from shared_networks.networks.unetr import HiEndUNETR
+
+CPU = torch.device("cpu")
+
+
+def tiny() -> HiEndUNETR:
+    torch.manual_seed(0)
+    return HiEndUNETR(out_channels=3, img_size=24, patch_size=8, feature_size=4, hidden_size=24, num_layers=4,
+                      num_heads=2, out_indices=(0, 1, 2)).eval()  # fmt: skip
+
+
+def image(*size: int) -> torch.Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(1))
+
+
+def test_norm_is_exact_over_many_voxels() -> None:
+    x = 2 * torch.randn(1, 8, 64, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
+    found = ChannelsLastInstanceNorm(1e-5)(x)
+    expected = nn.functional.instance_norm(x.double())
+    assert (found - expected).abs().max() < 1e-5
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_logits_are_those_of_the_plain_network(batch: int) -> None:
+    network, x = tiny(), image(batch, 1, 24, 16, 32)
+    with torch.no_grad():
+        expected = network(x)
+        with fast_cpu_inference(network, CPU):
+            found = network(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert (network(x) - expected).abs().max() < 0.2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous()
+
+
+def test_weights_loaded_inside_the_block_count() -> None:
+    """As an ensemble loads one member after another."""
+    network, other, x = tiny(), tiny(), image(1, 1, 24, 24, 24)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+        with fast_cpu_inference(network, CPU):
+            assert network.state_dict().keys() == other.state_dict().keys()
+            network.load_state_dict(other.state_dict())
+            found = network(x)
+        torch.testing.assert_close(found, other(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_is_as_before_when_the_block_ends_even_by_an_error() -> None:
+    network = tiny()
+    before = dict(network.named_modules())
+    with torch.no_grad(), pytest.raises(ZeroDivisionError), fast_cpu_inference(network, CPU):
+        assert any(isinstance(module, ChannelsLastInstanceNorm) for module in network.modules())
+        raise ZeroDivisionError
+    assert dict(network.named_modules()) == before
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_norms_with_parameters_or_statistics_stay() -> None:
+    network = nn.Sequential(
+        nn.InstanceNorm3d(2, affine=True), nn.InstanceNorm3d(2, track_running_stats=True), nn.InstanceNorm3d(2, eps=0.5)
+    ).eval()
+    x = image(1, 2, 3, 4, 5)
+    with torch.no_grad(), fast_cpu_inference(network, CPU):
+        assert [type(module) is nn.InstanceNorm3d for module in network] == [True, True, False]
+        torch.testing.assert_close(network[2](x), nn.InstanceNorm3d(2, eps=0.5)(x))
+
+
+@pytest.mark.parametrize("case", ["gradients", "another device", "compiled", "scripted", "a function"])
+def test_nothing_changes_where_it_would_not_help(case: str) -> None:
+    network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.InstanceNorm3d(2))
+    given = {"scripted": torch.jit.script(network), "a function": torch.relu}.get(case, network)
+    if case == "compiled":
+        network.compile(backend="eager")
+    device = torch.device("cuda" if case == "another device" else "cpu")
+    with torch.set_grad_enabled(case == "gradients"), fast_cpu_inference(given, device):
+        assert not network[0]._forward_pre_hooks and type(network[1]) is nn.InstanceNorm3d
