@@ -27,6 +27,7 @@ ENTRYPOINT ["python", "-m", "monai.bundle"]
 CMD ["--help"]
 
 FROM train AS releases
+COPY docs docs
 RUN python -m shared_networks.bundle.release --output_dir /tmp/releases
 
 FROM base AS serve

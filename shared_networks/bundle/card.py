@@ -9,14 +9,24 @@ from typing import Any
 
 import yaml
 
+_GUIDE = "](../../docs/"
 _RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|[#/])[^)#]+")
+
+
+def released_card(card: str) -> str:
+    """Let a card's links lead to the guides beside it in a release, not to those of the repository.
+
+    Args:
+        card: text of `docs/README.md` in the repository.
+    """
+    return card.replace(_GUIDE, "](")
 
 
 def model_card(card: str, metadata: Mapping[str, Any], folder: str = "docs") -> str:
     """Make `README.md` from a bundle's card and metadata.
 
     Args:
-        card: text of `docs/README.md`.
+        card: text of `docs/README.md` of the release, see :func:`released_card`.
         metadata: of the bundle.
         folder: that the card's links are relative to.
 

@@ -20,7 +20,7 @@ from zipfile import ZipFile, ZipInfo
 import torch
 from monai.bundle import ConfigParser
 
-from shared_networks.bundle.card import model_card
+from shared_networks.bundle.card import model_card, released_card
 from shared_networks.bundle.config_format import format_config
 from shared_networks.datasets.labels import model_labels
 from shared_networks.datasets.record import PARTS, read_record, record_file
@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ALL = "all"
 FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
 """What of a bundle's folder is released, beside weights that are given."""
+GUIDES = ("data", "inference", "pretraining", "settings", "training")
+"""Pages of the repository's `docs` that cards link to. They link to each other alone."""
 
 
 def release(
@@ -40,7 +42,7 @@ def release(
 ) -> list[Path]:
     """Write `NAME_vX.Y.Z.zip` of bundles, and beside each its checksum.
 
-    A zip has one folder, of the bundle's name: configs, documents and licence, the model card, this package,
+    A zip has one folder, of the bundle's name: configs, documents and licence, guides, the model card, this package,
     `models/model.pt` where weights are given, and `SHA256SUMS` of them all. Files are stored uncompressed with one time
     and one mode, so that the same source gives the same bytes with every version of Python and zlib.
 
@@ -120,12 +122,15 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
     """
     bundle = root / name
     files = {file: file.relative_to(bundle) for pattern in FILES for file in bundle.glob(pattern)}
-    files |= {file: file.relative_to(root) for file in (root / "shared_networks").rglob("*.py")}
+    files |= {root / "docs" / f"{guide}.md": Path("docs") / f"{guide}.md" for guide in GUIDES}
+    package = (root / "shared_networks").rglob("*")
+    files |= {file: file.relative_to(root) for file in package if file.suffix == ".py" or file.name == "py.typed"}
     content = {path.as_posix(): file.read_bytes() for file, path in files.items()}
     if overlay:
         content |= bake(content, overlay)
-    card, metadata = content["docs/README.md"].decode(), json.loads(content["configs/metadata.json"])
-    content["README.md"] = model_card(card, metadata).encode()
+    card = released_card(content["docs/README.md"].decode())
+    content["docs/README.md"] = card.encode()
+    content["README.md"] = model_card(card, json.loads(content["configs/metadata.json"])).encode()
     if weights:
         config = ConfigParser(json.loads(content["configs/inference.json"]))
         config["bundle_root"] = str(bundle)

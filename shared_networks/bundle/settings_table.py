@@ -1,113 +1,176 @@
-"""Write the table of all settings, from the configs' own values and descriptions.
+"""Write `docs/settings.md`, the settings of all bundles, from their configs. Run in a clone of the repository:
 
-    python -m shared_networks.bundle.settings_table
-
-Run in a clone of the repository; it writes `docs/settings.md`.
+python -m shared_networks.bundle.settings_table
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from monai.bundle import ConfigComponent
-
-from shared_networks.bundle.derive import FACTS
 from shared_networks.bundle.release import ROOT, bundle_names
 from shared_networks.errors import report_in_one_line
 from shared_networks.files import atomic_write, read_json
 from shared_networks.settings.command_line import call_with_options
-from shared_networks.settings.kinds import Kind
+from shared_networks.settings.kinds import PATH, Kind
 from shared_networks.settings.table import SETTINGS
 
-INTRODUCTION = """# Settings
+Row = tuple[str, str, str, str]
+"""Setting, default, what it takes and what it means, as Markdown."""
 
-Made from the configs by `python -m shared_networks.bundle.settings_table`; do not edit.
+_FIRST = ("train", "evaluate", "inference")
+_LEFT_OUT = ("metadata", "tiny", "multi_gpu_train")
+"""Facts of the bundle, and overlays without settings of their own."""
+_REFERENCES = [f"@{name}" for name in SETTINGS]
+_HEADER = "| setting | default | takes | meaning |\n|---|---|---|---|"
+_INTRODUCTION = """# Settings
 
-`--NAME VALUE` sets a setting. Booleans may be written yes and no, on and off, 1 and 0. One number stands for three
-equal ones. Paths are taken as typed. FLARE22's bundle has the settings of BTCV's."""
+`--NAME VALUE` on the command line replaces a default. A name that does not exist is refused, and so is a value that a
+setting cannot take.
+
+- A default that begins with `$` or `@` is an expression of the config. `computed` marks the result of a component.
+- A name with `#` is an argument of a component. Give it in full, such as `--split#fold 0`.
+- Paths are taken as typed, also with `#` or `$` in them.
+- True and False may also be written yes and no, on and off, 1 and 0. One number stands for three equal ones.
+
+A program writes this page from the configs: `python -m shared_networks.bundle.settings_table`.
+"""
 
 
-def settings_table(root: Path = ROOT) -> str:
-    """Return Markdown: a section for each config, a row for each setting.
+def settings_page(root: Path = ROOT) -> str:
+    """Return the page with the settings of each config of each bundle.
+
+    A bundle whose configs have the same settings as an earlier bundle's lists only what differs.
 
     Args:
-        root: source tree. Bundles that are derived from another one are left out.
+        root: source tree with the bundles.
 
     Raises:
-        InputError: `root` has no bundles.
+        InputError: the tree has no bundles.
     """
-    sections = [INTRODUCTION]
-    for bundle in bundle_names(root):
-        if (root / bundle / FACTS).is_file():
+    sections = [_INTRODUCTION]
+    earlier: dict[str, tuple[dict[str, list[str]], dict[str, list[Row]]]] = {}
+    for bundle in sorted(bundle_names(root), key=lambda name: ("pretrain" not in name, name)):
+        configs = bundle_settings(root / bundle)
+        names = {config: [row[0] for row in rows] for config, rows in configs.items()}
+        like = next((other for other, (known, _) in earlier.items() if known == names), "")
+        sections.append(f"## {bundle}\n")
+        if like:
+            same = {(config, row) for config, rows in earlier[like][1].items() for row in rows}
+            rows = [row for config, own in configs.items() for row in own if (config, row) not in same]
+            sections.append(f"As `{like}`, but for:\n\n{_table(list(dict.fromkeys(rows)))}")
+        else:
+            sections += [f"### {config}.json\n\n{_table(rows)}" for config, rows in configs.items()]
+        earlier[bundle] = names, configs
+    return "\n".join(sections)
+
+
+def bundle_settings(bundle: Path) -> dict[str, list[Row]]:
+    """Return the settings of a bundle, by the config that declares them, those of training first.
+
+    Args:
+        bundle: folder with `configs`.
+    """
+    files = {file.stem: file for file in (bundle / "configs").glob("*.json") if file.stem not in _LEFT_OUT}
+    order = sorted(files, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    found = {name: _rows(read_json(files[name])) for name in order}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _rows(config: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for name, kind in SETTINGS.items():
+        path, _, argument = name.rpartition("#")
+        part = config
+        for key in path.split("#") if path else []:
+            part = part.get(key, {}) if isinstance(part, dict) else {}
+        if name in config:  # an overlay writes it so
+            part, argument = config, name
+        if not isinstance(part, dict) or argument not in part:
             continue
-        for file in sorted((root / bundle / "configs").glob("*.json")):
-            config = read_json(file)
-            rows = [_row(name, kind, config) for name, kind in SETTINGS.items() if _is_set(name, config)]
-            if rows and file.stem != "tiny":
-                head = ["| setting | default | takes | meaning |", "|---|---|---|---|"]
-                sections.append(f"## {bundle}: {file.name}\n\n" + "\n".join([*head, *rows]))
-    return "\n\n".join(sections) + "\n"
+        value = part[argument]
+        if value not in _REFERENCES:  # else another setting is handed on
+            meaning = described(config, name, value, part)
+            rows.append((f"`{name}`", _default(value), _cell(_taken(kind)), _cell(meaning)))
+    return rows
 
 
-def _is_set(name: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a config has a setting; those of the network are listed where it is trained."""
-    if name.startswith("network_def#") and "optimizer" not in config:
-        return False
-    return name in config or _part(name, config) is not None
+def described(config: Mapping[str, Any], name: str, value: Any, part: Mapping[str, Any]) -> str:
+    """Return what a setting means.
 
+    Args:
+        config: whole.
+        name: of the setting.
+        value: its default; a component says in `_desc_` what it makes.
+        part: component or config with the setting. The docstring of a component's target describes its arguments.
 
-def _part(name: str, config: Mapping[str, Any]) -> tuple[Any, str] | None:
-    """Return the value of a component's argument, such as `split#fold`, and what the component says of it."""
-    *path, argument = name.split("#")
-    component: Any = config
-    for key in path:
-        component = component.get(key) if isinstance(component, dict) else None
-    if not path or not isinstance(component, dict) or str(component.get(argument, "@"))[:1] == "@":
-        return None  # a reference to a setting of its own
-    return component[argument], _argument_text(component.get("_target_", ""), argument)
-
-
-def _argument_text(target: str, argument: str) -> str:
-    """Return what the docstring of a component says of an argument."""
-    made: Any = locate(str(ConfigComponent({"_target_": target}).resolve_module_name()))
-    document = inspect.getdoc(inspect.unwrap(made)) or ""
-    found = re.search(rf"^    {argument}: (.+(?:\n {{8,}}.+)*)", document, re.MULTILINE)
-    text = " ".join(found[1].split()) if found else ""
-    return re.sub(r":\w+:`(?:\w+\.)*(\w+)`", r"`\1`", text)
-
-
-def _row(name: str, kind: Kind, config: Mapping[str, Any]) -> str:
-    part = None if name in config else _part(name, config)
-    value, description = part or (config[name], config.get(f"_desc_{name}", ""))
+    Returns:
+        The first description out of `_desc_NAME` of the config, `_desc_` of the value and the docstring; else nothing.
+    """
+    if text := config.get(f"_desc_{name}", ""):
+        return str(text)
     if isinstance(value, dict):
-        description, value = value.get("_desc_", description), "computed"
-    elif isinstance(value, str) and value[:1] in ("$", "@"):
-        value = "computed"
-    else:
-        value = "none" if value in ("", None) else f"`{value}`"
-    expected = kind.expected if isinstance(kind.expected, str) else "a device of the machine, such as cpu or cuda:0"
-    cells = (f"`--{name}`", value, expected, description)
-    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+        return str(value.get("_desc_", ""))
+    target = part.get("_target_", "")
+    return argument_of(locate(target), name.rpartition("#")[2]) if target.startswith("shared_networks.") else ""
 
 
-def write_table() -> None:
-    """Write `docs/settings.md` of the source tree.
+def argument_of(target: Any, name: str) -> str:
+    """Return what a docstring says of an argument, or nothing.
+
+    Args:
+        target: class or function; of one that wraps another the other's docstring is read.
+        name: of the argument.
+    """
+    text = inspect.getdoc(inspect.unwrap(target)) or ""
+    section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^    {name}: (.*?)(?=\n    \w+:|\Z)", section[1] if section else "", re.MULTILINE | re.DOTALL)
+    words = " ".join(found[1].split()) if found else ""
+    return re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", words).replace("``", "`").rstrip(".")
+
+
+def _taken(kind: Kind) -> str:
+    """What a setting takes, the same on every machine."""
+    return kind.expected if isinstance(kind.expected, str) else "a device, such as cpu or cuda:0"
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, dict):
+        return "computed"
+    if value in ("", None, []):
+        return "none"
+    return f"`{_cell(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    return "\n".join([_HEADER, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+def write_settings_page(output: str = str(ROOT / "docs" / "settings.md")) -> None:
+    """Write the page of settings.
+
+    Args:
+        output: file to write.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the tree has no bundles, or the file cannot be written.
     """
-    file = ROOT / "docs" / "settings.md"
-    with atomic_write(file, "run in a clone that can be written") as unfinished:
-        unfinished.write_text(settings_table(), encoding="utf-8")
-    print(f"{file}: written")
+    text = settings_page()
+    with atomic_write(Path(output), "give another --output") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    print(f"{output}: written")
 
 
 if __name__ == "__main__":
     report_in_one_line()
-    call_with_options(write_table, {}, sys.argv[1:])
+    call_with_options(write_settings_page, {"output": PATH}, sys.argv[1:])

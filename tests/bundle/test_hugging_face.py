@@ -25,7 +25,7 @@ import yaml
 from huggingface_hub import ModelCard
 from monai.bundle import ConfigParser
 
-from shared_networks.bundle.card import model_card
+from shared_networks.bundle.card import model_card, released_card
 from shared_networks.bundle.release import release
 from shared_networks.version import __version__
 from tests.conftest import BUNDLES, ROOT
@@ -232,6 +232,11 @@ def test_links_elsewhere_stay_as_they_are() -> None:
     card = "[a](https://x.org/a) [b](#b) [c](mailto:c) [d](d.png#e) ![f](g/f.png) [h](../h.json)"
     moved = "[a](https://x.org/a) [b](#b) [c](mailto:c) [d](docs/d.png#e) ![f](docs/g/f.png) [h](h.json)"
     assert model_card(card, metadata).endswith(f"---\n\n{moved}")
+
+
+def test_links_to_guides_lead_to_their_copies_in_the_release() -> None:
+    card = "[a](../../docs/a.md) [b](../../docs/b.md#c) `../../docs/x.md` [d](../configs/d.json)"
+    assert released_card(card) == "[a](a.md) [b](b.md#c) `../../docs/x.md` [d](../configs/d.json)"
 
 
 def test_segmenters_have_one_card_but_for_their_data() -> None:

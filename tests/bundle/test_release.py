@@ -31,7 +31,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from shared_networks.bundle.config_format import format_config
-from shared_networks.bundle.release import bake, bundle_files, check_versions, main, release, with_settings
+from shared_networks.bundle.release import GUIDES, bake, bundle_files, check_versions, main, release, with_settings
 from shared_networks.datasets.labels import model_labels
 from shared_networks.datasets.record import read_record, training_record, write_model
 from shared_networks.datasets.splits import Split
@@ -93,7 +93,7 @@ def tiny_weights(bundle: str, folder: Path, labels: str = "") -> Path:
 def tree(tmp_path: Path) -> Path:
     """A second source tree, with other times and modes and with what work in it leaves behind."""
     root = tmp_path / "tree"
-    for name in (*BUNDLES, "shared_networks"):
+    for name in (*BUNDLES, "shared_networks", "docs"):
         shutil.copytree(
             ROOT / name, root / name, ignore=shutil.ignore_patterns("models", "outputs"), copy_function=shutil.copyfile
         )
@@ -112,7 +112,9 @@ def test_zip_holds_the_bundle_and_its_package_in_one_folder(bundle: str, tmp_pat
     tracked = [
         f"{bundle}/{f.relative_to(ROOT / bundle)}" for d in ("configs", "docs") for f in (ROOT / bundle / d).iterdir()
     ]
+    tracked += [f"{bundle}/docs/{guide}.md" for guide in GUIDES]
     package = [f"{bundle}/{file.relative_to(ROOT)}" for file in (ROOT / "shared_networks").rglob("*.py")]
+    package.append(f"{bundle}/shared_networks/py.typed")
     more = ["LICENSE", "README.md", "SHA256SUMS", *(["large_files.yml"] if bundle == PRETRAIN else [])]
     with ZipFile(archive) as content:
         entries = content.infolist()
@@ -121,6 +123,19 @@ def test_zip_holds_the_bundle_and_its_package_in_one_folder(bundle: str, tmp_pat
     assert {entry.date_time for entry in entries} == {(1980, 1, 1, 0, 0, 0)}
     assert {stat.filemode(entry.external_attr >> 16) for entry in entries} == {"-rw-r--r--"}
     assert {entry.compress_type for entry in entries} == {ZIP_STORED}
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_links_of_all_pages_lead_to_files_of_the_release(bundle: str, tmp_path: Path) -> None:
+    folder = unzip(*release(tmp_path, bundle), tmp_path)
+    pages = [folder / "README.md", *(folder / "docs").glob("*.md")]
+    assert {page.stem for page in pages} == {"README", *GUIDES}
+    for page in pages:
+        links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", page.read_text())
+        assert links or page.stem == "settings"
+        assert [link for link in links if not (page.parent / link).is_file()] == [], page
+    readme, card = ((folder / name).read_text() for name in ("README.md", "docs/README.md"))
+    assert "](docs/settings.md)" in readme and "](settings.md)" in card
 
 
 def test_another_copy_of_the_source_gives_the_same_bytes(tree: Path, tmp_path: Path) -> None:

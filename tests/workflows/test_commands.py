@@ -1,11 +1,13 @@
-"""Every command that cards and documents print, run as users run it, with the tiny overlay on small synthetic CTs."""
+"""Every command that a README, a card or a guide prints, run as a user runs it, small, on small synthetic CTs."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +27,50 @@ pytestmark = pytest.mark.integration
 QUICK = "--epochs 1 --warmup_epochs 1 --num_samples 1 --batch_size 1"
 
 
-def printed_commands(*documents: Path) -> list[str]:
-    """Commands of the bash fences of documents that run a bundle, continuation lines joined, each once."""
-    text = "\n".join(document.read_text() for document in documents)
-    fences = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / b / "docs" / "README.md" for b in BUNDLES),
+]
+GUIDES = {"pretraining": "hi_end_mae_pretrain", "data": "hi_end_mae_btcv_seg", "training": "hi_end_mae_btcv_seg",
+          "inference": "hi_end_mae_btcv_seg"}  # fmt: skip
+"""The bundle in whose folder the commands of a guide run."""
+ELSEWHERE = {
+    "hi_end_mae_10k": "tests/networks/test_checkpoints.py",  # on files of its true shapes
+    "_export network_def": "tests/bundle/test_exports.py",
+    "download_large_files": "tests/networks/test_checkpoints.py",
+    "pip install": "",
+    "./quickstart.sh": "tests/workflows/test_quickstart.py",
+}
+"""Commands that other tests run, or that need the network."""
+
+
+def fenced_commands(page: Path) -> list[str]:
+    """Commands of the bash fences of a page, continuation lines joined."""
+    fences = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     lines = "\n".join(fences).replace("\\\n", " ").splitlines()
-    return list(dict.fromkeys(" ".join(line.split()) for line in lines if "-m monai.bundle run" in line))
+    return [line for line in lines if line.strip()]
+
+
+def printed_commands(page: Path) -> list[str]:
+    """Those that run a bundle."""
+    return [line for line in fenced_commands(page) if "-m monai.bundle run" in line]
+
+
+def shape(command: str) -> str:
+    """A command without names of weights, in words that a shell would see."""
+    return re.sub(r"\S*\.(pth|pt)\b", "FILE", " ".join(shlex.split(command)))
+
+
+def commands_in_order() -> list[tuple[str, str]]:
+    """Each command once, with its bundle: a card's, then its guides', which need the models that those made."""
+    found = {}
+    for bundle in BUNDLES:
+        guides = [ROOT / "docs" / f"{guide}.md" for guide, where in GUIDES.items() if where == bundle]
+        for page in (ROOT / bundle / "docs" / "README.md", *guides):
+            for command in printed_commands(page):
+                found[bundle, shape(command)] = command
+    return [(bundle, command) for (bundle, _), command in found.items()]
 
 
 def tiny(command: str, data: Path, store: Path) -> list[str]:
@@ -64,9 +104,8 @@ DOCUMENTS = {bundle: [ROOT / bundle / "docs" / "README.md", ROOT / "docs" / "seg
 DOCUMENTS[BUNDLES[0]][1] = ROOT / "docs" / "pretraining.md"
 COMMANDS = [
     pytest.param(bundle, command, id=f"{bundle.removeprefix('hi_end_mae_')}-{index}")
-    for bundle in BUNDLES
-    for index, command in enumerate(printed_commands(*DOCUMENTS[bundle]))
-    if "hi_end_mae_10k" not in command  # on files of its true shapes in test_checkpoints.py
+    for index, (bundle, command) in enumerate(commands_in_order())
+    if not any(text in command for text in ELSEWHERE)
 ]
 
 
@@ -79,20 +118,44 @@ def test_printed_command_runs(bundle: str, command: str, clone: Path, datasets: 
 
 def test_every_bundle_prints_commands_for_every_config() -> None:
     for bundle in BUNDLES:
-        text = " ".join(printed_commands(*DOCUMENTS[bundle]))
+        text = " ".join(command for where, command in commands_in_order() if where == bundle)
         for file in (ROOT / bundle / "configs").glob("*.json"):
             if file.name not in ("metadata.json", "inference_trt.json"):  # TensorRT needs a GPU; see test_exports.py
                 assert f"configs/{file.name}" in text, f"{bundle} never runs {file.name}"
 
 
-def test_root_readme_prints_only_commands_that_a_bundle_prints() -> None:
-    """So that running the bundles' commands runs the root README's too, file names aside."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_printed_command_is_run(page: Path) -> None:
+    """By the test above, file names aside, by the test of lists below, or by a test that is named."""
+    run_here = {shape(command) for _, command in commands_in_order()}
+    left = [c for c in fenced_commands(page) if shape(c) not in run_here and "shared_networks.datasets.lists" not in c]
+    assert [command for command in left if not any(text in command for text in ELSEWHERE)] == []
 
-    def shape(command: str) -> str:
-        return re.sub(r"\S*\.(pth|pt)\b", "FILE", " ".join(shlex.split(command)))
 
-    printed = {shape(c) for bundle in BUNDLES for c in printed_commands(*DOCUMENTS[bundle])}
-    assert [c for c in printed_commands(ROOT / "README.md") if shape(c) not in printed] == []
+@pytest.mark.parametrize(("text", "test"), ELSEWHERE.items())
+def test_commands_run_elsewhere_are_printed_and_tested(text: str, test: str) -> None:
+    assert any(text in command for page in PAGES for command in fenced_commands(page))
+    assert not test or (ROOT / test).is_file()
+
+
+def test_printed_list_of_another_layout_trains(clone: Path, datasets: dict[str, Path], tmp_path: Path) -> None:
+    (command,) = [c for c in fenced_commands(ROOT / "docs" / "data.md") if "shared_networks.datasets.lists" in c]
+    kits = tmp_path / "KITS19"
+    for number in range(3):
+        case = kits / f"case_{number:05d}"
+        case.mkdir(parents=True)
+        shutil.copy(datasets["btcv"] / f"imagesTr/train_{number:03d}_0000.nii.gz", case / "imaging.nii.gz")
+        shutil.copy(datasets["btcv"] / f"labelsTr/train_{number:03d}.nii.gz", case / "segmentation.nii.gz")
+    words = [str(kits) if word == "/data/KITS19" else word for word in shlex.split(command)]
+    words = [str(tmp_path / word) if word == "kits.json" else word for word in words]
+    run([sys.executable, *words[1:]], clone)
+    train = (
+        "python -m monai.bundle run --config_file configs/train.json --pretrained_encoder '' --dataset_dir kits.json"
+    )
+    words = [str(tmp_path / word) if word == "kits.json" else word for word in tiny(train, kits, tmp_path)]
+    run([*words, "--ckpt_dir", str(tmp_path / "models"), "--output_dir", str(tmp_path)], clone / BUNDLES[1])
+    record = json.loads((tmp_path / "models" / "model.json").read_text())
+    assert sorted([*record["train"], *record["validation"]]) == [f"case_{number:05d}" for number in range(3)]
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
