@@ -11,10 +11,9 @@ import yaml
 
 from shared_networks.bundle.config_format import WIDTH, format_config
 from shared_networks.bundle.derive import FACTS, derive, derived_card, derived_files
-from shared_networks.bundle.settings_table import settings_table
 from shared_networks.errors import InputError
 from shared_networks.synthetic.phantom import label_names
-from tests.conftest import BUNDLES, ROOT
+from tests.conftest import ROOT
 
 BTCV, FLARE = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"
 
@@ -97,8 +96,3 @@ def test_layout_of_a_config() -> None:
         '        "f": {"g": 1}',
         "    },",
     ]
-
-
-def test_the_table_of_settings_is_made_from_the_configs() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_table()
-    assert BUNDLES[2] not in settings_table()

@@ -55,7 +55,7 @@ def test_description_is_of_the_config_then_the_value_then_the_docstring(tmp_path
         "`cache_rate`": ("computed", "what fits"),
         "`seed`": ("`0`", ""),
         "`output`": ("none", ""),
-        "`network_def#mask_ratio`": ("`0.75`", "share of the patches hidden, above 0 and below 1"),
+        "`network_def#mask_ratio`": ("`0.75`", "share of the patches masked, above 0 and below 1"),
         "`network_def#dropout`": ("`0.0`", ""),
     }
 

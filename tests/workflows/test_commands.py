@@ -100,8 +100,6 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-DOCUMENTS = {bundle: [ROOT / bundle / "docs" / "README.md", ROOT / "docs" / "segmentation.md"] for bundle in BUNDLES}
-DOCUMENTS[BUNDLES[0]][1] = ROOT / "docs" / "pretraining.md"
 COMMANDS = [
     pytest.param(bundle, command, id=f"{bundle.removeprefix('hi_end_mae_')}-{index}")
     for index, (bundle, command) in enumerate(commands_in_order())
