@@ -55,11 +55,11 @@ def derived_files(bundle: str | Path) -> dict[str, str]:
     files = {f"configs/{name}.json": format_config(content) for name, content in configs.items()}
     files |= {name: (source / name).read_text(encoding="utf-8") for name in _COPIED}
     card = (source / "docs" / "README.md").read_text(encoding="utf-8")
-    sections = {**facts["card"], "Labels": label_table(facts["label_names"])}
+    sections = {**facts["card"], "Labels": labels_section(facts["label_names"])}
     return {**files, "docs/README.md": derived_card(card, sections, facts["words"])}
 
 
-def label_table(label_names: Sequence[str]) -> str:
+def labels_section(label_names: Sequence[str]) -> str:
     """Return the section of a card that lists label values and names, in two columns of a Markdown table."""
     half = -(-len(label_names) // 2)
     rows = []

@@ -31,7 +31,7 @@ from shared_networks.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = "all"
-FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
+RELEASED_FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
 """What of a bundle's folder is released, beside weights that are given."""
 GUIDES = ("data", "inference", "pretraining", "settings", "training")
 """Pages of the repository's `docs` that cards link to. They link to each other alone."""
@@ -121,7 +121,7 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
         InputError: as :func:`bake` and :func:`released_weights`.
     """
     bundle = root / name
-    files = {file: file.relative_to(bundle) for pattern in FILES for file in bundle.glob(pattern)}
+    files = {file: file.relative_to(bundle) for pattern in RELEASED_FILES for file in bundle.glob(pattern)}
     files |= {root / "docs" / f"{guide}.md": Path("docs") / f"{guide}.md" for guide in GUIDES}
     package = (root / "shared_networks").rglob("*")
     files |= {file: file.relative_to(root) for file in package if file.suffix == ".py" or file.name == "py.typed"}

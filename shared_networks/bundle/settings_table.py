@@ -132,7 +132,7 @@ def argument_of(target: Any, name: str) -> str:
     section = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     found = re.search(rf"^    {name}: (.*?)(?=\n    \w+:|\Z)", section[1] if section else "", re.MULTILINE | re.DOTALL)
     words = " ".join(found[1].split()) if found else ""
-    return re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", words).replace("``", "`").rstrip(".")
+    return re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", words).replace("`", "`").rstrip(".")
 
 
 def _taken(kind: Kind) -> str:

@@ -26,7 +26,7 @@ MEASURES = ("dice", "hd95_mm", "nsd", "truth_ml", "predicted_ml", "volume_error_
 
 _SLAB_VOXELS = 2**22  # counted at a time, so that indices of 8 bytes never fill a whole scan
 
-Box = tuple[slice, ...]
+Slices = tuple[slice, ...]
 
 
 def tolerances_of(organs: Sequence[str], nsd_tolerance: float | Mapping[str, float]) -> dict[str, float]:
@@ -54,12 +54,12 @@ def confusion_counts(prediction: np.ndarray, truth: np.ndarray, num_classes: int
     """Count voxels by both labels.
 
     Args:
-        prediction: ``[X, Y, Z]`` integers below ``num_classes``.
-        truth: ``[X, Y, Z]`` integers below ``num_classes``.
+        prediction: `[X, Y, Z]` integers below `num_classes`.
+        truth: `[X, Y, Z]` integers below `num_classes`.
         num_classes: label values, background included.
 
     Returns:
-        ``[num_classes, num_classes]``: rows by predicted, columns by true value.
+        `[num_classes, num_classes]`: rows by predicted, columns by true value.
     """
     counts = np.zeros(num_classes**2, dtype=np.int64)
     step = max(1, _SLAB_VOXELS // max(1, math.prod(truth.shape[1:])))
@@ -72,7 +72,7 @@ def confusion_counts(prediction: np.ndarray, truth: np.ndarray, num_classes: int
 
 
 def surface_voxels(mask: np.ndarray) -> np.ndarray:
-    """Return indices [N, 3] of the voxels of a mask ``[X, Y, Z]`` that have a face outside it."""
+    """Return indices [N, 3] of the voxels of a mask `[X, Y, Z]` that have a face outside it."""
     padded = np.pad(mask, 1)
     inner = mask.copy()
     for axis, start in product(range(3), (0, 2)):
@@ -85,7 +85,7 @@ def surface_cells(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarra
     """Find the surface of a mask between its voxels, as marching cubes do.
 
     Args:
-        mask: ``[X, Y, Z]`` bool.
+        mask: `[X, Y, Z]` bool.
         spacing: mm between voxels along each axis.
 
     Returns:
@@ -115,12 +115,12 @@ def surface_measures(
     for radiotherapy", JMIR 2021) weighs each piece of surface by its area, as in the authors' code: a count of voxels
     would let the finely spaced axes of an anisotropic scan decide.
 
-    These are MONAI's ``compute_hausdorff_distance`` and ``compute_surface_dice(use_subvoxels=True)``, but computed on
+    These are MONAI's `compute_hausdorff_distance` and `compute_surface_dice(use_subvoxels=True)`, but computed on
     the surface alone: MONAI's take some 150 bytes for each voxel of the box, and one stray voxel makes the box large.
 
     Args:
-        prediction: ``[X, Y, Z]`` bool.
-        truth: ``[X, Y, Z]`` bool.
+        prediction: `[X, Y, Z]` bool.
+        truth: `[X, Y, Z]` bool.
         spacing: mm between voxels along each axis.
         tolerance: mm up to which surfaces agree.
 
@@ -159,14 +159,14 @@ def organ_measures(
     distances are over organs found, to be read beside the number of those missed.
 
     Args:
-        prediction: ``[X, Y, Z]`` integers below ``num_classes``, 0 the background.
-        truth: ``[X, Y, Z]`` integers below ``num_classes``.
+        prediction: `[X, Y, Z]` integers below `num_classes`, 0 the background.
+        truth: `[X, Y, Z]` integers below `num_classes`.
         spacing: mm between voxels along each axis.
         num_classes: label values, background included.
         tolerances: of the surface Dice, mm by organ; `None` leaves out what is measured at surfaces, which becomes NaN.
 
     Returns:
-        ``[num_classes - 1, len(MEASURES)]`` float64. The volume error is predicted minus true, in ml and in percent of
+        `[num_classes - 1, len(MEASURES)]` float64. The volume error is predicted minus true, in ml and in percent of
         the true volume (NaN where that is 0).
     """
     counts = confusion_counts(prediction, truth, num_classes)
@@ -188,20 +188,20 @@ def organ_measures(
     return measures
 
 
-def _union(box: Box, other: Box) -> Box:
+def _union(box: Slices, other: Slices) -> Slices:
     return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(box, other, strict=True))
 
 
 def macro_mean(values: torch.Tensor) -> torch.Tensor:
-    """Average ``[cases, organs]`` over each case's organs first, then over cases, NaN left out."""
+    """Average `[cases, organs]` over each case's organs first, then over cases, NaN left out."""
     return values.nanmean(dim=1).nanmean()
 
 
 class OrganMetric(CumulativeIterationMetric):
     """Metric of MONAI that holds :func:`organ_measures` of every case; its value is the mean Dice.
 
-    With :class:`monai.handlers.IgniteMetricHandler` it is attached to an evaluator, whose ``state.metric_details`` then
-    hold ``[cases, organs, len(MEASURES)]``. The mean is over each case's organs first, then over cases.
+    With :class:`monai.handlers.IgniteMetricHandler` it is attached to an evaluator, whose `state.metric_details` then
+    hold `[cases, organs, len(MEASURES)]`. The mean is over each case's organs first, then over cases.
 
     Args:
         label_names: names in order of label value, background first.

@@ -32,23 +32,23 @@ from shared_networks.files import atomic_write, write_csv, write_json
 class EvaluationReport(MetricsSaver):
     """Ignite handler that writes the report of an evaluation when it ends, and prints its table.
 
-    In ``output_dir``:
+    In `output_dir`:
 
-    - ``dice.csv``: a row a case, a column an organ, and means;
-    - ``metrics.csv``: a row for every case and organ, with all of
-      :data:`shared_networks.evaluation.metrics.MEASURES` and ``presence`` (``found``, ``missed``, ``false positive``,
-      ``absent``);
-    - ``metrics.json``: settings, models and what trained them, and by organ and overall mean, median, standard
+    - `dice.csv`: a row a case, a column an organ, and means;
+    - `metrics.csv`: a row for every case and organ, with all of
+      :data:`shared_networks.evaluation.metrics.MEASURES` and `presence` (`found`, `missed`, `false positive`,
+      `absent`);
+    - `metrics.json`: settings, models and what trained them, and by organ and overall mean, median, standard
       deviation and bootstrap interval;
-    - ``dice_boxplot.png``;
-    - ``best_overlay.png``, ``median_overlay.png``, ``worst_overlay.png``: copies of the ``{case}_overlay.png`` that
+    - `dice_boxplot.png`;
+    - `best_overlay.png`, `median_overlay.png`, `worst_overlay.png`: copies of the `{case}_overlay.png` that
       :class:`shared_networks.figures.overlay.SaveOverlayd` has left there.
 
     A cell is empty where there is no value, see :func:`shared_networks.evaluation.metrics.organ_measures`. A case
     that a distributed sampler repeats to give all ranks as many is counted once. Rank 0 writes.
 
     Args:
-        label_names: names in order of label value, background first: ``["background", "spleen", ...]``.
+        label_names: names in order of label value, background first: `["background", "spleen", ...]`.
         output_dir: folder of the report, created if need be.
         nsd_tolerance: that of the metric, for the record.
         seed: of the bootstrap.

@@ -30,36 +30,36 @@ def dice_table(dice: torch.Tensor) -> torch.Tensor:
     a value there; so the corner is the mean over organs first, then over cases, as MONAI's mean Dice is.
 
     Args:
-        dice: ``[cases, organs]``, NaN where neither truth nor prediction has the organ.
+        dice: `[cases, organs]`, NaN where neither truth nor prediction has the organ.
 
     Returns:
-        ``[cases + 1, organs + 1]``, NaN where there is nothing to average.
+        `[cases + 1, organs + 1]`, NaN where there is nothing to average.
     """
     with_mean_column = torch.cat([dice, dice.nanmean(dim=1, keepdim=True)], dim=1)
     return torch.cat([with_mean_column, with_mean_column.nanmean(dim=0, keepdim=True)], dim=0)
 
 
 def dice_rows(cases: Sequence[str], organs: Sequence[str], dice: torch.Tensor) -> list[list[Any]]:
-    """Lay out the rows of ``dice.csv``: a line a case, a column an organ, and means (see :func:`dice_table`)."""
+    """Lay out the rows of `dice.csv`: a line a case, a column an organ, and means (see :func:`dice_table`)."""
     table = dice_table(dice).tolist()
     body = [[name, *(_cell(value, 4) for value in row)] for name, row in zip((*cases, "mean"), table, strict=True)]
     return [["case", *organs, "mean"], *body]
 
 
 def presence(truth_ml: float, predicted_ml: float) -> str:
-    """Say where an organ is: ``found``, ``missed``, ``false positive`` or ``absent``."""
+    """Say where an organ is: `found`, `missed`, `false positive` or `absent`."""
     if truth_ml > 0:
         return "found" if predicted_ml > 0 else "missed"
     return "false positive" if predicted_ml > 0 else "absent"
 
 
 def measure_rows(cases: Sequence[str], organs: Sequence[str], measures: torch.Tensor) -> list[list[Any]]:
-    """Lay out the rows of ``metrics.csv``: a line for each case and organ, empty where there is no value.
+    """Lay out the rows of `metrics.csv`: a line for each case and organ, empty where there is no value.
 
     Args:
         cases: names.
         organs: names.
-        measures: ``[cases, organs, len(MEASURES)]``.
+        measures: `[cases, organs, len(MEASURES)]`.
     """
     rows: list[list[Any]] = [["case", "organ", *MEASURES, "presence"]]
     for case, table in zip(cases, measures.tolist(), strict=True):
@@ -78,12 +78,12 @@ def summarise(values: torch.Tensor, seed: int = 0, decimals: int = 4) -> dict[st
     bootstrap", 1993, chapter 13. From few cases it is too narrow.
 
     Args:
-        values: ``[cases]``, NaN left out.
+        values: `[cases]`, NaN left out.
         seed: of the draws.
         decimals: kept of every number.
 
     Returns:
-        ``n``, ``mean``, ``median``, ``std`` (with n - 1) and ``interval_95``, None where ``n`` is too small.
+        `n`, `mean`, `median`, `std` (with n - 1) and `interval_95`, None where `n` is too small.
     """
     found = values[~values.isnan()].double().numpy()
     n = len(found)
@@ -116,19 +116,19 @@ def summary(
     settings: Mapping[str, Any],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Collect the content of ``metrics.json``.
+    """Collect the content of `metrics.json`.
 
     Args:
         cases: names.
         organs: names.
-        measures: ``[cases, organs, len(MEASURES)]``.
+        measures: `[cases, organs, len(MEASURES)]`.
         settings: of the evaluation, kept as they are.
         seed: of the bootstrap.
 
     Returns:
-        ``settings``, ``cases``, ``organs`` (by name, counts and each measure's :func:`summarise` over cases) and
-        ``overall``: for Dice, distance and surface Dice :func:`summarise` of each case's mean over its organs, and
-        ``mean_of_organs``, the mean over cases first and then over organs, which differs where organs are absent.
+        `settings`, `cases`, `organs` (by name, counts and each measure's :func:`summarise` over cases) and
+        `overall`: for Dice, distance and surface Dice :func:`summarise` of each case's mean over its organs, and
+        `mean_of_organs`, the mean over cases first and then over organs, which differs where organs are absent.
     """
     counts = presence_counts(organs, measures)
     by_organ = {
@@ -164,7 +164,7 @@ def format_organ_table(organs: Sequence[str], measures: torch.Tensor) -> str:
 
     Args:
         organs: one name for every row of a case.
-        measures: ``[cases, organs, len(MEASURES)]``.
+        measures: `[cases, organs, len(MEASURES)]`.
     """
     scores = {name: measures[..., MEASURES.index(name)] for name in ("dice", "hd95_mm", "nsd")}
     means = [dice_table(values)[-1].tolist() for values in scores.values()]
@@ -197,11 +197,11 @@ def format_overall(content: Mapping[str, Any]) -> str:
 
 
 def extremes(cases: Sequence[str], dice: torch.Tensor) -> dict[str, str]:
-    """Name the ``best``, ``median`` (the lower of two) and ``worst`` case by mean Dice.
+    """Name the `best`, `median` (the lower of two) and `worst` case by mean Dice.
 
     Args:
         cases: names.
-        dice: ``[cases, organs]``; cases without any value are left out.
+        dice: `[cases, organs]`; cases without any value are left out.
 
     Returns:
         Case by rank, empty where no case has a value.

@@ -19,8 +19,8 @@ def dice_boxplot(organs: Sequence[str], dice: np.ndarray, overall: Mapping[str, 
 
     Args:
         organs: names in order of label value, without the background.
-        dice: ``[cases, organs]``, NaN where there is no value.
-        overall: of all organs, with ``n``, ``mean`` and ``interval_95``, as
+        dice: `[cases, organs]`, NaN where there is no value.
+        overall: of all organs, with `n`, `mean` and `interval_95`, as
             :func:`shared_networks.evaluation.tables.summarise` returns it.
     """
     figure = Figure(figsize=(2 + 0.75 * max(len(organs), 4), 5), dpi=160, layout="constrained")

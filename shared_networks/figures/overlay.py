@@ -39,7 +39,7 @@ def fullest_centre(labels: np.ndarray) -> tuple[int, ...]:
     A plane scores, for every organ, the organ's area there over its greatest area in any parallel plane.
 
     Args:
-        labels: ``[X, Y, Z]`` integers, 0 the background.
+        labels: `[X, Y, Z]` integers, 0 the background.
 
     Returns:
         The index of the best plane along each axis, the middle where all is background.
@@ -71,11 +71,11 @@ def overlay_figure(
     legend gives every organ's Dice over the whole volume.
 
     Args:
-        image: ``[X, Y, Z]``, in Hounsfield units.
-        prediction: ``[X, Y, Z]`` integers, 0 the background.
-        affine: ``[4, 4]``, from voxel indices to RAS millimetres.
+        image: `[X, Y, Z]`, in Hounsfield units.
+        prediction: `[X, Y, Z]` integers, 0 the background.
+        affine: `[4, 4]`, from voxel indices to RAS millimetres.
         label_names: names in order of label value, background first.
-        truth: ``[X, Y, Z]`` integers.
+        truth: `[X, Y, Z]` integers.
         window: intensities shown as black and as white; `None` takes percentiles, for MR.
         title: heading of the figure, such as the name of the case.
 
@@ -151,12 +151,12 @@ def _dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 class SaveOverlayd(MapTransform):
-    """Write ``{case}_overlay.png``, predicted organs over the CT, and return the data as they came.
+    """Write `{case}_overlay.png`, predicted organs over the CT, and return the data as they came.
 
     Args:
-        keys: key of the predicted label map ``[1, X, Y, Z]``.
-        image_key: key of the CT ``[1, X, Y, Z]`` in Hounsfield units on the same grid, whose file names the case.
-        label_key: key of the true label map ``[1, X, Y, Z]`` on the same grid, if there is one.
+        keys: key of the predicted label map `[1, X, Y, Z]`.
+        image_key: key of the CT `[1, X, Y, Z]` in Hounsfield units on the same grid, whose file names the case.
+        label_key: key of the true label map `[1, X, Y, Z]` on the same grid, if there is one.
         label_names: names in order of label value, background first.
         output_dir: folder of the figures, created if need be.
         window: intensities shown as black and as white; `None` takes percentiles, for MR.

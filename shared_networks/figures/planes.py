@@ -22,7 +22,7 @@ GREYS = LinearSegmentedColormap.from_list("greys", ["black", "white"]).with_extr
 
 
 class Plane(NamedTuple):
-    """A slice in radiological display convention: ``pixels[0, 0]`` is at the viewer's top left."""
+    """A slice in radiological display convention: `pixels[0, 0]` is at the viewer's top left."""
 
     name: str
     pixels: np.ndarray  # [rows, columns]
@@ -46,9 +46,9 @@ def orthogonal_planes(
     closest of the patient's.
 
     Args:
-        volume: ``[X, Y, Z]``.
-        affine: ``[4, 4]``, from voxel indices to RAS millimetres, of any orientation.
-        centre: indices into ``volume`` of the voxel where the planes meet, by default the middle.
+        volume: `[X, Y, Z]`.
+        affine: `[4, 4]`, from voxel indices to RAS millimetres, of any orientation.
+        centre: indices into `volume` of the voxel where the planes meet, by default the middle.
 
     Returns:
         The axial, coronal and sagittal plane.

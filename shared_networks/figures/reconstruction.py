@@ -26,10 +26,10 @@ def reconstruction_figure(
     """Draw three planes of a scan beside its masked input and its reconstruction.
 
     Args:
-        original: ``[X, Y, Z]``, in [0, 1].
-        masked: ``[X, Y, Z]``, in [0, 1], NaN where masked.
-        reconstruction: ``[X, Y, Z]``, in [0, 1], its masked patches put back with the true patches' mean and deviation.
-        affine: ``[4, 4]``, from voxel indices to RAS millimetres.
+        original: `[X, Y, Z]`, in [0, 1].
+        masked: `[X, Y, Z]`, in [0, 1], NaN where masked.
+        reconstruction: `[X, Y, Z]`, in [0, 1], its masked patches put back with the true patches' mean and deviation.
+        affine: `[4, 4]`, from voxel indices to RAS millimetres.
         title: heading of the figure, such as the name of the case.
     """
     columns = {"original": original, "masked input": masked, "reconstruction": reconstruction}
@@ -45,12 +45,12 @@ def reconstruction_figure(
 
 
 class SaveReconstructiond(MapTransform):
-    """Write ``{case}_reconstruction.png``, a scan beside its reconstruction, and return the data as they came.
+    """Write `{case}_reconstruction.png`, a scan beside its reconstruction, and return the data as they came.
 
     Args:
-        keys: key of the reconstruction ``[1, X, Y, Z]`` in [0, 1].
-        image_key: key of the scan ``[1, X, Y, Z]`` in [0, 1], whose file names the case.
-        mask_key: key of the mask ``[1, X, Y, Z]``, true where the network did not see the scan.
+        keys: key of the reconstruction `[1, X, Y, Z]` in [0, 1].
+        image_key: key of the scan `[1, X, Y, Z]` in [0, 1], whose file names the case.
+        mask_key: key of the mask `[1, X, Y, Z]`, true where the network did not see the scan.
         output_dir: folder of the figures, created if need be.
 
     Raises:

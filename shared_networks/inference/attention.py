@@ -38,14 +38,14 @@ def query_cases(
     """List the scans to look at, paired with their labels where an organ is asked for.
 
     Args:
-        images: as ``find_images`` returns them.
+        images: as `find_images` returns them.
         dataset_dir: the data set they come from.
-        folder: the images' folder; labels are read from the one named alike (``imagesTr``: ``labelsTr``).
+        folder: the images' folder; labels are read from the one named alike (`imagesTr`: `labelsTr`).
         voxel: the place asked for, or
         label: the organ asked for.
 
     Returns:
-        For each image ``{"image": image}``, with ``"label"`` where an organ is asked for.
+        For each image `{"image": image}`, with `"label"` where an organ is asked for.
 
     Raises:
         InputError: both or neither are asked for, or images and labels do not pair.
@@ -89,7 +89,7 @@ def find_queries(
         label: the organ's value, whose voxel is that of :func:`organ_voxel`.
 
     Returns:
-        For each case ``{"image": image, "voxel": (i, j, k)}``.
+        For each case `{"image": image, "voxel": (i, j, k)}`.
 
     Raises:
         InputError: a line for each scan that has no such voxel or organ, or the voxel is not three integers.
@@ -129,7 +129,7 @@ class QueryWindowd(MapTransform):
         voxel_key: key of the query's indices (i, j, k) in the scan as it is stored.
 
     Returns:
-        The data with the image cropped, ``query``, the token's number in row-major (h, w, d) order, and the voxel as
+        The data with the image cropped, `query`, the token's number in row-major (h, w, d) order, and the voxel as
         an array.
     """
 
@@ -243,10 +243,10 @@ def to_scan_grid(tokens: np.ndarray, affine: np.ndarray, scan_affine: np.ndarray
 class SaveAttentiond(MapTransform):
     """Write the attention maps of a query on the scan's own grid, with a figure, and return the data as they came.
 
-    For each map of :class:`QueryAttention` there is ``{case}_{map}.nii.gz``, such as ``ct_001_cross_block_9.nii.gz``,
+    For each map of :class:`QueryAttention` there is `{case}_{map}.nii.gz`, such as `ct_001_cross_block_9.nii.gz`,
     float32, one 3D file each so that any viewer lays it over the scan: a voxel holds the weight of the patch it lies
     in. The network sees one window, and attention does not reach beyond it: outside there are zeros.
-    ``{case}_attention.png`` shows the maps in the axial slice through the query.
+    `{case}_attention.png` shows the maps in the axial slice through the query.
 
     Args:
         keys: key of the maps, a dict of [1, h, w, d].

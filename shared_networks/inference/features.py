@@ -27,7 +27,7 @@ class TokenFeatures(nn.Module):
     and is then dropped.
 
     Args:
-        network: whose ``vit`` is read.
+        network: whose `vit` is read.
     """
 
     def __init__(self, network: HiEndMAE | HiEndUNETR) -> None:
@@ -41,8 +41,8 @@ class TokenFeatures(nn.Module):
             image: [B, C, H, W, D], sizes a multiple of the patch size.
 
         Returns:
-            ``block_N``, the tokens after the encoder block with zero-based index N, before any final norm, and
-            ``latent``, the normalised last tokens; each [B, E, h, w, d] in float32.
+            `block_N`, the tokens after the encoder block with zero-based index N, before any final norm, and
+            `latent`, the normalised last tokens; each [B, E, h, w, d] in float32.
 
         Raises:
             ValueError: if the image does not divide into patches.
@@ -82,23 +82,23 @@ def centres_inside(
 
 
 class SaveFeaturesd(MapTransform):
-    """Write ``{case}_features.npz``, the token features of a whole scan, and return the data as they came.
+    """Write `{case}_features.npz`, the token features of a whole scan, and return the data as they came.
 
     A network sees one window at a time: windows tile the padded scan without overlap, each is encoded by itself, and
     their tokens are put side by side. So tokens attend to none beyond their window.
 
-    The file holds no pickles (``numpy.load`` reads it as it is):
+    The file holds no pickles (`numpy.load` reads it as it is):
 
-    - ``block_N`` and ``latent``: [h, w, d, E], see :class:`TokenFeatures`;
-    - ``affine``: [4, 4] float64, from token indices (h, w, d) to RAS millimetres of the patches' centres;
-    - ``inside``: [h, w, d] bool, false where the patch's centre is padding beyond the scan;
-    - ``patch_size``: (p_h, p_w, p_d) in voxels, and ``spacing``: millimetres a voxel along them.
+    - `block_N` and `latent`: [h, w, d, E], see :class:`TokenFeatures`;
+    - `affine`: [4, 4] float64, from token indices (h, w, d) to RAS millimetres of the patches' centres;
+    - `inside`: [h, w, d] bool, false where the patch's centre is padding beyond the scan;
+    - `patch_size`: (p_h, p_w, p_d) in voxels, and `spacing`: millimetres a voxel along them.
 
     Args:
         keys: key of the features, a dict of [E, h, w, d].
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
         output_dir: folder of the files, created if need be.
-        dtype: ``float16`` or ``float32``, of the features in the file.
+        dtype: `float16` or `float32`, of the features in the file.
         image_key: key of the image [C, H, W, D] that was encoded, whose file names the case.
 
     Raises:

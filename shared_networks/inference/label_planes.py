@@ -75,7 +75,7 @@ class ScanGrid(NamedTuple):
         return tuple(len(position) for position in self.positions)
 
 
-class Plane(NamedTuple):
+class LogitPlane(NamedTuple):
     """A plane of windows' sums, finished.
 
     Attributes:
@@ -140,10 +140,10 @@ class LabelPlanes:
         self.labels = torch.zeros(shape, dtype=torch.uint8)
         self.organ_probability = None if organ is None else torch.zeros(shape, dtype=torch.float16)
         self.count = 0
-        self.last: Plane | None = None
+        self.last: LogitPlane | None = None
         self.last_organs: Rectangle | None = None
 
-    def add(self, plane: Plane | None) -> None:
+    def add(self, plane: LogitPlane | None) -> None:
         """Take the next plane of the box; `None` is one without any class."""
         organs = None if plane is None else self._organs(plane)
         while self.waiting and int(self.planes.lower[self.waiting[-1]]) == self.count:
@@ -161,7 +161,7 @@ class LabelPlanes:
         place = {self.axis: 0, self.in_plane[0]: 1, self.in_plane[1]: 2}
         return planes.permute([place[axis] for axis in self.grid.axes])
 
-    def _organs(self, plane: Plane) -> Rectangle | None:
+    def _organs(self, plane: LogitPlane) -> Rectangle | None:
         """What is no background, and a voxel around."""
         height, width = plane.weights.shape
         if self.organ is not None:  # then air has a probability too
@@ -177,7 +177,7 @@ class LabelPlanes:
             min(int(columns[-1]) + 2, width),
         )
 
-    def _write(self, index: int, plane: Plane | None, organs: Rectangle | None) -> None:
+    def _write(self, index: int, plane: LogitPlane | None, organs: Rectangle | None) -> None:
         """Label one plane of the scan, which lies between the last plane and this one."""
         found = [rectangle for rectangle in (self.last_organs, organs) if rectangle is not None]
         if not found:

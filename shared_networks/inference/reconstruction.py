@@ -15,7 +15,7 @@ from shared_networks.networks.hi_end_mae import restore_intensities
 
 
 class RestoreReconstructiond(MapTransform):
-    """Split a prediction into ``reconstruction`` and ``mask``, both on the image's grid.
+    """Split a prediction into `reconstruction` and `mask`, both on the image's grid.
 
     Hidden patches show the prediction, given the mean and standard deviation of the true patch (a viewer must be told);
     visible patches show the image.
@@ -26,7 +26,7 @@ class RestoreReconstructiond(MapTransform):
         image_key: key of the image [C, H, W, D] that was reconstructed.
 
     Returns:
-        The data with ``reconstruction`` [C, H, W, D] in the image's intensities and ``mask`` [1, H, W, D], 1 = masked.
+        The data with `reconstruction` [C, H, W, D] in the image's intensities and `mask` [1, H, W, D], 1 = masked.
 
     Raises:
         InputError: on call, if the prediction is not finite.
@@ -39,7 +39,7 @@ class RestoreReconstructiond(MapTransform):
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add ``reconstruction`` and ``mask``."""
+        """Add `reconstruction` and `mask`."""
         out = dict(data)
         image = out[self.image_key]
         for key in self.key_iterator(out):

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared_networks.errors import InputError, not_finite
-from shared_networks.inference.label_planes import LabelPlanes, Plane, ScanGrid
+from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid
 from shared_networks.networks.checkpoints import read_weights
 from shared_networks.networks.cpu import fast_cpu_inference
 from shared_networks.networks.precision import AutocastInferer
@@ -145,7 +145,7 @@ class SlidingWindowLabels(Inferer):
         box: Sequence[tuple[int, int]],
         args: Any,
         kwargs: Any,
-    ) -> Iterator[Plane | None]:
+    ) -> Iterator[LogitPlane | None]:
         """Yield the planes of the box along the axis, each finished; `None` is one that no window was at."""
         size, roi = volume.shape[2:], self.roi_size
         cut = [slice(first, end) for other, (first, end) in enumerate(box) if other != axis]
@@ -218,13 +218,13 @@ def finite(output: Tensor) -> Tensor:
 _PLANES = 16  # turned at a time, so that they fit a processor's cache
 
 
-def _cut_planes(sums: Tensor, weights: Tensor, axis: int, span: slice, cut: Sequence[slice]) -> Iterator[Plane]:
+def _cut_planes(sums: Tensor, weights: Tensor, axis: int, span: slice, cut: Sequence[slice]) -> Iterator[LogitPlane]:
     """Copies of planes of the slab, cut to rows and columns, each in one piece of memory."""
     some = sums.movedim(axis + 1, 0)[(span, slice(None), *cut)]
     turned = torch.empty(some.shape, device=sums.device)
     for row in range(some.shape[2]):
         turned[:, :, row] = some[:, :, row]
-    yield from map(Plane, turned, weights.movedim(axis, 0)[(span, *cut)].clone())
+    yield from map(LogitPlane, turned, weights.movedim(axis, 0)[(span, *cut)].clone())
 
 
 def _advance(slab: Tensor, dim: int, step: int) -> None:

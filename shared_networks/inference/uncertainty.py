@@ -39,7 +39,7 @@ from shared_networks.transforms.spacing import resample_linear
 logger = logging.getLogger(__name__)
 
 METHODS = ("tta", "ensemble", "dropout")
-MEASURES = ("entropy", "variance")
+UNCERTAINTY_MEASURES = ("entropy", "variance")
 INTENSITY_CHANGE = 0.1  # as the published recipe augments: scale by 0.9 to 1.1, shift by -0.1 to 0.1
 
 
@@ -103,9 +103,9 @@ def uncertainty_of_samples(samples: Iterator[Tensor], measure: str) -> tuple[Ten
 
     Args:
         samples: S probabilities [B, K, H, W, D], of which there are at least two.
-        measure: ``entropy`` of the mean probabilities over its greatest value, ``log K``: high where one sample wavers
-            and where samples differ; or ``variance`` over samples, summed over classes, over its greatest value,
-            ``1 - 1 / min(K, S)``: high only where samples differ.
+        measure: `entropy` of the mean probabilities over its greatest value, `log K`: high where one sample wavers
+            and where samples differ; or `variance` over samples, summed over classes, over its greatest value,
+            `1 - 1 / min(K, S)`: high only where samples differ.
 
     Returns:
         Mean probabilities [B, K, H, W, D], and uncertainty [B, 1, H, W, D] from 0 to 1.
@@ -139,12 +139,12 @@ class UncertaintyInferer(SlidingWindowInferer):
 
     Args:
         roi_size: window in voxels, a multiple of the patch size.
-        method: ``tta`` mirrors the image and changes its intensities; ``ensemble`` takes one prediction of each of
-            several checkpoints; ``dropout`` leaves the network's dropout on (Monte-Carlo dropout), which says something
+        method: `tta` mirrors the image and changes its intensities; `ensemble` takes one prediction of each of
+            several checkpoints; `dropout` leaves the network's dropout on (Monte-Carlo dropout), which says something
             of networks trained with dropout only.
-        measure: ``entropy`` or ``variance``, see :func:`uncertainty_of_samples`.
+        measure: `entropy` or `variance`, see :func:`uncertainty_of_samples`.
         samples: predictions a window and network, at least 2 in all; an ensemble has one a network.
-        flip_axes: axes that ``tta`` may mirror. Mirroring left-right would swap sided organs.
+        flip_axes: axes that `tta` may mirror. Mirroring left-right would swap sided organs.
         seed: of the draws.
         checkpoints: files of the weights of an ensemble, whose networks all contribute their samples; one is in memory
             at a time. None takes the network as it is.
@@ -170,8 +170,8 @@ class UncertaintyInferer(SlidingWindowInferer):
         super().__init__(roi_size, **window)
         if method not in METHODS:
             raise InputError(f"uncertainty is {method!r}: give --uncertainty {' or '.join(METHODS)}")
-        if measure not in MEASURES:
-            raise InputError(f"measure is {measure!r}: give --measure {' or '.join(MEASURES)}")
+        if measure not in UNCERTAINTY_MEASURES:
+            raise InputError(f"measure is {measure!r}: give --measure {' or '.join(UNCERTAINTY_MEASURES)}")
         if method == "ensemble" and len(checkpoints) < 2:
             raise InputError(
                 f"uncertainty is 'ensemble' of {len(checkpoints)} checkpoint(s): give several, --checkpoints "
@@ -245,11 +245,11 @@ def on_scan_grid(volume: Tensor, image: MetaTensor) -> Tensor:
 
 
 class SaveUncertaintyd(SaveSegmentationd):
-    """Write ``NAME_uncertainty.nii.gz``, float32 from 0 to 1 on the scan's own grid, and ranks the cases.
+    """Write `NAME_uncertainty.nii.gz`, float32 from 0 to 1 on the scan's own grid, and ranks the cases.
 
-    ``uncertainty.csv`` has all cases so far, most unsure first: ``rank``, ``case``, ``mean_uncertainty`` over the
-    voxels where most windows see an organ, and their volume ``predicted_ml``. A case without any comes first, its mean
-    empty: either it has no organs or they were missed. A case's numbers lie in ``NAME_uncertainty.json``, with what
+    `uncertainty.csv` has all cases so far, most unsure first: `rank`, `case`, `mean_uncertainty` over the
+    voxels where most windows see an organ, and their volume `predicted_ml`. A case without any comes first, its mean
+    empty: either it has no organs or they were missed. A case's numbers lie in `NAME_uncertainty.json`, with what
     they were made with, so that a case that is there already is ranked without being done again.
 
     Args:
@@ -315,7 +315,7 @@ class SaveUncertaintyd(SaveSegmentationd):
 
 
 def ranking_rows(scores: Mapping[str, tuple[float, float]]) -> list[list[Any]]:
-    """Lay out the rows of ``uncertainty.csv``.
+    """Lay out the rows of `uncertainty.csv`.
 
     Args:
         scores: by case, the mean uncertainty, infinite where no organ was predicted, and the predicted volume in ml.

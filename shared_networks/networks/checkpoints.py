@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from shared_networks.errors import InputError
 from shared_networks.files import atomic_write
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.official import OFFICIAL_PREFIX, from_official, to_official
+from shared_networks.networks.positions import grid_text, is_sincos, token_grid
 from shared_networks.networks.unetr import HiEndUNETR
-from shared_networks.networks.vit import interpolate_positions, sincos_positions
+from shared_networks.networks.vit import interpolate_positions
 
 logger = logging.getLogger(__name__)
 POSITIONS = "position_embeddings"
@@ -28,8 +28,8 @@ POSITIONS = "position_embeddings"
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint as a flat state_dict under our names.
 
-    Reads our ``model.pt`` (flat), the published ``hi_end_mae_10k.pth`` (``{"state_dict": ...}``, names prefixed
-    ``module.``) and anything of either form. Nothing but tensors is unpickled. Tensors are mapped from the file, page
+    Reads our `model.pt` (flat), the published `hi_end_mae_10k.pth` (`{"state_dict": ...}`, names prefixed
+    `module.`) and anything of either form. Nothing but tensors is unpickled. Tensors are mapped from the file, page
     by page as they are used, so that the system can drop them from memory again.
 
     Raises:
@@ -66,7 +66,7 @@ def check_weights(
     """Refuse checkpoints that are not of this network and these scans, before any work is done.
 
     Args:
-        checkpoints: a trained ``model.pt``, or several.
+        checkpoints: a trained `model.pt`, or several.
         network: the network that is to be loaded.
         preparation: how scans are prepared, see :func:`shared_networks.datasets.record.check_preparation`; None without
             scans.
@@ -102,57 +102,9 @@ def _check_grids(checkpoint: str | Path, weights: Mapping[str, Tensor], network:
     for name, tensor in weights.items():
         if name.endswith(POSITIONS) and (grid := token_grid(tensor, own)) != own:
             raise InputError(
-                f"{checkpoint}: its positions are of {_grid_text(grid)} tokens, img_size and patch_size make "
-                f"{_grid_text(own)}. Give the img_size that it was trained with."
+                f"{checkpoint}: its positions are of {grid_text(grid)} tokens, img_size and patch_size make "
+                f"{grid_text(own)}. Give the img_size that it was trained with."
             )
-
-
-def token_grid(positions: Tensor, expected: Sequence[int]) -> list[int] | None:
-    """Tell the token grid of a position table, which a checkpoint does not hold.
-
-    Fixed tables are the sine-cosine table of their grid, and learned ones start there and stay near it. So a table is
-    of the expected grid unless that of another one is clearly nearer (three quarters of the squared distance), and else
-    of the grid whose table is clearly nearer than all others. Where neither tells, a cubic number of tokens is a cube.
-
-    Args:
-        positions: [1, L, E].
-        expected: (h, w, d), the network's own grid.
-
-    Returns:
-        (h, w, d), or none where it cannot be told.
-    """
-    length, hidden_size = positions.shape[1:]
-    table = positions[0].detach().float()
-    if length == math.prod(expected) and _is_sincos(positions, expected):
-        return list(expected)
-    divisors = [n for n in range(1, length + 1) if length % n == 0]
-    fast = max(hidden_size // 24, 4)  # of slow frequencies the tables of all grids are alike
-    lines = {n: sincos_positions((n, 1, 1), hidden_size)[0].unflatten(1, (6, -1))[:, :2, :fast] for n in divisors}
-    table = table.unflatten(1, (6, -1))[..., :fast]
-    distances = {}
-    for h in divisors:
-        for w in (n for n in divisors if length // h % n == 0):
-            grid = (h, w, length // h // w)
-            axes = table.reshape(*grid, 3, 2, -1).unbind(3)
-            views = (lines[n].reshape(*(n if a == axis else 1 for a in range(3)), 2, -1) for axis, n in enumerate(grid))
-            distances[grid] = sum(float((a - v).square().sum()) for a, v in zip(axes, views, strict=True))
-    nearest, *others = sorted(distances, key=lambda grid: distances[grid])
-    own = tuple(expected)
-    if own in distances and distances[nearest] >= 0.75 * distances[own]:
-        return list(expected)
-    if not others or distances[nearest] < 0.75 * distances[others[0]]:
-        return list(nearest)
-    cube = (round(length ** (1 / 3)),) * 3
-    return list(cube) if cube in distances and distances[nearest] >= 0.75 * distances[cube] else None
-
-
-def _is_sincos(positions: Tensor, grid: Sequence[int]) -> bool:
-    """Return whether a table [1, L, E] is the fixed one of its grid."""
-    return torch.allclose(positions.float(), sincos_positions(grid, positions.shape[2]), rtol=0, atol=1e-5)
-
-
-def _grid_text(grid: Sequence[int] | None) -> str:
-    return " x ".join(map(str, grid)) if grid else "an unknown grid of"
 
 
 @dataclass(frozen=True)
@@ -181,13 +133,13 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded into the {self.part}"]
         lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
-        lines += [f"  unexpected, not used: {', '.join(summarise(self.unexpected)) or 'none'}"]
+        lines += [f"  unexpected, not used: {', '.join(shorten_names(self.unexpected)) or 'none'}"]
         lines += [f"  interpolated from {grids} tokens: {name}" for name, grids in self.interpolated.items()]
         lines += [f"  kept as it was, of another size there: {name}" for name in self.kept]
         return "\n".join(lines)
 
 
-def summarise(names: Sequence[str]) -> list[str]:
+def shorten_names(names: Sequence[str]) -> list[str]:
     """Shorten parameter names to their top module with a count; single ones stay whole."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -196,12 +148,12 @@ def summarise(names: Sequence[str]) -> list[str]:
 
 
 def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
-    """Load a pre-trained encoder into a network's ``vit``, print what was loaded, and refuse half an encoder.
+    """Load a pre-trained encoder into a network's `vit`, print what was loaded, and refuse half an encoder.
 
     Args:
-        network: whose ``vit`` is to be loaded.
-        checkpoint: our pre-training ``model.pt``, the published ``hi_end_mae_10k.pth``, a segmenter's ``model.pt``, or
-            an empty string to start from scratch. At another ``img_size`` positions that were learned are interpolated;
+        network: whose `vit` is to be loaded.
+        checkpoint: our pre-training `model.pt`, the published `hi_end_mae_10k.pth`, a segmenter's `model.pt`, or
+            an empty string to start from scratch. At another `img_size` positions that were learned are interpolated;
             of fixed ones the network has its own.
 
     Returns:
@@ -252,8 +204,8 @@ def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | N
 
     Args:
         network: to be loaded.
-        checkpoint: our ``model.pt``, the published ``hi_end_mae_10k.pth``, or an empty string to start from scratch.
-            Position tables of another ``img_size`` are left out, as the network computes its own.
+        checkpoint: our `model.pt`, the published `hi_end_mae_10k.pth`, or an empty string to start from scratch.
+            Position tables of another `img_size` are left out, as the network computes its own.
 
     Returns:
         The report, None from scratch.
@@ -269,7 +221,7 @@ def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | 
 
     Args:
         network: to be loaded.
-        checkpoint: a ``model.pt`` of a segmentation bundle, or an empty string for none. At another ``img_size`` its
+        checkpoint: a `model.pt` of a segmentation bundle, or an empty string for none. At another `img_size` its
             learned positions are interpolated.
 
     Returns:
@@ -298,16 +250,16 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
         there = token_grid(table, here)
         if there == here:
             continue
-        if "vit.cls_token" in weights or (there and _is_sincos(table, there)):  # pre-training never trains them
+        if "vit.cls_token" in weights or (there and is_sincos(table, there)):  # pre-training never trains them
             kept += (name,)
             del weights[name]
         elif there:
-            interpolated[name] = f"{_grid_text(there)} to {_grid_text(here)}"
+            interpolated[name] = f"{grid_text(there)} to {grid_text(here)}"
             weights[name] = interpolate_positions(table.float(), there, here)
         else:
             raise InputError(
                 f"{checkpoint}: the token grid of its {table.shape[1]} learned positions cannot be told, to "
-                f"interpolate them to {_grid_text(here)} tokens. Give the img_size that it was trained with."
+                f"interpolate them to {grid_text(here)} tokens. Give the img_size that it was trained with."
             )
     fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     if part == "segmenter":
@@ -353,7 +305,7 @@ def load_hi_end_mae_10k(
 
     Args:
         num_classes: output channels, background included.
-        checkpoint: the published file (the address is in the README), or our pre-training ``model.pt``.
+        checkpoint: the published file (the address is in the README), or our pre-training `model.pt`.
         network: further arguments of :class:`HiEndUNETR`; by default the published vit_large_p12 at 96^3.
 
     Returns:
@@ -374,7 +326,7 @@ def load_hi_end_mae_10k(
 def to_monai_vit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the encoder of a network to the names of :class:`monai.networks.nets.ViT`.
 
-    They load strictly into ``ViT(..., proj_type="perceptron", qkv_bias=True)`` of the same sizes. That ViT has no CLS
+    They load strictly into `ViT(..., proj_type="perceptron", qkv_bias=True)` of the same sizes. That ViT has no CLS
     token unless it classifies, and there its norms have epsilon 1e-5, so the CLS token is left out: the outputs are
     those of the encoder as the segmenters run it, not those of pre-training, where all tokens attend to CLS too.
 
@@ -393,10 +345,10 @@ def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Pat
 
     Args:
         network: of the checkpoint's sizes; it is loaded.
-        checkpoint: our ``model.pt`` or the published ``hi_end_mae_10k.pth``.
+        checkpoint: our `model.pt` or the published `hi_end_mae_10k.pth`.
         output: the file to write, which must not exist.
-        form: ``model``, our flat ``model.pt``; ``official``, the published form and names (``{"state_dict": ...}``);
-            or ``monai_vit``, the encoder alone, see :func:`to_monai_vit`.
+        form: `model`, our flat `model.pt`; `official`, the published form and names (`{"state_dict": ...}`);
+            or `monai_vit`, the encoder alone, see :func:`to_monai_vit`.
 
     Raises:
         InputError: for an unknown form, an output that is not set or exists, or a checkpoint that

@@ -61,7 +61,7 @@ class HierarchicalDecoder(nn.Module):
 
     Args:
         encoder_size: width of the encoder's tokens, E.
-        hidden_size: width of the decoder's tokens, a multiple of 6 and of ``num_heads``.
+        hidden_size: width of the decoder's tokens, a multiple of 6 and of `num_heads`.
         num_heads: attention heads.
         num_self_layers: plain blocks before the cross blocks.
         num_cross_blocks: cross-attention blocks, one for each encoder layer that is read.
@@ -142,11 +142,11 @@ class HiEndMAE(nn.Module):
         in_channels: image channels C.
         img_size: image size in voxels, one number or (H, W, D); a multiple of the patch size.
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
-        hidden_size: width of the encoder's tokens, a multiple of 6 and of ``num_heads``.
+        hidden_size: width of the encoder's tokens, a multiple of 6 and of `num_heads`.
         num_layers: encoder blocks.
         num_heads: encoder attention heads.
         mlp_ratio: hidden width of the MLPs over the token width.
-        decoder_hidden_size: width of the decoder's tokens, a multiple of 6 and of ``decoder_num_heads``.
+        decoder_hidden_size: width of the decoder's tokens, a multiple of 6 and of `decoder_num_heads`.
         decoder_num_heads: decoder attention heads.
         decoder_self_layers: plain decoder blocks before the cross blocks.
         out_indices: zero-based encoder blocks that the decoder reads, ascending; none makes a plain masked autoencoder.
@@ -206,7 +206,7 @@ class HiEndMAE(nn.Module):
         )
 
     def num_visible(self, length: int) -> int:
-        """Return V, the number of visible patches of ``length``: int(L * (1 - mask ratio)).
+        """Return V, the number of visible patches of `length`: int(L * (1 - mask ratio)).
 
         Raises:
             ValueError: if no patch, or every patch, would be visible.

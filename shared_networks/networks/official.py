@@ -72,7 +72,7 @@ def official_names(num_layers: int, num_self_layers: int, num_cross_blocks: int)
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """Return the number of modules ``prefix0.``, ``prefix1.`` ... among parameter names."""
+    """Return the number of modules `prefix0.`, `prefix1.` ... among parameter names."""
     return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
@@ -97,7 +97,7 @@ def to_official(state_dict: Mapping[str, Tensor], patch_size: Sequence[int]) -> 
     """Rename a state_dict of :class:`HiEndMAE` to the published names; inverse of :func:`from_official`.
 
     Args:
-        state_dict: all weights of a ``HiEndMAE``.
+        state_dict: all weights of a `HiEndMAE`.
         patch_size: (p_h, p_w, p_d), which the flattened patch embedding does not tell.
 
     Raises:

@@ -50,7 +50,7 @@ class HiEndUNETR(nn.Module):
         img_size: training crop in voxels, one number or (H, W, D); a multiple of the patch size.
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
         feature_size: width f of the full-resolution convolutions.
-        hidden_size: token width, a multiple of 6 and of ``num_heads``.
+        hidden_size: token width, a multiple of 6 and of `num_heads`.
         num_layers: encoder blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs over the token width.

@@ -273,7 +273,7 @@ class ViTEncoder(nn.Module):
         in_channels: image channels C.
         img_size: image size in voxels, one number or (H, W, D); a multiple of the patch size.
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
-        hidden_size: token width E, a multiple of 6 and of ``num_heads``.
+        hidden_size: token width E, a multiple of 6 and of `num_heads`.
         num_layers: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
@@ -341,7 +341,7 @@ class ViTEncoder(nn.Module):
         return [size[0] // self.patch_size[0], size[1] // self.patch_size[1], size[2] // self.patch_size[2]]
 
     def embed(self, image: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Embed an image [B, C, H, W, D] with positions: all tokens [B, L, E], or [B, V, E] at ``visible`` [B, V]."""
+        """Embed an image [B, C, H, W, D] with positions: all tokens [B, L, E], or [B, V, E] at `visible` [B, V]."""
         grid = self.patch_grid(image)
         patches = self.patch_embedding.patch_embeddings[0](image)
         positions = interpolate_positions(self.patch_embedding.position_embeddings, self.grid, grid)

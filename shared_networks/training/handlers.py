@@ -22,7 +22,7 @@ from shared_networks.training.sampler import derived_seed
 
 
 class PrepareBatchSelfSupervised(PrepareBatch):
-    """The image is its own target: a batch ``{"image": [B, C, H, W, D]}`` becomes (image, image) on the device."""
+    """The image is its own target: a batch `{"image": [B, C, H, W, D]}` becomes (image, image) on the device."""
 
     def __call__(
         self,
@@ -31,7 +31,7 @@ class PrepareBatchSelfSupervised(PrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Move the image of ``batchdata`` to ``device``; see :class:`PrepareBatchSelfSupervised`."""
+        """Move the image of `batchdata` to `device`; see :class:`PrepareBatchSelfSupervised`."""
         image, _ = default_prepare_batch({"image": batchdata["image"]}, device, non_blocking, **kwargs)
         return image, image
 

@@ -22,78 +22,23 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shared_networks.datasets.leaks import check_start, check_unseen
+from shared_networks.datasets.leaks import check_start
 from shared_networks.datasets.record import (
     Record,
     TrainingRecord,
-    different_settings,
-    listed_differences,
-    read_record,
     record_file,
     save_tensors,
     seen_cases,
-    trained_labels,
     write_model,
 )
 from shared_networks.errors import InputError
-from shared_networks.files import GO_ON, UNFINISHED, atomic_write, check_output_folder
+from shared_networks.files import GO_ON, UNFINISHED, atomic_write
 from shared_networks.training.ema import EMA
 from shared_networks.training.handlers import completes_step
+from shared_networks.training.run_folder import STATES, check_run_folder
 from shared_networks.training.sampler import SeededSampler
 
-STATES = "state"
-"""Folder of the states of a training, in that of its `model.pt`."""
-
 logger = logging.getLogger(__name__)
-
-
-def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse to train into a folder that holds a model or states of another training, before any work is done.
-
-    Args:
-        folder: `ckpt_dir`, of `model.pt` and of states in `state`.
-        record: of this training; a model that is trained on in place must have the same labels and preparation.
-        resume: whether to go on with the newest state. An empty folder is trained into from the start.
-        overwrite: whether an earlier training in the folder is to be removed when this one starts.
-
-    Raises:
-        InputError: the folder cannot be written to, or holds a training and no setting says what to do with it; or
-            settings contradict each other.
-    """
-    check_output_folder(folder, "ckpt_dir")
-    if resume and overwrite:
-        raise InputError(
-            "resume and overwrite are both set; give --resume True to go on, or --overwrite True to start anew"
-        )
-    model, states = Path(folder) / "model.pt", sorted((Path(folder) / STATES).glob("state_*.ckpt"))
-    if record.in_place and not overwrite:
-        check_same_training(model, record)
-    elif (model.is_file() or states) and not overwrite and not (resume and states):
-        resumable = "--resume True to go on with it" if not resume else "no --resume, as it has no state to resume from"
-        raise InputError(
-            f"{folder}: holds {'a trained model' if model.is_file() else 'an unfinished training'}; give {resumable}, "
-            "--overwrite True to remove it and start anew, or another --ckpt_dir"
-        )
-    if not resume:
-        try:
-            check_unseen(record, record["seen_before"], record.model or "the weights to start from")
-        except InputError as error:
-            if not record.in_place:
-                raise
-            logger.warning("%s", error)  # an annotator's cases change their parts as more are labelled
-
-
-def check_same_training(model: Path, record: Record) -> None:
-    """Refuse a model to be trained on in place that is of other labels, or of scans prepared otherwise."""
-    before = read_record(model)
-    if before is None:
-        return
-    labels_and_preparation = ({"label_names": trained_labels(made), **made["preparation"]} for made in (before, record))
-    if differing := different_settings(*labels_and_preparation):
-        raise InputError(
-            f"{model}: trained otherwise than it would be now: {listed_differences(differing)}. "
-            "Give the settings of that training, or move the model away to start anew"
-        )
 
 
 class SaveBestModel:

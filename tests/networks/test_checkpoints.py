@@ -26,12 +26,12 @@ from shared_networks.networks.checkpoints import (
     load_hi_end_mae_10k,
     load_segmenter,
     read_weights,
-    summarise,
+    shorten_names,
     to_monai_vit,
-    token_grid,
 )
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.official import PATCH_WEIGHT, count_blocks, from_official, official_names, to_official
+from shared_networks.networks.positions import token_grid
 from shared_networks.networks.unetr import HiEndUNETR
 from shared_networks.networks.vit import ViTEncoder, patchify, sincos_positions
 from tests.conftest import ROOT
@@ -460,8 +460,8 @@ def test_a_segmenter_goes_on_from_its_like_and_refuses_others(tmp_path):
 
 
 def test_long_lists_of_names_are_shortened():
-    assert summarise(["a.x", "b.c.d", "a.y.z", "e"]) == ["a.* (2)", "b.c.d", "e"]
-    assert summarise([]) == []
+    assert shorten_names(["a.x", "b.c.d", "a.y.z", "e"]) == ["a.* (2)", "b.c.d", "e"]
+    assert shorten_names([]) == []
 
 
 def test_published_checkpoint_becomes_a_segmenter(tmp_path):

@@ -27,7 +27,8 @@ from shared_networks.datasets.splits import Split
 from shared_networks.errors import InputError
 from shared_networks.files import GO_ON, atomic_write
 from shared_networks.training.ema import EMA
-from shared_networks.training.resume import SaveBestModel, TrainingRun, check_run_folder
+from shared_networks.training.resume import SaveBestModel, TrainingRun
+from shared_networks.training.run_folder import check_run_folder
 from shared_networks.training.sampler import SeededSampler
 from tests.conftest import ROOT, full_disk
 
