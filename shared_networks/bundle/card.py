@@ -14,7 +14,7 @@ _RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|[#/])[^)#]+")
 
 
 def released_card(card: str) -> str:
-    """Let a card's links lead to the guides beside it in a release, not to those of the repository.
+    """Let a card's links lead to the guides beside it in a release, not in the repository.
 
     Args:
         card: text of `docs/README.md` in the repository.

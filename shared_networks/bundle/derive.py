@@ -75,7 +75,7 @@ def derived_card(card: str, sections: Mapping[str, str], words: Mapping[str, str
 
     Args:
         card: Markdown, with sections under headings `## NAME`.
-        sections: texts that replace those of the sections, by name.
+        sections: new texts of sections, by name.
         words: replaced in all other sections, such as `BTCV` by `FLARE22`.
 
     Raises:

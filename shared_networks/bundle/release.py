@@ -84,7 +84,7 @@ def bundle_names(root: Path) -> list[str]:
 
 
 def check_versions(root: Path, names: Sequence[str]) -> None:
-    """Compare the version of each bundle with that of this package: they share it, so they are released together.
+    """Compare the version of each bundle with this package's: they are released together.
 
     Args:
         root: source tree.
@@ -98,8 +98,8 @@ def check_versions(root: Path, names: Sequence[str]) -> None:
         metadata = json.loads(file.read_text())
         if metadata["version"] != __version__:
             raise InputError(
-                f"{file}: version is {metadata['version']!r}, that of shared_networks/version.py is {__version__!r}; "
-                "all bundles are released together: set it to that of version.py"
+                f"{file}: version is {metadata['version']!r}, shared_networks/version.py has {__version__!r}; "
+                "all bundles are released together: set it to version.py's"
             )
         if not metadata["changelog"].get(__version__):
             raise InputError(f"{file}: changelog has nothing on {__version__!r}; write there what is new in it")
@@ -192,7 +192,7 @@ def with_settings(config: str, settings: Mapping[str, Any]) -> str:
 
 
 def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
-    """Read weights for a bundle's zip, as they are, once they are known to be those of its network and labels.
+    """Read weights for a bundle's zip, once they are known to fit its network and labels.
 
     Args:
         config: the bundle's inference config.

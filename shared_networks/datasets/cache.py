@@ -31,7 +31,7 @@ def cache_rate(cases: Sequence[Mapping[str, Any]], spacing: Sequence[float], fre
     Args:
         cases: dicts with `image` (a file or a list of files, one a channel) and optionally `label`.
         spacing: voxel size in mm that they are resampled to.
-        free: bytes; by default those of :func:`free_memory`.
+        free: bytes; by default :func:`free_memory`.
     """
     free = free_memory() if free is None else free
     if free is None:

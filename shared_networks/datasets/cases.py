@@ -53,7 +53,7 @@ def unlabelled_cases(images: Sequence[Image]) -> list[dict[str, Any]]:
         images: a file of each case, or the files of its channels.
 
     Returns:
-        For each image `{"image": image}`, with its name as `case` where that of the file is not unique.
+        For each image `{"image": image}`, with a name as `case` where the file's is not unique.
 
     Raises:
         InputError: several cases have one name.
@@ -106,7 +106,7 @@ def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[
         source: of the cases, for the message.
 
     Returns:
-        `cases`, with their name as `case` where that of the file is not unique.
+        `cases`, with a name as `case` where the file's is not unique.
 
     Raises:
         InputError: folders do not tell them apart either.

@@ -98,7 +98,7 @@ def _package(name: str, path: str | Path) -> Any:
 
 
 def read_header(file: str) -> Slice:
-    """Read the header of a file; of one with many frames, that of the first."""
+    """Read the header of a file, or of its first frame."""
     reader = _package("SimpleITK", file).ImageFileReader()
     reader.SetFileName(file)
     reader.SetImageIO("GDCMImageIO")
@@ -137,7 +137,7 @@ def read_header(file: str) -> Slice:
 
 
 def series_slices(files: Sequence[str]) -> list[Slice]:
-    """Return the headers of all slices of a series, of multi-frame files those of each frame, by position.
+    """Return the headers of all slices, or frames, of a series, by position.
 
     Raises:
         BadScanError: a multi-frame file holds several volumes.

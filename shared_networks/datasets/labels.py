@@ -114,7 +114,7 @@ def checked_names(label_names: Sequence[str] | None, source: str | Path = "label
 
 
 def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) -> None:
-    """Compare the names that a network is trained on with those of the data set, where it has a `dataset.json`.
+    """Compare the names that a network is trained on with the data set's, where it has a `dataset.json`.
 
     Capital letters, hyphens and underscores do not matter. Names that the bundle does not know (abbreviations) are
     only warned of, as long as another organ agrees and none is known at another value.

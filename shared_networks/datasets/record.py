@@ -69,7 +69,7 @@ def training_record(
         split: of :func:`shared_networks.datasets.splits.split_dataset`: cases of each of :data:`PARTS`, dicts with
             `image`, and `label` where they are labelled.
         preparation: of scans before the network: `modality`, `spacing`, `intensity_range`, `img_size`.
-        train: the cases that train. By default those of `split`; others are handed over by a program.
+        train: the cases that train. By default from `split`; else a program hands them over.
         validation: the cases that choose the model, likewise.
         label_names: in order of value, background first; none for pre-training.
         start_weights: weights to start from, of which the first that is named counts. The labelled cases in its record
@@ -122,7 +122,7 @@ def case_digests(cases: Sequence[Case]) -> dict[str, str]:
 
 
 def seen_cases(record: Record, part: str) -> dict[str, str]:
-    """Return all cases that had a part in a model, `train` or `validation`, those of earlier trainings included."""
+    """Return all cases that had a part in a model, `train` or `validation`, in earlier trainings too."""
     return {**record["seen_before"][part], **record[part]}
 
 

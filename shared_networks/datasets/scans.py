@@ -223,7 +223,7 @@ class _Walk:
         files = [e for e in entries if e.is_file()]
         for entry in entries:
             if entry.is_symlink() and not os.path.exists(entry.path) and is_nifti(entry.name):
-                self.sources.append(_nifti_source(entry.path, self.root))  # what is wrong with it is said as it is read
+                self.sources.append(_nifti_source(entry.path, self.root))  # reading it says what is wrong
         self.add_nifti(folder, [e.path for e in files if is_nifti(e.name)])
         others = [e.path for e in files if not is_nifti(e.name)]
         for file in others:
@@ -238,7 +238,7 @@ class _Walk:
                 self.enter(Path(entry.path), bar)
 
     def add_nifti(self, folder: Path, files: list[str]) -> None:
-        """Add NIfTI files, those of a case's channels together, each case by itself."""
+        """Add NIfTI files as cases, the files of a case's channels together."""
         results = result_files(folder)
         for file in files:
             if os.path.basename(file) in results:

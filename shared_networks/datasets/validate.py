@@ -208,7 +208,7 @@ def _centres(
 
 
 def _copies(images: Sequence[str], found: Mapping[tuple[str, bool], Finding]) -> list[str]:
-    """Lines for images whose voxels are those of an earlier one."""
+    """Return lines for images that repeat the voxels of an earlier one."""
     first: dict[bytes, str] = {}
     problems = []
     for image in images:

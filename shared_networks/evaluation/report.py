@@ -50,7 +50,7 @@ class EvaluationReport(MetricsSaver):
     Args:
         label_names: names in order of label value, background first: `["background", "spleen", ...]`.
         output_dir: folder of the report, created if need be.
-        nsd_tolerance: that of the metric, for the record.
+        nsd_tolerance: of the metric, for the record.
         seed: of the bootstrap.
         checkpoints: files of the weights, for the record: see :func:`shared_networks.datasets.record.model_facts`.
         settings: all else that the scores depend on, by name, for the record.

@@ -85,8 +85,8 @@ def find_queries(
 
     Args:
         cases: of :func:`query_cases`, with readable files.
-        voxel: indices (i, j, k) in the scan as it is stored, or
-        label: the organ's value, whose voxel is that of :func:`organ_voxel`.
+        voxel: indices (i, j, k) in the scan's file, or
+        label: the organ's value, whose voxel :func:`organ_voxel` chooses.
 
     Returns:
         For each case `{"image": image, "voxel": (i, j, k)}`.
@@ -126,7 +126,7 @@ class QueryWindowd(MapTransform):
         keys: key of the prepared image [C, H, W, D], a MetaTensor at least as large as the window.
         img_size: (H, W, D) of the window in voxels.
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d).
-        voxel_key: key of the query's indices (i, j, k) in the scan as it is stored.
+        voxel_key: key of the query's indices (i, j, k) in the scan's file.
 
     Returns:
         The data with the image cropped, `query`, the token's number in row-major (h, w, d) order, and the voxel as
@@ -250,7 +250,7 @@ class SaveAttentiond(MapTransform):
 
     Args:
         keys: key of the maps, a dict of [1, h, w, d].
-        patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d), as in the network.
         output_dir: folder of the files, created if need be.
         window: intensities of the scan shown as black and as white; `None` takes percentiles, for MR.
         image_key: key of the window [C, H, W, D] that the network saw, whose file is the scan.

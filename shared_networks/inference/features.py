@@ -87,7 +87,7 @@ class SaveFeaturesd(MapTransform):
     A network sees one window at a time: windows tile the padded scan without overlap, each is encoded by itself, and
     their tokens are put side by side. So tokens attend to none beyond their window.
 
-    The file holds no pickles (`numpy.load` reads it as it is):
+    The file holds no pickles (`numpy.load` reads it):
 
     - `block_N` and `latent`: [h, w, d, E], see :class:`TokenFeatures`;
     - `affine`: [4, 4] float64, from token indices (h, w, d) to RAS millimetres of the patches' centres;
@@ -96,7 +96,7 @@ class SaveFeaturesd(MapTransform):
 
     Args:
         keys: key of the features, a dict of [E, h, w, d].
-        patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d), as in the network.
         output_dir: folder of the files, created if need be.
         dtype: `float16` or `float32`, of the features in the file.
         image_key: key of the image [C, H, W, D] that was encoded, whose file names the case.

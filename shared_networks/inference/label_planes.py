@@ -105,8 +105,8 @@ Rectangle = tuple[int, int, int, int]
 class LabelPlanes:
     """Turn planes of logits on the prepared grid, as they come, into labels on the scan's grid.
 
-    Of the planes given, labels are those of MONAI's chain softmax, `Invertd` (linear, of all classes), argmax, and
-    outside of the box background, as after the inverse of `CropForegroundd`. Where the corners of a
+    Within the planes, labels equal those that MONAI's chain makes by softmax, `Invertd` (linear, of all classes) and
+    argmax. Outside of the box they are background, as after the inverse of `CropForegroundd`. Where the corners of a
     cell agree in their largest class, no convex combination of them has another; so all classes are interpolated only
     in cells whose corners differ.
 

@@ -22,7 +22,7 @@ class RestoreReconstructiond(MapTransform):
 
     Args:
         keys: key of the prediction [C + 1, H, W, D] of :class:`HiEndMAE`, sizes a multiple of the patch.
-        patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d), as in the network.
         image_key: key of the image [C, H, W, D] that was reconstructed.
 
     Returns:

@@ -47,7 +47,7 @@ class SlidingWindowLabels(Inferer):
         flip_axes: prepared axes (0 left-right, 1 back-front, 2 foot-head) along which windows are mirrored too, in all
             combinations. Labels are not exchanged: along axis 0 the network sees a left kidney where the right one is.
         checkpoints: files of weights to average the probabilities of; one network is in memory at a time. None takes
-            the network as it is.
+            the network's own weights.
         dtype: of mixed precision, see :func:`shared_networks.networks.precision.autocast_type`.
         organ: name or value of the label whose probabilities are kept in `organ_probability`, [X, Y, Z] float16 of the
             last scan.
@@ -205,7 +205,7 @@ class SlidingWindowLabels(Inferer):
 
 
 def finite(output: Tensor) -> Tensor:
-    """Return a network's output if it is finite: labels of NaN would be those of any class.
+    """Return a network's output if it is finite: labels of NaN would mean nothing.
 
     Raises:
         InputError: it is not.
@@ -240,7 +240,7 @@ def window_slices(size: Sequence[int], roi_size: Sequence[int], overlap: float) 
     """List the windows of MONAI's sliding window inference.
 
     Args:
-        size: of the volume, at least that of the window.
+        size: of the volume, at least the window's.
         roi_size: of the window.
         overlap: 0 to below 1.
     """
@@ -298,7 +298,7 @@ class CheckpointEnsemble:
     for all files, and the system drops their pages where there is none.
 
     Args:
-        checkpoints: files; none stands for the network as it is.
+        checkpoints: files; none stands for the network's own weights.
     """
 
     def __init__(self, checkpoints: Sequence[str | Path]) -> None:

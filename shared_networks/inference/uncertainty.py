@@ -60,7 +60,7 @@ class View(NamedTuple):
 
 
 def draw_views(samples: int, flip_axes: Sequence[int], seed: int) -> list[View]:
-    """Draw views, the first of them the image as it is.
+    """Draw views; the first is the unchanged image.
 
     Args:
         samples: how many.
@@ -147,7 +147,7 @@ class UncertaintyInferer(SlidingWindowInferer):
         flip_axes: axes that `tta` may mirror. Mirroring left-right would swap sided organs.
         seed: of the draws.
         checkpoints: files of the weights of an ensemble, whose networks all contribute their samples; one is in memory
-            at a time. None takes the network as it is.
+            at a time. None takes the network's own weights.
         dtype: of mixed precision, see :func:`shared_networks.networks.precision.autocast_type`.
         window: further arguments of :class:`monai.inferers.SlidingWindowInferer`.
 

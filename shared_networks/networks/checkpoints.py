@@ -328,7 +328,7 @@ def to_monai_vit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     They load strictly into `ViT(..., proj_type="perceptron", qkv_bias=True)` of the same sizes. That ViT has no CLS
     token unless it classifies, and there its norms have epsilon 1e-5, so the CLS token is left out: the outputs are
-    those of the encoder as the segmenters run it, not those of pre-training, where all tokens attend to CLS too.
+    equal to the encoder's as segmenters run it, not as in pre-training, where all tokens attend to CLS too.
 
     Args:
         state_dict: all weights of the network.

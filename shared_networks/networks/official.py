@@ -77,7 +77,7 @@ def count_blocks(names: Iterable[str], prefix: str) -> int:
 
 
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a published pre-training state_dict to that of :class:`HiEndMAE`.
+    """Rename a published pre-training state_dict for :class:`HiEndMAE`.
 
     The patch embedding, stored as a convolution [E, C, p, p, p], becomes a matrix [E, p * p * p * C] with the channel
     last, as patches are laid out. Names that the table does not know are kept, for the loader to report.

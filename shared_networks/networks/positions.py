@@ -15,7 +15,7 @@ def token_grid(positions: Tensor, expected: Sequence[int]) -> list[int] | None:
     """Tell the token grid of a position table, which a checkpoint does not hold.
 
     Fixed tables are the sine-cosine table of their grid, and learned ones start there and stay near it. So a table is
-    of the expected grid unless that of another one is clearly nearer (three quarters of the squared distance), and else
+    of the expected grid unless another grid's is clearly nearer (three quarters of the squared distance), and else
     of the grid whose table is clearly nearer than all others. Where neither tells, a cubic number of tokens is a cube.
 
     Args:

@@ -267,7 +267,7 @@ class PatchEmbedding(nn.Module):
 class ViTEncoder(nn.Module):
     """Vision transformer that also returns the intermediate features: the tokens after chosen blocks.
 
-    Parameter names are those of :class:`monai.networks.nets.ViT`.
+    Parameters have the names of :class:`monai.networks.nets.ViT`.
 
     Args:
         in_channels: image channels C.
@@ -330,7 +330,7 @@ class ViTEncoder(nn.Module):
         """Return the token grid (h, w, d) of an image [B, C, H, W, D].
 
         Raises:
-            ValueError: if the channels are not those of the encoder or a size is not a multiple of the patch size.
+            ValueError: if the image has other channels than the encoder or a size is no multiple of the patch size.
         """
         if image.dim() != 5 or image.shape[1] != self.in_channels:
             raise ValueError(f"image of shape {list(image.shape)} is not [B, {self.in_channels}, H, W, D].")

@@ -73,7 +73,7 @@ def take_settings(resolved: dict[str, Any]) -> None:
 
 
 def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read all settings of a run: those of its config files, of `args_file` and of the command line.
+    """Read all settings of a run, from its config files, `args_file` and the command line.
 
     Args:
         arguments: the words after `run`.

@@ -91,7 +91,7 @@ class SeedIterations:
         engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def __call__(self, engine: Any) -> None:
-        """Seed every generator of torch, those of GPUs included."""
+        """Seed every generator of torch, on GPUs too."""
         torch.manual_seed(derived_seed(self.seed, engine.state.rank, engine.state.iteration))
 
 

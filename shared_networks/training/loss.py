@@ -18,7 +18,7 @@ class MaskedPatchLoss(nn.Module):
     uses it unchanged.
 
     Args:
-        patch_size: patch size in voxels, one number or (p_h, p_w, p_d); that of the network.
+        patch_size: patch size in voxels, one number or (p_h, p_w, p_d), as in the network.
     """
 
     def __init__(self, patch_size: Sequence[int] | int) -> None:

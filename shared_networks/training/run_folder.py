@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 STATES = "state"
-"""Folder of the states of a training, in that of its `model.pt`."""
+"""Folder of the states of a training, beside its `model.pt`."""
 
 
 def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = False, overwrite: bool = False) -> None:

@@ -37,7 +37,7 @@ class SeededSampler(DistributedSampler):
     Args:
         dataset: whose cases are drawn.
         seed: of the run.
-        num_replicas: processes; by default those of the process group.
+        num_replicas: processes; by default all of the process group.
         rank: of this process among them, likewise.
 
     Attributes:

@@ -15,7 +15,7 @@ from shared_networks.datasets.grid import SHEAR_TOLERANCE
 
 
 class Axis(NamedTuple):
-    """Where the samples of one axis lie between those of another.
+    """Positions of one axis' samples between another's.
 
     Attributes:
         lower: [N] index of the sample below.

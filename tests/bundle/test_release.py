@@ -274,7 +274,7 @@ def test_versions_of_the_bundles_are_that_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "0.0.9"}, f"version is '0.0.9', that of shared_networks/version.py is '{__version__}'"),
+        ({"version": "0.0.9"}, f"version is '0.0.9', shared_networks/version.py has '{__version__}'"),
         ({"changelog": {"0.0.9": "all"}}, f"changelog has nothing on '{__version__}'"),
     ],
 )

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import math
-import platform
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -132,28 +129,3 @@ def test_random_numbers_depend_on_seed_rank_and_iteration_alone() -> None:
     torch.rand(100)
     assert drawn(0, 0) == first
     assert len(set(first + drawn(0, 1) + drawn(1, 0))) == 9
-
-
-@pytest.mark.integration
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_a_process_keeps_its_large_blocks_after_a_call_on_the_cpu() -> None:
-    """In a process of its own, as the C library's settings stay: pages asked for anew, before and after."""
-    program = """
-import resource, torch
-from monai.inferers import SimpleInferer
-from shared_networks.networks.precision import AutocastInferer
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(2**24)  # 64 MiB, 16384 pages
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-before = faults()
-AutocastInferer(SimpleInferer(), None)(torch.ones(2, 3), torch.nn.Linear(3, 1))
-faults()  # the heap grows to this size once
-print(before, faults())
-"""
-    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    before, after = map(int, result.stdout.split())
-    assert after < before / 100

@@ -3,7 +3,7 @@
     python serve.py --app APP --studies STUDIES hi_end_mae_btcv_seg_v0.1.0.zip hi_end_mae_flare_seg_v0.1.0.zip
 
 APP is made where it is not there: a copy of MONAI Label's app `monaibundle`, the zips unpacked in its folder `model`.
-What is unpacked already is left as it is, for it may have been trained since. Further options go to
+An unpacked bundle stays unchanged, as it may have been trained since. Further options go to
 `monailabel start_server`: `--port 8000`, `--conf skip_trainers true`. All this can be done by hand:
 
     monailabel apps --download --name monaibundle --output .
@@ -34,7 +34,7 @@ def install(bundle: str, app: Path) -> str:
     with ZipFile(bundle) as archive:
         name = archive.namelist()[0].split("/")[0]
         if (app / "model" / name).exists():
-            print(f"{app / 'model' / name} is there already and is left as it is", flush=True)
+            print(f"{app / 'model' / name} exists already and stays unchanged", flush=True)
         else:
             archive.extractall(app / "model")
     return name
