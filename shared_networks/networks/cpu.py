@@ -112,5 +112,6 @@ def _is_bare_norm(module: nn.Module) -> bool:
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a submodule."""
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, module)

@@ -65,14 +65,14 @@ class PublishedUNETR(nn.Module):
     def __init__(self, ours: HiEndUNETR) -> None:
         super().__init__()
         self.vit = ours.vit
-        masked, f = ours.vit.hidden_size, ours.out.conv.conv.in_channels
+        hidden, f = ours.vit.hidden_size, ours.out.conv.conv.in_channels
         conv: dict[str, Any] = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
         lift: dict[str, Any] = {**conv, "stride": 1, "upsample_kernel_size": 2, "conv_block": True}
         self.encoder1 = UnetrBasicBlock(3, ours.vit.in_channels, f, stride=1, **conv)
-        self.encoder2 = UnetrPrUpBlock(3, masked, 2 * f, num_layer=2, **lift)
-        self.encoder3 = UnetrPrUpBlock(3, masked, 4 * f, num_layer=1, **lift)
-        self.encoder4 = UnetrPrUpBlock(3, masked, 8 * f, num_layer=0, **lift)
-        self.decoder5 = UnetrUpBlock(3, masked, 8 * f, upsample_kernel_size=2, **conv)
+        self.encoder2 = UnetrPrUpBlock(3, hidden, 2 * f, num_layer=2, **lift)
+        self.encoder3 = UnetrPrUpBlock(3, hidden, 4 * f, num_layer=1, **lift)
+        self.encoder4 = UnetrPrUpBlock(3, hidden, 8 * f, num_layer=0, **lift)
+        self.decoder5 = UnetrUpBlock(3, hidden, 8 * f, upsample_kernel_size=2, **conv)
         self.decoder4 = UnetrUpBlock(3, 8 * f, 4 * f, upsample_kernel_size=2, **conv)
         self.decoder3 = UnetrUpBlock(3, 4 * f, 2 * f, upsample_kernel_size=2, **conv)
         self.decoder2 = PublishedResizeUp(2 * f, f)
