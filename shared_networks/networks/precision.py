@@ -27,7 +27,7 @@ class AutocastInferer(Inferer):
 
     Args:
         inferer: what runs the network.
-        dtype: of :func:`autocast_type`; `None` changes nothing.
+        dtype: of :func:`autocast_type`; `None` leaves all as it is.
     """
 
     def __init__(self, inferer: Inferer, dtype: torch.dtype | None) -> None:
