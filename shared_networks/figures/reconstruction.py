@@ -105,8 +105,8 @@ class ReconstructionPanel:
         image, output = (engine.state.output[key][:1].float().cpu() for key in ("image", "pred"))
         mask = output[:, -1:]
         restored = image + (restore_intensities(output[:, :-1], image, self.patch_size) - image) * mask
-        scan, hidden, rebuilt = (np.asarray(volume[0, 0]) for volume in (image, mask, restored))
-        masked = np.where(hidden > 0, np.nan, scan)
+        scan, mask_plane, rebuilt = (np.asarray(volume[0, 0]) for volume in (image, mask, restored))
+        masked = np.where(mask_plane > 0, np.nan, scan)
         figure = reconstruction_figure(scan, masked, rebuilt, self.affine, f"epoch {engine.state.epoch}")
         with SummaryWriter(str(self.log_dir)) as writer:
             writer.add_figure("reconstruction", figure, engine.state.epoch)

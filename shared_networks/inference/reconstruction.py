@@ -17,7 +17,7 @@ from shared_networks.networks.hi_end_mae import restore_intensities
 class RestoreReconstructiond(MapTransform):
     """Split a prediction into `reconstruction` and `mask`, both on the image's grid.
 
-    Hidden patches show the prediction, given the mean and standard deviation of the true patch (a viewer must be told);
+    Masked patches show the prediction, given the mean and standard deviation of the true patch (a viewer must be told);
     visible patches show the image.
 
     Args:

@@ -98,6 +98,7 @@ def check_weights(
 
 
 def _check_grids(checkpoint: str | Path, weights: Mapping[str, Tensor], network: HiEndUNETR | HiEndMAE) -> None:
+    """Refuse positions of another token grid than the network's."""
     own = network.vit.grid
     for name, tensor in weights.items():
         if name.endswith(POSITIONS) and (grid := token_grid(tensor, own)) != own:
@@ -109,17 +110,17 @@ def _check_grids(checkpoint: str | Path, weights: Mapping[str, Tensor], network:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of each tensor when weights were loaded.
+    """Report which keys of a checkpoint were loaded, missing or unexpected, in the words of `load_state_dict`.
 
     Attributes:
         source: the checkpoint.
-        loaded: names copied into the network.
-        missing: names that the network has and the checkpoint has not, or has in another shape.
-        unexpected: names that the checkpoint has and the network has not.
-        kept: left as they were, because the checkpoint's are for another number of classes, or are the fixed positions
-            of another token grid, of which the network computes its own.
-        part: what was loaded.
-        interpolated: learned positions that were resampled to the network's token grid: the two grids, by name.
+        loaded: keys copied into the network.
+        missing: keys of the network that the checkpoint lacks, or has in another shape.
+        unexpected: keys of the checkpoint that the network lacks; they are not used.
+        kept: keys that hold the network's own values, because the checkpoint's are of another number of classes, or
+            fixed positions of another token grid.
+        part: `encoder`, `network` or `segmenter`.
+        interpolated: learned positions resampled to the network's token grid: the two grids by key.
     """
 
     source: str
@@ -131,11 +132,11 @@ class LoadReport:
     interpolated: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded into the {self.part}"]
-        lines += [f"  missing: {', '.join(self.missing) or 'none'}"]
-        lines += [f"  unexpected, not used: {', '.join(shorten_names(self.unexpected)) or 'none'}"]
+        lines = [f"weights from {self.source}: {len(self.loaded)} keys loaded into the {self.part}"]
+        lines += [f"  missing keys: {', '.join(self.missing) or 'none'}"]
+        lines += [f"  unexpected keys, not used: {', '.join(shorten_names(self.unexpected)) or 'none'}"]
         lines += [f"  interpolated from {grids} tokens: {name}" for name, grids in self.interpolated.items()]
-        lines += [f"  kept as it was, of another size there: {name}" for name in self.kept]
+        lines += [f"  not loaded, of another size in the checkpoint: {name}" for name in self.kept]
         return "\n".join(lines)
 
 
@@ -235,7 +236,7 @@ def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | 
 
 
 def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> LoadReport:
-    """Load the network, or its encoder alone, and leave it as it was if the checkpoint does not cover that."""
+    """Load the network, or its encoder alone, and change nothing if the checkpoint does not cover it."""
     if read_record(checkpoint) is None and part == "segmenter":
         logger.warning("%s has no record: cases that trained it may now validate or test unnoticed", checkpoint)
     weights = read_weights(checkpoint)

@@ -112,7 +112,7 @@ class HierarchicalDecoder(nn.Module):
             grid: token grid (h, w, d).
 
         Returns:
-            [B, 1 + L, P]: CLS first, then the tokens in permuted order.
+            [B, 1 + L, P]: CLS first, then the tokens in shuffled order.
         """
         batch, length = ids_shuffle.shape
         layers = features + [latent]  # noqa: RUF005 (TorchScript knows no unpacking)
@@ -242,7 +242,7 @@ class HiEndMAE(nn.Module):
         return self.decoder(latent, features, ids_shuffle, grid)
 
     def forward(self, image: Tensor, ids_shuffle: Tensor | None = None) -> Tensor:
-        """Hide patches, reconstruct them.
+        """Mask patches and reconstruct them.
 
         Args:
             image: [B, C, H, W, D].
@@ -253,7 +253,7 @@ class HiEndMAE(nn.Module):
             [B, C + 1, H, W, D]: the predicted voxels, standardised patch by patch, and last the mask (1 = masked).
 
         Raises:
-            ValueError: if the image does not divide into patches, or the ids_shuffle is not of its length.
+            ValueError: if the image does not divide into patches, or `ids_shuffle` is not [B, L].
         """
         grid = self.vit.patch_grid(image)
         shape = [image.shape[0], grid[0] * grid[1] * grid[2]]

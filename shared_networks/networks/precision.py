@@ -44,7 +44,7 @@ class AutocastInferer(Inferer):
 
 
 def _in_float32(output: Any) -> Any:
-    """A tensor, or the tensors of a mapping, in float32."""
+    """Convert a tensor, or the tensors of a mapping, to float32."""
     if isinstance(output, Mapping):
         return {name: _in_float32(value) for name, value in output.items()}
     return output.float()

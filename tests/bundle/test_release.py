@@ -398,7 +398,7 @@ def fine_tuned(
     bundle = home / request.param
     shown = run(*bundle_run(bundle, "train"), "--dataset_dir", data_of(bundle.name, datasets), *QUICK, bundle=bundle)
     assert f"{bundle}/../{PRETRAIN}/models/model.pt" in shown
-    assert "missing: none" in shown
+    assert "missing keys: none" in shown
     return bundle
 
 

@@ -15,7 +15,7 @@ AFFINE = torch.tensor([[0.0, -1.5, 0, 20], [2.0, 0, 0, -7], [0, 0, 3.0, 11], [0,
 BLOCKS = [
     (slice(None), slice(h, h + 2), slice(w, w + 3), slice(d, d + 4)) for h, w, d in product((0, 2), (0, 3), (0, 4))
 ]
-HIDDEN = (1, 2, 5, 7)
+MASKED = (1, 2, 5, 7)
 
 
 def image(channels: int = 2) -> MetaTensor:
@@ -29,7 +29,7 @@ def output(channels: int = 2) -> Tensor:
     for index, block in enumerate(BLOCKS):
         values = prediction[:-1][block]
         prediction[:-1][block] = (values - values.mean()) / values.std(correction=0)
-        prediction[-1:][block] = float(index in HIDDEN)
+        prediction[-1:][block] = float(index in MASKED)
     return prediction
 
 
@@ -42,8 +42,8 @@ def test_visible_patches_are_the_image_and_hidden_ones_have_its_statistics(pred)
     data = RestoreReconstructiond("pred", PATCH)({"image": image(), "pred": pred})
     for index, block in enumerate(BLOCKS):
         true, shown, mask = (data[key][block].as_tensor() for key in ("image", "reconstruction", "mask"))
-        assert (mask == float(index in HIDDEN)).all()
-        if index not in HIDDEN:
+        assert (mask == float(index in MASKED)).all()
+        if index not in MASKED:
             assert torch.equal(shown, true)
             continue
         assert not torch.allclose(shown, true)

@@ -268,9 +268,9 @@ def test_encoder_lands_in_full_and_the_report_says_so(tmp_path, capsys):
         unexpected=tuple(name for name in mae.state_dict() if name in others),
     )
     assert capsys.readouterr().out == (
-        f"weights from {file}: {4 * 12 + 5} tensors loaded into the encoder\n"
-        "  missing: none\n"
-        f"  unexpected, not used: vit.cls_token, decoder.* ({len(others) - 1})\n"
+        f"weights from {file}: {4 * 12 + 5} keys loaded into the encoder\n"
+        "  missing keys: none\n"
+        f"  unexpected keys, not used: vit.cls_token, decoder.* ({len(others) - 1})\n"
     )
     pretrained = mae.state_dict()
     after = segmenter.state_dict()
@@ -303,7 +303,7 @@ def test_another_token_grid_keeps_its_own_positions(tmp_path, capsys):
     own = segmenter.get_parameter(POSITIONS).clone()
     report = load_encoder(segmenter, save(mae.state_dict(), tmp_path))
     assert report.kept == (POSITIONS,) and POSITIONS not in report.loaded and not report.missing
-    assert capsys.readouterr().out.endswith(f"\n  kept as it was, of another size there: {POSITIONS}\n")
+    assert capsys.readouterr().out.endswith(f"\n  not loaded, of another size in the checkpoint: {POSITIONS}\n")
     assert torch.equal(segmenter.get_parameter(POSITIONS), own)
     assert torch.equal(segmenter.get_parameter("vit.norm.weight"), mae.get_parameter("vit.norm.weight"))
 
@@ -500,7 +500,7 @@ def test_published_checkpoint_at_its_true_size(tmp_path, capsys):
     for name, tensor in encoder.items():
         lowest, highest = tensor.aminmax()
         assert lowest == highest == values[official[name]], name
-    assert "149 tensors loaded into the encoder\n  missing: none\n" in capsys.readouterr().out
+    assert "149 keys loaded into the encoder\n  missing keys: none\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["ours", "official"])
@@ -514,7 +514,7 @@ def test_pretraining_goes_on_from_a_whole_network(form, tmp_path, capsys):
     assert report is not None and set(report.loaded) == weights.keys()
     assert not report.missing and not report.unexpected and not report.kept
     assert_same_weights(network.state_dict(), weights)
-    assert f"weights from {file}: {len(weights)} tensors loaded into the network\n  missing: none\n" in (
+    assert f"weights from {file}: {len(weights)} keys loaded into the network\n  missing keys: none\n" in (
         capsys.readouterr().out
     )
 

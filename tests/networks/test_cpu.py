@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from pathlib import Path
@@ -91,18 +92,39 @@ def test_nothing_changes_where_it_would_not_help(case: str) -> None:
         assert not network[0]._forward_pre_hooks and type(network[1]) is nn.InstanceNorm3d
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's way with memory")
+def resident() -> int:
+    """KB of this process."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def use_memory() -> None:
+    torch.ones(30_000_000).sum()  # 120 MB
+
+
+@pytest.fixture
+def plain_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc, which no variable of the environment sets."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("glibc's way with memory")
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("plain_glibc")
 def test_freed_memory_is_kept_inside_the_block_alone() -> None:
-    def resident() -> int:
-        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
-
-    def use() -> None:
-        torch.ones(30_000_000).sum()  # 120 MB
-
     before = resident()
     with kept_memory():
-        use()
+        use_memory()
         inside = resident()
     after = resident()
-    use()
+    use_memory()
     assert inside - before > 100_000 and after - before < 20_000 and resident() - before < 20_000
+
+
+@pytest.mark.usefixtures("plain_glibc")
+def test_settings_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
+    before = resident()
+    with kept_memory():
+        use_memory()
+        assert resident() - before < 20_000

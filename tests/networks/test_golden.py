@@ -1,6 +1,6 @@
 """Parity with the published code, on vectors that it computed.
 
-Every ``*.pt`` in the folders of the environment variable HI_END_MAE_GOLDEN (separated by ``:``) is checked; by default
+Every `*.pt` in the folders of the environment variable HI_END_MAE_GOLDEN (separated by `:`) is checked; by default
 tests/data and, where it exists, ../shared/reference. All sizes come from each file.
 """
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shared_networks.networks.cpu import fast_cpu_inference
 from shared_networks.networks.hi_end_mae import HiEndMAE, restore_intensities
 from shared_networks.networks.official import OFFICIAL_PREFIX, from_official, official_names
 from shared_networks.networks.unetr import HiEndUNETR
@@ -127,6 +128,18 @@ def test_segmentation_network_is_the_published_one(vector: dict[str, Any]) -> No
     assert_close(logits.std(), torch.tensor(vector["logits_std"]), "logits standard deviation")
     logits.square().mean().backward()
     assert_same_gradients(network, vector["grad_norms"], {})
+
+
+@pytest.mark.parametrize("vector", golden("unetr"))
+def test_fast_inference_gives_the_published_logits(vector: dict[str, Any]) -> None:
+    network = HiEndUNETR(**current_names(vector["config"])).eval()
+    network.load_state_dict(vector["state_dict"], strict=True)
+    image = formula_image(vector["config"], vector["image_coefficients"])
+    with torch.no_grad(), fast_cpu_inference(network, image.device):
+        logits = network(image)
+    assert_close(logits[:, :, ::8, ::8, ::8], vector["logits_strided_8"], "logits")
+    assert_close(logits.mean(), torch.tensor(vector["logits_mean"]), "logits mean")
+    assert_close(logits.std(), torch.tensor(vector["logits_std"]), "logits standard deviation")
 
 
 def test_there_are_vectors() -> None:

@@ -111,7 +111,7 @@ def test_mask_ratio_leaves_its_share_visible(mask_ratio, visible):
     assert network(draw(1, 2, *SIZE))[:, -1].mean().item() == pytest.approx((LENGTH - visible) / LENGTH)
 
 
-def test_mask_and_prediction_lie_where_the_permutation_says():
+def test_mask_and_prediction_lie_where_ids_shuffle_says():
     network, image = tiny(), draw(2, 2, *SIZE)
     ids_shuffle = torch.stack([torch.arange(LENGTH).flip(0), torch.arange(LENGTH).roll(5)])
     output = network(image, ids_shuffle)
@@ -134,19 +134,19 @@ def test_hidden_voxels_do_not_influence_the_prediction():
     assert not torch.equal(network(image + 100 * (1 - masked)), output)
 
 
-@pytest.mark.parametrize("features", [(), (3,), (0, 2), (0, 1, 2, 3)])
-def test_decoder_reads_its_taps_deep_to_shallow(features):
-    network, image = tiny(out_indices=features).eval(), draw(2, 2, *SIZE)
+@pytest.mark.parametrize("out_indices", [(), (3,), (0, 2), (0, 1, 2, 3)])
+def test_decoder_reads_the_features_deep_to_shallow(out_indices):
+    network, image = tiny(out_indices=out_indices).eval(), draw(2, 2, *SIZE)
     decoder, ids_shuffle = network.decoder, network.shuffle(2, LENGTH)
-    latent, tapped = network.encode(image, ids_shuffle)
-    assert len(tapped) == len(features) == len(decoder.cross_blocks) == len(decoder.decoder_embeds) - 1
+    latent, features = network.encode(image, ids_shuffle)
+    assert len(features) == len(out_indices) == len(decoder.cross_blocks) == len(decoder.decoder_embeds) - 1
 
     seen, positions = decoder.decoder_embeds[-1](latent), decoder.position_embeddings[0][ids_shuffle]
     tokens = torch.cat([seen[:, 1:], decoder.mask_token.expand(2, LENGTH - 6, -1)], dim=1) + positions
     y = decoder.blocks[0](torch.cat([seen[:, :1], tokens], dim=1))
-    for block, embed, feature in zip(decoder.cross_blocks, decoder.decoder_embeds[-2::-1], tapped[::-1], strict=True):
+    for block, embed, feature in zip(decoder.cross_blocks, decoder.decoder_embeds[-2::-1], features[::-1], strict=True):
         y = block(y, embed(feature))
-    torch.testing.assert_close(network.decode(latent, tapped, ids_shuffle, [2, 3, 4]), decoder.head(decoder.norm(y)))
+    torch.testing.assert_close(network.decode(latent, features, ids_shuffle, [2, 3, 4]), decoder.head(decoder.norm(y)))
 
 
 def test_every_trainable_parameter_gets_a_gradient():
@@ -238,9 +238,9 @@ def test_checkpointing_changes_neither_output_nor_gradients():
         assert p.grad is None if q.grad is None else torch.equal(p.grad, q.grad), name
 
 
-@pytest.mark.parametrize("features", [(0, 2), ()])
-def test_torchscript_gives_the_same_output(features):
-    network, image = tiny(out_indices=features), draw(2, 2, *SIZE)
+@pytest.mark.parametrize("out_indices", [(0, 2), ()])
+def test_torchscript_gives_the_same_output(out_indices):
+    network, image = tiny(out_indices=out_indices), draw(2, 2, *SIZE)
     ids_shuffle = network.shuffle(2, LENGTH)
     scripted = torch.jit.script(network)
     torch.testing.assert_close(scripted(image, ids_shuffle), network(image, ids_shuffle))
@@ -259,7 +259,7 @@ def test_mask_ratio_is_checked_for_the_image_at_hand():
 
 
 @pytest.mark.parametrize("shape", [(1, LENGTH), (2, LENGTH - 1), (2, LENGTH, 1)])
-def test_permutation_must_be_of_the_batch_and_length(shape):
+def test_ids_shuffle_must_be_of_the_batch_and_length(shape):
     with pytest.raises(ValueError) as error:
         tiny()(torch.zeros(2, 2, *SIZE), torch.zeros(shape, dtype=torch.long))
     assert str(list(shape)) in str(error.value) and "[2, 24]" in str(error.value)
@@ -276,7 +276,7 @@ def test_permutation_must_be_of_the_batch_and_length(shape):
         ({"out_indices": (0, 4)}, r"out_indices \[0, 4\] must be ascending block indices from 0 to 3"),
     ],
 )
-def test_network_refuses_sizes_and_taps_that_do_not_fit(changes, message):
+def test_network_refuses_sizes_and_out_indices_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
 

@@ -55,7 +55,7 @@ def test_last_step_resizes_trilinearly_to_the_skip():
     torch.testing.assert_close(block(x, skip), block.conv_block(torch.cat([block.conv3d(resized), skip], dim=1)))
 
 
-def test_decoder_climbs_from_the_last_tokens_past_the_taps():
+def test_decoder_climbs_from_the_last_tokens_past_the_intermediate_features():
     network, image = tiny().eval(), draw(1, 2, 12, 18, 8)
     last, features = network.vit(image)
     deep, middle, shallow = (tokens_to_volume(feature, [2, 3, 2]) for feature in reversed(features))
@@ -203,11 +203,11 @@ def test_a_served_network_is_never_loaded_in_part(change, message):
         torch.testing.assert_close(torch.jit.script(network)(image), network(image))
 
 
-@pytest.mark.parametrize("features", [(0, 1), (0, 1, 2, 3), ()])
-def test_network_needs_three_taps(features):
+@pytest.mark.parametrize("out_indices", [(0, 1), (0, 1, 2, 3), ()])
+def test_network_needs_three_out_indices(out_indices):
     with pytest.raises(ValueError, match="must be three") as error:
-        tiny(out_indices=features)
-    assert str(list(features)) in str(error.value)
+        tiny(out_indices=out_indices)
+    assert str(list(out_indices)) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_network_needs_three_taps(features):
         ({"num_heads": 5}, "hidden size 24 is not divisible by 5 heads"),
     ],
 )
-def test_network_refuses_sizes_and_taps_that_do_not_fit(changes, message):
+def test_network_refuses_sizes_and_out_indices_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
 

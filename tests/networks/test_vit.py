@@ -198,7 +198,7 @@ def test_attention_maps_are_no_longer_collected_after_an_error():
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_encoder_runs_on_all_patches_and_hands_out_taps():
+def test_encoder_runs_on_all_patches_and_returns_intermediate_features():
     network, image = tiny().eval(), draw(2, 2, 4, 9, 8)
     latent, features = network(image)
     embedding = network.patch_embedding
@@ -270,11 +270,11 @@ def test_dropout_acts_on_embedding_attention_and_mlp():
         assert not torch.equal(part(x), part(x)), part
 
 
-@pytest.mark.parametrize("features", [(2, 0), (0, 0), (0, 3), (-1, 2)])
-def test_encoder_refuses_taps_out_of_range_or_order(features):
+@pytest.mark.parametrize("out_indices", [(2, 0), (0, 0), (0, 3), (-1, 2)])
+def test_encoder_refuses_out_indices_out_of_range_or_order(out_indices):
     with pytest.raises(ValueError) as error:
-        tiny(out_indices=features)
-    assert str(list(features)) in str(error.value) and "from 0 to 2" in str(error.value)
+        tiny(out_indices=out_indices)
+    assert str(list(out_indices)) in str(error.value) and "from 0 to 2" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def evaluate(net: HiEndMAE, *handlers: Any) -> SupervisedEvaluator:
     return engine
 
 
-def test_feature_spread_is_the_deviation_over_all_tokens_of_the_taps() -> None:
+def test_feature_spread_is_the_deviation_over_all_tokens_of_each_block() -> None:
     net = network()
     metrics = evaluate(net, FeatureSpread(net)).state.metrics
     seen: dict[int, list[Tensor]] = {1: [], 2: []}

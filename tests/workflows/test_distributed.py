@@ -41,8 +41,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(4, 1, 12, 12, 12, generator=generator), torch.rand(4, 8, generator=generator).argsort(dim=1)
 
 
-def gradients(net: torch.nn.Module, images: torch.Tensor, permutation: torch.Tensor) -> dict[str, torch.Tensor]:
-    MaskedPatchLoss(6)(net(images, permutation), images).backward()
+def gradients(net: torch.nn.Module, images: torch.Tensor, ids_shuffle: torch.Tensor) -> dict[str, torch.Tensor]:
+    MaskedPatchLoss(6)(net(images, ids_shuffle), images).backward()
     parameters = getattr(net, "module", net).named_parameters()
     return {name: p.grad for name, p in parameters if p.grad is not None}
 
@@ -50,8 +50,8 @@ def gradients(net: torch.nn.Module, images: torch.Tensor, permutation: torch.Ten
 def one_of_two(rank: int, folder: str) -> None:
     """What each process does: its half of the batch, and the numbers it draws in an iteration."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    images, permutation = (tensor.chunk(WORLD)[rank] for tensor in batch())
-    grads = gradients(DistributedDataParallel(network()), images, permutation)
+    images, ids_shuffle = (tensor.chunk(WORLD)[rank] for tensor in batch())
+    grads = gradients(DistributedDataParallel(network()), images, ids_shuffle)
 
     class Engine:
         class state:  # noqa: N801 (as ignite names it)
