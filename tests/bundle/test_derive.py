@@ -12,7 +12,7 @@ import yaml
 from shared_networks.bundle.config_format import WIDTH, format_config
 from shared_networks.bundle.derive import FACTS, derive, derived_card, derived_files
 from shared_networks.errors import InputError
-from shared_networks.synthetic.phantom import label_names
+from shared_networks.synthetic.tissues import label_names
 from tests.conftest import ROOT
 
 BTCV, FLARE = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"

@@ -37,7 +37,7 @@ from shared_networks.datasets.record import read_record, training_record, write_
 from shared_networks.datasets.splits import Split
 from shared_networks.errors import InputError
 from shared_networks.networks.checkpoints import check_weights
-from shared_networks.synthetic.phantom import label_names
+from shared_networks.synthetic.tissues import label_names
 from shared_networks.version import __version__
 from tests.conftest import BUNDLES, ROOT
 

@@ -19,7 +19,7 @@ from shared_networks.datasets.labels import (
 )
 from shared_networks.datasets.record import training_record, write_model
 from shared_networks.errors import InputError
-from shared_networks.synthetic.phantom import label_names
+from shared_networks.synthetic.tissues import label_names
 from tests.conftest import BUNDLES, ROOT
 
 BTCV, FLARE = list(label_names("btcv")), list(label_names("flare"))

@@ -19,7 +19,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.transforms import Invertd
 from pydicom.dataset import FileDataset, FileMetaDataset
 
-from shared_networks.synthetic.phantom import label_names
+from shared_networks.synthetic.tissues import label_names
 from shared_networks.version import __version__
 
 from .conftest import BTCV, FLARE, LATER, SCANS, Server, bundle_run, read

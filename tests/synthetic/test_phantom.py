@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from shared_networks import files
 from shared_networks.synthetic import phantom
-from shared_networks.synthetic.anatomy import BTCV, FLARE22
 from shared_networks.synthetic.phantom import phantom_case, write_dataset
+from shared_networks.synthetic.tissues import BTCV, FLARE22
 
 SEEDS = range(16)
 # Of organs wholly in view, in ml: limits for every case and for the median one.

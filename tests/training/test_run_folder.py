@@ -14,7 +14,8 @@ from monai.bundle import ConfigWorkflow
 
 from shared_networks.datasets.record import read_record
 from shared_networks.errors import input_error_in
-from shared_networks.synthetic.phantom import label_names, write_dataset
+from shared_networks.synthetic.phantom import write_dataset
+from shared_networks.synthetic.tissues import label_names
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration

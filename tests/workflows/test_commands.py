@@ -18,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared_networks.synthetic.phantom import label_names
+from shared_networks.synthetic.tissues import label_names
 from tests.conftest import BUNDLES, ROOT
 
 pytestmark = pytest.mark.integration

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 
-from shared_networks.synthetic.phantom import label_names
+from shared_networks.synthetic.tissues import label_names
 from shared_networks.version import __version__
 from tests.conftest import BUNDLES, ROOT
 

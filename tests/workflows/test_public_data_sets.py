@@ -23,7 +23,7 @@ from shared_networks.datasets.lists import write_list
 from shared_networks.datasets.pairs import case_name
 from shared_networks.datasets.record import PARTS
 from shared_networks.errors import InputError, input_error_in
-from shared_networks.synthetic.phantom import label_names
+from shared_networks.synthetic.tissues import label_names
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration

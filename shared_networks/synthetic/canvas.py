@@ -1,0 +1,80 @@
+"""Paint structures on a voxel grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from shared_networks.synthetic.shapes import Array, Shape, Structure, bounds, distance, melt, pieces
+from shared_networks.synthetic.tissues import ORGANS, TISSUE_ID
+
+Box = tuple[slice, ...]
+
+FAR = 1e3  # mm; a distance that is not worth computing
+
+
+class Canvas:
+    """A patient on a voxel grid: where in the body each voxel lies, its tissue and its organ.
+
+    Args:
+        points: `[3, H, W, D]` positions in patient mm; axis i of the grid runs along coordinate i, up to small angles.
+    """
+
+    def __init__(self, points: Array) -> None:
+        self.points = points
+        self.tissue = np.zeros(points.shape[1:], np.uint8)
+        self.organ = np.zeros(points.shape[1:], np.uint8)
+        self.roof = np.full(points.shape[1:], FAR, np.float32)
+        across = ((1, 2), (0, 2), (0, 1))
+        self.low, self.high = ([f(p, a) for p, a in zip(points, across, strict=True)] for f in (np.min, np.max))
+
+    def box(self, corners: Array) -> Box:
+        """Return the voxels that may lie between two corners, `[2, 3]` in mm; empty slices where there are none."""
+        found = [
+            np.flatnonzero((top >= low) & (bottom <= high))
+            for bottom, top, low, high in zip(self.low, self.high, *corners, strict=True)
+        ]
+        return tuple(slice(f[0], f[-1] + 1) if f.size else slice(0, 0) for f in found)
+
+    def distance(self, shapes: Iterable[Shape], box: Box, blend: float, margin: float) -> Array:
+        """Return the distance in mm from the melted union of shapes over a box; `FAR` beyond `margin`."""
+        union = np.full(self.tissue[box].shape, FAR, np.float32)
+        for shape in shapes:
+            single = np.full_like(union, FAR)
+            for piece in pieces(shape):
+                near = tuple(
+                    slice(max(a.start, b.start), max(min(a.stop, b.stop), a.start, b.start))
+                    for a, b in zip(self.box(bounds(shape, piece, margin)), box, strict=True)
+                )
+                part = single[tuple(slice(n.start - b.start, n.stop - b.start) for n, b in zip(near, box, strict=True))]
+                if part.size:
+                    np.minimum(part, distance(shape, piece, self.points[(slice(None), *near)]), out=part)
+            union = melt(union, single, blend)
+        return union
+
+    def paint(self, structure: Structure) -> None:
+        """Paint a structure over what is there."""
+        margin = max(structure.halo, structure.blend)
+        corners = np.stack([bounds(s, p, margin) for s in structure.shapes for p in pieces(s)])
+        box = self.box(np.stack([corners[:, 0].min(0), corners[:, 1].max(0)]))
+        tissue, organ, roof = self.tissue[box], self.organ[box], self.roof[box]
+        outside = self.distance(structure.shapes, box, structure.blend, margin)
+        if structure.carve:
+            outside = -melt(-outside, self.distance(structure.carve, box, structure.blend, 30), structure.blend)
+        if structure.inside:
+            outside = np.maximum(outside, roof + 0.5)
+        if structure.within:
+            outside[organ != ORGANS.index(structure.within)] = FAR
+        around = (outside < structure.halo) & (roof < -1)
+        if structure.halo:
+            tissue[around], organ[around] = TISSUE_ID["fat"], 0
+        if structure.organ or not structure.within:
+            organ[outside < 0] = ORGANS.index(structure.organ or "background")
+        for depth, name in ((0, structure.tissue), *structure.layers):
+            tissue[outside < -depth] = TISSUE_ID[name]
+        lumen = outside < -structure.layers[-1][0] if structure.gas else np.zeros(0, bool)
+        if lumen.any():
+            height = self.points[1][box]
+            front, back = height[lumen].max(), height[lumen].min()
+            tissue[lumen & (height > front - structure.gas * (front - back))] = TISSUE_ID["gas"]
