@@ -12,9 +12,9 @@ def anatomy(rng: np.random.Generator) -> tuple[Structure, ...]:
     """List all structures in the order of painting: first those of the belly, then all around it or through it."""
     around = (
         *thorax.contents(),
-        *abdomen.great_vessels(),
+        *abdomen.great_vessels(rng),
         *pelvis.vessels(),
-        *abdomen.muscles(),
+        *abdomen.muscles(rng),
         *spine.bones(),
         *thorax.bones(),
         *pelvis.bones(),
