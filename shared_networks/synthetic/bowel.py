@@ -108,7 +108,7 @@ def duodenum(rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
     points[1:, :3] += rng.normal(0, 2.5, (7, 3))
     points[3:6, 2] -= rng.normal(4, 9)
     filling = SMALL[kind or choose(SMALL, rng)][1]
-    filling = filling._replace(width=(max(0.65, filling.width[0]), max(0.85, filling.width[1])))
+    filling = filling._replace(width=(max(0.65, filling.width[0]), min(1.1, max(0.85, filling.width[1]))))
     return (gut(points, filling, rng.uniform(2, 3), rng, organ="duodenum", halo=rng.uniform(0, 1.5)),)
 
 
