@@ -95,13 +95,13 @@ def spots(count: int, rng: np.random.Generator) -> tuple[Shape, ...]:
 
 def spleen(rng: np.random.Generator, size: float = 0) -> tuple[Structure, ...]:
     """Make the spleen, `size` times as wide as the usual one, drawn if 0, with notches and sometimes splenules."""
-    size = size or min(1.65, max(0.82, rng.lognormal(0.03, 0.15) + rng.uniform(0.2, 0.5) * (rng.random() < 0.1)))
+    size = size or min(1.5, max(0.8, rng.lognormal(0, 0.12) + rng.uniform(0.2, 0.5) * (rng.random() < 0.1)))
     long = rng.lognormal(0, 0.12)
     radii = np.array([33, 54, 62]) * size * (long**-0.5, long**-0.5, long)
     centre = np.array([-103, -8, 45]) + (size - 1) * np.array([14, 30, -60]) + rng.normal(0, (2, 6, 6))
     angles = np.array([-22, -8, -24]) + rng.normal(0, (12, 5, 10))
     notches = centre + rng.uniform((15, 0, -0.8), (32, 55, 0.8), (int(rng.integers(0, 4)), 3)) * (1, 1, radii[2])
-    hilum = ball(-62 + 26 * (size - 1), 22 + rng.normal(0, 5), 40 + rng.normal(0, 6), 34, 34, 48)
+    hilum = ball(*(centre + size * rng.normal((41, 30, -5), (1, 4, 5))), *(size * np.array([34, 34, 48])))
     extra = rng.normal((-72, 20, 15), (10, 12, 15), (rng.poisson(0.25), 3))
     body = ball(*centre, *radii, turn=(angles[0], angles[1], angles[2]))
     return (
@@ -129,7 +129,7 @@ def gallbladder(rng: np.random.Generator) -> tuple[Structure, ...]:
 
 def pancreas(rng: np.random.Generator) -> tuple[Structure, ...]:
     """Make the pancreas, level to steep and thick to thin and fatty, with the veins that run along it."""
-    tilt, arch, thick = rng.normal(0, 14), rng.normal(2, 8), float(np.clip(rng.normal(1, 0.13), 0.6, 1.3))
+    tilt, arch, thick = rng.normal(0, 14), rng.normal(2, 8), float(np.clip(rng.normal(1.04, 0.12), 0.6, 1.35))
 
     def course(points: Array, radius: float) -> Shape:
         line = points * (1, 1, 1, radius)

@@ -75,8 +75,11 @@ def varied(structures: Iterable[Structure], rng: np.random.Generator) -> list[St
             if organ not in changes:
                 centre = np.concatenate([s.path[:, :3] for s in structure.shapes]).mean(0)
                 changes[organ] = Change(centre, stretch[organ], move[organ])
-            shapes = tuple(changed(shape, changes[organ], organ in FIXED) for shape in structure.shapes)
-            structure = structure._replace(shapes=shapes)
+            shapes, carve = (
+                tuple(changed(shape, changes[organ], organ in FIXED) for shape in group)
+                for group in (structure.shapes, structure.carve)
+            )
+            structure = structure._replace(shapes=shapes, carve=carve)
         result.append(structure)
     return result
 
