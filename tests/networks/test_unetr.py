@@ -247,5 +247,5 @@ def test_network_refuses_sizes_and_out_indices_that_do_not_fit(changes, message)
 def test_network_refuses_images_of_other_channels_or_sizes():
     with pytest.raises(ValueError, match=r"\[1, 1, 12, 18, 16\] is not \[B, 2, H, W, D\]"):
         tiny()(torch.zeros(1, 1, 12, 18, 16))
-    with pytest.raises(ValueError, match=r"image size \[12, 18, 9\] is not divisible by patch size \[6, 6, 4\]"):
+    with pytest.raises(ValueError, match=r"image size \[12, 18, 9\] is not divisible by patch size \[6, 6, 8\]"):
         tiny()(torch.zeros(1, 2, 12, 18, 9))
