@@ -40,10 +40,11 @@ class Structure(NamedTuple):
         layers: Further tissues from outside in, as (depth in mm, tissue).
         within: Organ to which painting is confined.
         carve: Shapes to take away.
-        blend: Over how many mm neighbouring shapes melt into each other.
+        blend: Over how many mm neighbouring shapes melt into each other; if negative, how far apart they stay.
         halo: Width in mm of the fat around the structure.
         gas: Share of the innermost layer's height that is gas, at the front, as the patient lies supine.
         inside: Whether the structure stays within the abdominal wall and below the diaphragm.
+        deep: Whether the structure stays outside the belly and beneath the subcutaneous fat.
     """
 
     tissue: str
@@ -56,6 +57,7 @@ class Structure(NamedTuple):
     halo: float = 0
     gas: float = 0
     inside: bool = True
+    deep: bool = False
 
 
 def ball(x: float, y: float, z: float, *radii: float, turn: Triple = (0, 0, 0)) -> Shape:
