@@ -56,11 +56,10 @@ class Canvas:
         union = np.full(self.tissue[box].shape, FAR, np.float32)
         other = union.copy() if blend < 0 else union
         for shape in shapes:
-            parts = pieces(shape)
-            corners = np.stack([bounds(shape, piece, margin) for piece in parts])
+            corners = bounds(shape, margin)
             here = overlap(self.box(np.stack([corners[:, 0].min(0), corners[:, 1].max(0)])), box)
             single = np.full(self.tissue[here].shape, FAR, np.float32)
-            for piece, corner in zip(parts, corners, strict=True):
+            for piece, corner in zip(pieces(shape), corners, strict=True):
                 near = overlap(self.box(corner), here)
                 part = single[within(near, here)]
                 if part.size:
@@ -76,7 +75,7 @@ class Canvas:
     def paint(self, structure: Structure) -> None:
         """Paint a structure over what is there."""
         margin = max(structure.halo, abs(structure.blend))
-        corners = np.stack([bounds(s, p, margin) for s in structure.shapes for p in pieces(s)])
+        corners = np.concatenate([bounds(shape, margin) for shape in structure.shapes])
         box = self.box(np.stack([corners[:, 0].min(0), corners[:, 1].max(0)]))
         tissue, organ, roof = self.tissue[box], self.organ[box], self.roof[box]
         outside = self.distance(structure.shapes, box, structure.blend, margin)

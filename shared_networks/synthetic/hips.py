@@ -24,8 +24,8 @@ THIGH = {-225: (102, 26, 48, 52), -300: (102, 20, 66, 78), -340: (101, 18, 67, 7
          -470: (92, 20, 63, 68), -560: (86, 22, 56, 60)}
 # Half width, front and back of the cavity within bones and pelvic floor.
 CAVITY = {-95: (170, 190, -90), -120: (135, 170, -60), -140: (112, 150, -40), -170: (97, 140, -26),
-          -200: (80, 128, -20), -225: (62, 112, -29), -245: (54, 78, -37), -265: (44, 52, -35), -285: (30, 46, -25),
-          -300: (9, 24, -6)}
+          -200: (80, 128, -20), -225: (62, 112, -29), -245: (54, 78, -37), -260: (44, 54, -36), -275: (30, 48, -30),
+          -290: (10, 26, -12)}
 WALL_BACK = {-95: (-80,), -112: (-15,), -135: (40,), -165: (66,), -270: (70,)}  # the abdominal wall lies before this y
 SEMILUNAR = {-95: (70,), -165: (58,), -220: (38,), -260: (24,)}  # half width of both rectus muscles
 CLEFT = {-228: (-99,), -245: (-62,), -275: (-46,), -310: (-26,), -335: (0,), -340: (99,)}  # it lies behind this y
@@ -45,6 +45,15 @@ def oval(x: Array, y: Array, half_width: Array, front: Array, back: Array) -> Ar
     y = y - (front + back) / 2
     level = np.abs(x / half_width) ** 2.3 + np.abs(y / ((front - back) / 2)) ** 2.3 + 1e-6
     return np.hypot(x, y) * (1 - level ** (-1 / 2.3))
+
+
+def pose_hips(points: Array, rng: np.random.Generator) -> None:
+    """Make hips wider or narrower and lay the thighs apart or together, in place: `[3, H, W, D]` in patient mm."""
+    wider, apart = rng.normal(0, 0.04), rng.normal(0.01, 0.025)
+    below = np.count_nonzero(points[2].min((0, 1)) < TOP)  # slices, from the lowest
+    x, z = points[0, ..., :below], points[2, ..., :below]
+    x *= 1 - wider * np.clip((TOP - z) / 120, 0, 1)
+    x -= apart * np.tanh(x / 25) * np.maximum(-270 - z, 0)
 
 
 def merge_hips(
@@ -80,7 +89,7 @@ def merge_hips(
     outer = np.maximum(outer, x * x / 1500 - 64 - 1.25 * fat - y)  # flat on the table
     thick = wall * (0.7 + 0.4 * x / radius - 0.6 * np.exp(-((x / 6) ** 2)) * (y > 20))
     inner = np.maximum(lower + thick, oval(x, y, *at(CAVITY, z)))
-    inner = np.maximum(inner, -304 - z)
+    inner = np.maximum(inner, -293 - z)
     share = np.clip((TOP - z) / (TOP - MERGED), 0, 1)
     for upper, new in ((core, lower), (skin, outer), (lining, inner)):
         upper[box] += share * (new - upper[box])
@@ -107,6 +116,6 @@ def open_planes(canvas: Canvas, box: Box, core: Array, skin: Array, lining: Arra
     seam = (np.abs(x - at(SEMILUNAR, z)[0]) < 2.5) & (y > 20) & (z < -100)
     deep = (core < 0) & (lining > 0)
     tissue[deep & (~in_wall | seam) & (z < TOP)] = TISSUE_ID["fat"]
-    tissue[deep & (lining < 4.5) & (z < -262) & (y < 45)] = TISSUE_ID["muscle"]  # pelvic floor
+    tissue[deep & (lining < 4.5) & (z < -256) & (y < 45)] = TISSUE_ID["muscle"]  # pelvic floor
     cleft = (skin[box] < 0) & (x < 2.5) & (y < at(CLEFT, z)[0]) & (core > -40) & (z < -228)
     tissue[cleft] = TISSUE_ID["skin"]

@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from shared_networks.synthetic.appearance import smooth_field
 from shared_networks.synthetic.canvas import Canvas
+from shared_networks.synthetic.hips import pose_hips
 from shared_networks.synthetic.shapes import Array, Structure
 from shared_networks.synthetic.tissues import ABSENT, ORGANS
 from shared_networks.synthetic.trunk import Habitus, paint_trunk
@@ -69,6 +70,7 @@ def place(
         point[...] = row[0] * i + row[1] * j + row[2] * k + row[3]
         point += rng.uniform(3, 5) * smooth_field(rng, shape, spacing, 75)
         point += rng.uniform(0.9, 1.6) * smooth_field(rng, shape, spacing, 24)
+    pose_hips(points, rng)
     canvas = Canvas(points, female)
     paint_trunk(canvas, Habitus(fat, rng.uniform(10, 15), belly, female))
     affine[:3, 3] += rng.uniform(-300, 300, 3)  # the scanner's origin is anywhere

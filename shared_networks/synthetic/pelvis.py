@@ -10,19 +10,19 @@ from shared_networks.synthetic.shapes import Shape, Structure, ball, mirrored, t
 
 # fmt: off
 ILIAC_ARTERIES = mirrored(
-    tube((-4, 31, -84, 6.5), (-24, 28, -116, 6), (-46, 26, -150, 5.5), (-60, 40, -190, 5), (-70, 64, -225, 4.5),
-         (-76, 78, -250, 4.5), (-80, 76, -290, 4.5), (-76, 66, -350, 4), (-66, 48, -430, 3.5), (-60, 36, -500, 3)),
+    tube((-4, 31, -84, 6.5), (-22, 30, -116, 6), (-40, 34, -150, 5.5), (-47, 46, -190, 5), (-64, 70, -225, 4.5),
+         (-75, 80, -250, 4.5), (-80, 76, -290, 4.5), (-76, 66, -350, 4), (-66, 48, -430, 3.5), (-60, 36, -500, 3)),
     tube((-78, 76, -280, 4), (-100, 48, -335, 3), (-98, 26, -420, 2.5), (-92, 20, -480, 2)),
-    tube((-45, 26, -148, 4.5), (-46, 2, -178, 4.5), (-50, -10, -212, 3), (-54, -16, -245, 2.5), (-84, -30, -262, 2)),
-    tube((-46, 2, -178, 3), (-50, 12, -215, 2.2), (-38, 16, -248, 1.8)),
+    tube((-39, 32, -148, 4.5), (-44, 4, -178, 4.5), (-50, -10, -212, 3), (-54, -16, -245, 2.5), (-84, -30, -262, 2)),
+    tube((-44, 4, -178, 3), (-50, 12, -215, 2.2), (-38, 16, -248, 1.8)),
 )
 ILIAC_VEINS = (
-    tube((18, 26, -92, 8), (36, 18, -122, 7.5), (52, 16, -155, 7)),
-    tube((18, 26, -92, 8), (-14, 18, -120, 7.5), (-42, 14, -155, 7), (-52, 16, -162, 6)),
+    tube((18, 26, -92, 8), (30, 18, -122, 7.5), (40, 18, -155, 7)),
+    tube((18, 26, -92, 8), (-12, 18, -120, 7.5), (-34, 17, -150, 7), (-40, 18, -158, 6)),
     *mirrored(
-        tube((52, 16, -155, 7), (58, 32, -190, 6.5), (62, 54, -224, 6.5), (64, 72, -250, 6.5), (68, 68, -292, 6),
+        tube((40, 18, -155, 7), (44, 32, -190, 6.5), (56, 58, -224, 6.5), (62, 74, -250, 6.5), (68, 68, -292, 6),
              (72, 56, -350, 5.5), (68, 38, -430, 5), (60, 26, -500, 4.5)),
-        tube((50, 14, -160, 5.5), (50, -6, -185, 5), (52, -16, -218, 3.5), (44, -6, -250, 3)),
+        tube((40, 16, -158, 5.5), (47, -4, -185, 5), (52, -16, -218, 3.5), (44, -6, -250, 3)),
         tube((66, 76, -285, 4), (58, 82, -305, 3), (42, 62, -380, 2.6), (36, 44, -480, 2.6)),
     ),
 )
@@ -37,7 +37,7 @@ SACRUM = (
     tube((0, -48, -158, 4), (0, -57, -185, 4), (0, -56, -215, 4)),
     tube((0, -46, -258, 5), (0, -42, -270, 4), (0, -34, -283, 3), flat=TENDED),
 )
-FORAMINA = mirrored(*(tube((x, y + 16, z - 3, r), (x, y, z, r), (x + 2, y - 20, z + 2, r - 1))
+FORAMINA = mirrored(*(tube((x, y + 6, z - 1, r), (x, y, z, r), (x + 2, y - 20, z + 2, r - 1))
                       for x, y, z, r in ((23, -20, -174, 5), (20, -32, -198, 4.5), (17, -42, -220, 4))))
 SACRAL_CANAL = tube((0, -24, -148, 9), (0, -34, -180, 7), (0, -46, -212, 4), flat=TENDED)
 BLADE = (1, 1, 2.8)  # the iliac wing is a sheet: stacked tubes, taller than thick
@@ -123,16 +123,22 @@ def muscles(rng: np.random.Generator) -> tuple[Structure, ...]:
     return (
         *(Structure("muscle", side, blend=-apart, deep=True) for side in both(MUSCLES, bulk)),
         *(Structure("muscle", side, blend=-apart) for side in both(INNER_MUSCLES, 0)),
-        Structure("muscle", mirrored(*(ball(*node, *rng.uniform(2, 5, 3)) for node in nodes))),  # lymph nodes
+        Structure("muscle", mirrored(*(ball(*node, *rng.uniform(2, 5, 3)) for node in nodes)), deep=True),  # lymph nodes
         Structure("muscle", (ANAL_CANAL,), layers=((7, "gut wall"),)),
     )
 
 
-def vessels() -> tuple[Structure, ...]:
-    """List the vessels of pelvis and thighs."""
+def vessels(rng: np.random.Generator) -> tuple[Structure, ...]:
+    """List the vessels of pelvis and thighs, the arteries of some with plaques of calcium."""
+    plaques: list[Shape] = []
+    for artery in ILIAC_ARTERIES[:2] * (rng.random() < 0.35):
+        x, y, z, radius = artery.path[rng.choice(len(artery.path), 7)].T
+        angle = rng.uniform(-np.pi, np.pi, 7)
+        plaques += map(ball, x + radius * np.cos(angle), y + radius * np.sin(angle), z, rng.uniform(1, 2.4, 7))
     return (
         Structure("caval blood", ILIAC_VEINS, halo=0.5),
         Structure("arterial blood", ILIAC_ARTERIES, halo=0.5),
+        Structure("cortical bone", tuple(plaques)),
     )
 
 
@@ -196,7 +202,7 @@ def bladder(rng: np.random.Generator) -> tuple[Structure, ...]:
     """Make a bladder of 30 to 700 ml, sometimes with layered contrast or a catheter."""
     radius = (750 / np.pi * np.exp(rng.uniform(np.log(30), np.log(700)))) ** (1 / 3)
     wide, deep, tall = radius * np.array([rng.uniform(1.05, 1.2), rng.uniform(0.85, 1), 1 / rng.uniform(0.95, 1.05)])
-    centre = np.array([rng.normal(0, 3), 48 - 0.75 * deep + 0.12 * tall, -268 + tall])
+    centre = np.array([rng.normal(0, 3), 48 - 0.75 * deep + 0.4 * tall, -268 + tall])
     wall = rng.uniform(2, 3) + 3 * (radius < 28)
     shape, (x, y, z) = ball(*centre, wide, deep, tall), centre
     lumen = ball(*centre, wide - wall, deep - wall, tall - wall)
@@ -251,7 +257,7 @@ def surface(rng: np.random.Generator, female: bool) -> tuple[Structure, ...]:
     y = rng.uniform(60, 78)
     penis = tube((0, 78, -292, 13), (rng.normal(0, 8), 108, -302, 15), (rng.normal(0, 14), 116, -345, 14))
     return (
-        Structure("muscle", mirrored(tube((56, 82, -225, 4), (24, 92, -262, 5.5), (18, y - 6, -318, 5)))),  # cords
+        Structure("muscle", mirrored(tube((56, 82, -225, 4), (24, 88, -262, 5), (18, y - 6, -318, 5)))),  # cords
         *hernias,
         Structure("skin", (ball(0, y, -338, 38, 26, 32),), layers=((3, "fat"),)),
         Structure("gut wall", mirrored(ball(17, y, -342, 13, 15, 20))),
