@@ -54,7 +54,7 @@ def place(
     top = rng.uniform(40, 90) if rng.random() < 0.12 else rng.uniform(125, 175)
     if reach:
         bottom, top = reach
-    width = 300 + 40 * float(np.clip((-120 - bottom) / 100, 0, 1))  # hips are wider
+    width = 300 + 50 * float(np.clip((-120 - bottom) / 100, 0, 1))  # hips are wider
     extent = np.array([width, 196 + belly, top - bottom]) * scale + np.array([2.6 * fat + 30, 2.4 * fat + 50, 0])
     shape = tuple(int(n) for n in np.ceil(extent / spacing))
 

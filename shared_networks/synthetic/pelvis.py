@@ -123,7 +123,7 @@ def muscles(rng: np.random.Generator) -> tuple[Structure, ...]:
     return (
         *(Structure("muscle", side, blend=-apart, deep=True) for side in both(MUSCLES, bulk)),
         *(Structure("muscle", side, blend=-apart) for side in both(INNER_MUSCLES, 0)),
-        Structure("muscle", mirrored(*(ball(*node, *rng.uniform(2, 5, 3)) for node in nodes)), deep=True),  # lymph nodes
+        Structure("muscle", mirrored(*(ball(*node, *rng.uniform(2, 5, 3)) for node in nodes)), deep=True),  # nodes
         Structure("muscle", (ANAL_CANAL,), layers=((7, "gut wall"),)),
     )
 
