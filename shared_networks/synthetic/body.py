@@ -8,15 +8,18 @@ from shared_networks.synthetic import abdomen, pelvis, spine, thorax
 from shared_networks.synthetic.shapes import Structure
 
 
-def anatomy(rng: np.random.Generator) -> tuple[Structure, ...]:
+def anatomy(rng: np.random.Generator, female: bool = False) -> tuple[Structure, ...]:
     """List all structures in the order of painting: first those of the belly, then all around it or through it."""
+    belly = (*abdomen.organs(rng), *pelvis.viscera(rng, female))
     around = (
         *thorax.contents(),
-        *abdomen.great_vessels(),
-        *pelvis.vessels(),
         *abdomen.muscles(),
+        *pelvis.muscles(rng),
+        *abdomen.great_vessels(),
+        *pelvis.vessels(rng),
+        *pelvis.surface(rng, female),
         *spine.bones(),
         *thorax.bones(),
-        *pelvis.bones(),
+        *pelvis.bones(rng),
     )
-    return (*abdomen.organs(rng), *(structure._replace(inside=False) for structure in around))
+    return (*belly, *(structure._replace(inside=False) for structure in around))

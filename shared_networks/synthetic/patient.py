@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from shared_networks.synthetic.appearance import smooth_field
 from shared_networks.synthetic.canvas import Canvas
+from shared_networks.synthetic.hips import pose_hips
 from shared_networks.synthetic.shapes import Array, Structure
 from shared_networks.synthetic.tissues import ABSENT, ORGANS
 from shared_networks.synthetic.trunk import Habitus, paint_trunk
@@ -46,14 +47,15 @@ def place(
     """
     in_plane = voxel_mm * rng.uniform(0.88, 1.12)
     spacing = np.array([in_plane, in_plane, max(in_plane, rng.uniform(voxel_mm, max(voxel_mm, 5)))])
-    habitus = rng.beta(1.6, 2.2)  # 0 is thin, 1 obese
+    habitus, female = rng.beta(1.6, 2.2), bool(rng.random() < 0.5)  # 0 is thin, 1 obese
     scale = rng.normal(1, 0.02) * np.array([0.97 + 0.08 * habitus, 0.97 + 0.08 * habitus, rng.normal(1, 0.02)])
     fat, belly = 5 + 38 * habitus**1.6, 30 * habitus
     bottom = rng.uniform(-60, -10) if rng.random() < 0.12 else rng.uniform(-200, -120)
     top = rng.uniform(40, 90) if rng.random() < 0.12 else rng.uniform(125, 175)
     if reach:
         bottom, top = reach
-    extent = np.array([300, 196 + belly, top - bottom]) * scale + np.array([2.4 * fat + 30, 2.4 * fat + 50, 0])
+    width = 300 + 50 * float(np.clip((-120 - bottom) / 100, 0, 1))  # hips are wider
+    extent = np.array([width, 196 + belly, top - bottom]) * scale + np.array([2.6 * fat + 30, 2.4 * fat + 50, 0])
     shape = tuple(int(n) for n in np.ceil(extent / spacing))
 
     affine, tilt = np.eye(4), rng.normal(0, 3, 3) * (rng.random() < 0.3)
@@ -68,7 +70,8 @@ def place(
         point[...] = row[0] * i + row[1] * j + row[2] * k + row[3]
         point += rng.uniform(3, 5) * smooth_field(rng, shape, spacing, 75)
         point += rng.uniform(0.9, 1.6) * smooth_field(rng, shape, spacing, 24)
-    canvas = Canvas(points)
-    paint_trunk(canvas, Habitus(fat, rng.uniform(10, 15), belly))
+    pose_hips(points, rng)
+    canvas = Canvas(points, female)
+    paint_trunk(canvas, Habitus(fat, rng.uniform(10, 15), belly, female))
     affine[:3, 3] += rng.uniform(-300, 300, 3)  # the scanner's origin is anywhere
     return canvas, spacing, affine

@@ -25,7 +25,7 @@ def vertebra(z: float) -> tuple[Shape, ...]:
 SPINE = range(-170, 260, 30)
 DISCS = tube(*((0, spine(z), z, 1) for z in SPINE), flat=(21, 15.5, 9))
 CANAL = tube(*((0, spine(z) - 24, z, 8) for z in SPINE))
-VERTEBRAE = tuple(bone for z in range(-160, 240, 32) for bone in vertebra(z))
+VERTEBRAE = tuple(bone for z in range(-128, 240, 32) for bone in vertebra(z))
 
 
 def bones() -> tuple[Structure, ...]:

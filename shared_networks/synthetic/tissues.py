@@ -27,7 +27,7 @@ TISSUES = {
     "renal cortex": (34, 185, 178, 140, 7), "renal medulla": (31, 75, 145, 148, 7), "urine": (6, 8, 14, 330, 4),
     "bile": (9, 9, 10, 10, 3), "gallstone": (190, 190, 190, 190, 30), "cyst": (6, 6, 7, 7, 3),
     "metastasis": (38, 52, 66, 66, 8), "gut wall": (38, 84, 90, 74, 8), "oesophageal wall": (40, 58, 64, 60, 8),
-    "chyme": (22, 22, 24, 26, 16), "stool": (-10, -10, -10, -10, 90),
+    "chyme": (22, 22, 24, 26, 16), "stool": (-10, -10, -10, -10, 90), "metal": (3000, 3000, 3000, 3000, 50),
 }
 # fmt: on
 TISSUE_ID = {name: number for number, name in enumerate(TISSUES)}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shared_networks.synthetic.canvas import FAR, Canvas
+from shared_networks.synthetic.hips import merge_hips, open_planes
 from shared_networks.synthetic.shapes import melt
 from shared_networks.synthetic.tissues import TISSUE_ID
 
@@ -18,23 +19,26 @@ class Habitus(NamedTuple):
         fat: thickness of the subcutaneous fat in mm.
         wall: thickness of the muscle wall at the flanks in mm.
         belly: how far the belly bulges forward in mm.
+        female: whether the patient is a woman.
     """
 
     fat: float
     wall: float
     belly: float
+    female: bool = False
 
 
 def paint_trunk(canvas: Canvas, habitus: Habitus) -> None:
     """Paint table, skin, fat, muscle wall, ribs, lungs and diaphragm, and leave the belly full of fat.
 
-    Sets `canvas.roof`, the distance in mm from the lining of the belly, negative inside.
+    Sets `canvas.roof`, the distance in mm from the lining of the belly, negative inside, and `canvas.core`, that from
+    what lies beneath the subcutaneous fat.
 
     Args:
         canvas: an empty canvas.
         habitus: of the patient.
     """
-    fat, wall, belly = habitus.fat, habitus.wall, habitus.belly
+    fat, wall, belly, _ = habitus
     x, y, z = canvas.points[0], canvas.points[1] - 38, canvas.points[2]
     radius = np.hypot(x, y) + 1e-3
     width = 141 + 9 * np.cos((z - 40) / 60) - 0.15 * np.maximum(z - 120, 0)
@@ -43,6 +47,7 @@ def paint_trunk(canvas: Canvas, habitus: Habitus) -> None:
     skin = core - fat * (1 + 0.35 * np.abs(x) / radius - 0.25 * y / radius)
     linea_alba = 0.6 * np.exp(-((x / 6) ** 2)) * (y > 0) * np.clip((80 - z) / 40, 0, 1)
     lining = core + wall * (0.7 + 0.4 * np.abs(x) / radius - linea_alba)
+    lower = merge_hips(canvas, core, skin, lining, *habitus)
 
     dome = np.full_like(core, FAR)
     for cx, cy, rx, ry, top in ((62, 4, 76, 108, 122), (-62, 4, 76, 108, 106), (0, 24, 62, 98, 94)):
@@ -66,4 +71,5 @@ def paint_trunk(canvas: Canvas, habitus: Habitus) -> None:
         ("fat", (lining < 0) & (dome < 0)),
     ):
         canvas.tissue[where] = TISSUE_ID[name]
-    canvas.roof = np.maximum(lining, dome)
+    open_planes(canvas, lower, core, skin, lining, wall)
+    canvas.roof, canvas.core = np.maximum(lining, dome), core
