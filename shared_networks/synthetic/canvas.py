@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared_networks.synthetic.shapes import Array, Shape, Structure, bounds, distance, melt, pieces
 from shared_networks.synthetic.tissues import ORGANS, TISSUE_ID
 
+if TYPE_CHECKING:
+    from shared_networks.synthetic.trunk import Habitus
+
 Box = tuple[slice, ...]
 
 FAR = 1e3  # mm; a distance that is not worth computing
+
+
+def overlap(first: Box, second: Box) -> Box:
+    """Return the voxels that two boxes share; empty slices where they share none."""
+    pairs = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(first, second, strict=True)]
+    return tuple(slice(start, max(start, stop)) for start, stop in pairs)
+
+
+def shifted(box: Box, frame: Box) -> Box:
+    """Return a box as indices into an array that covers a larger one."""
+    return tuple(slice(b.start - f.start, b.stop - f.start) for b, f in zip(box, frame, strict=True))
 
 
 class Canvas:
@@ -19,10 +34,11 @@ class Canvas:
 
     Args:
         points: `[3, H, W, D]` positions in patient mm; axis i of the grid runs along coordinate i, up to small angles.
+        habitus: the build of the patient.
     """
 
-    def __init__(self, points: Array) -> None:
-        self.points = points
+    def __init__(self, points: Array, habitus: Habitus) -> None:
+        self.points, self.habitus = points, habitus
         self.tissue = np.zeros(points.shape[1:], np.uint8)
         self.organ = np.zeros(points.shape[1:], np.uint8)
         self.roof = np.full(points.shape[1:], FAR, np.float32)
@@ -41,16 +57,17 @@ class Canvas:
         """Return the distance in mm from the melted union of shapes over a box; `FAR` beyond `margin`."""
         union = np.full(self.tissue[box].shape, FAR, np.float32)
         for shape in shapes:
-            single = np.full_like(union, FAR)
-            for piece in pieces(shape):
-                near = tuple(
-                    slice(max(a.start, b.start), max(min(a.stop, b.stop), a.start, b.start))
-                    for a, b in zip(self.box(bounds(shape, piece, margin)), box, strict=True)
-                )
-                part = single[tuple(slice(n.start - b.start, n.stop - b.start) for n, b in zip(near, box, strict=True))]
+            corners = np.stack([bounds(shape, piece, margin) for piece in pieces(shape)])
+            whole = overlap(self.box(np.stack([corners[:, 0].min(0), corners[:, 1].max(0)])), box)
+            local = union[shifted(whole, box)]
+            single = np.full_like(local, FAR) if blend else local
+            for piece, around in zip(pieces(shape), corners, strict=True):
+                near = overlap(self.box(around), whole)
+                part = single[shifted(near, whole)]
                 if part.size:
                     np.minimum(part, distance(shape, piece, self.points[(slice(None), *near)]), out=part)
-            union = melt(union, single, blend)
+            if blend:
+                local[...] = melt(local, single, blend)
         return union
 
     def paint(self, structure: Structure) -> None:
