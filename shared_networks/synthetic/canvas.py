@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared_networks.synthetic.shapes import Array, Shape, Structure, bounds, distance, melt, pieces
 from shared_networks.synthetic.tissues import ORGANS, TISSUE_ID
+
+if TYPE_CHECKING:
+    from shared_networks.synthetic.trunk import Habitus
 
 Box = tuple[slice, ...]
 
@@ -30,12 +34,11 @@ class Canvas:
 
     Args:
         points: `[3, H, W, D]` positions in patient mm; axis i of the grid runs along coordinate i, up to small angles.
-        female: whether the patient is a woman.
+        habitus: the build of the patient.
     """
 
-    def __init__(self, points: Array, female: bool = False) -> None:
-        self.points = points
-        self.female = female
+    def __init__(self, points: Array, habitus: Habitus) -> None:
+        self.points, self.habitus = points, habitus
         self.tissue = np.zeros(points.shape[1:], np.uint8)
         self.organ = np.zeros(points.shape[1:], np.uint8)
         self.roof = np.full(points.shape[1:], FAR, np.float32)

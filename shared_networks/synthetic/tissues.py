@@ -19,7 +19,7 @@ ABSENT = {"gallbladder": 0.12, "right kidney": 0.03, "left kidney": 0.03, "splee
 TISSUES = {
     "air": (-1000, -1000, -1000, -1000, 0), "table": (-120, -120, -120, -120, 15), "gas": (-960, -960, -960, -960, 10),
     "skin": (20, 25, 30, 30, 10), "fat": (-104, -103, -102, -102, 9), "muscle": (52, 57, 62, 62, 9),
-    "lung": (-850, -845, -840, -840, 45), "heart": (42, 190, 150, 110, 10), "cortical bone": (650, 650, 655, 655, 90),
+    "lung": (-850, -845, -840, -840, 45), "cortical bone": (650, 650, 655, 655, 90),
     "trabecular bone": (150, 155, 160, 160, 40), "cartilage": (95, 95, 100, 100, 15), "disc": (75, 75, 80, 80, 8),
     "spinal canal": (25, 28, 30, 30, 6), "arterial blood": (42, 310, 160, 112, 4), "caval blood": (40, 85, 140, 110, 6),
     "portal blood": (41, 130, 178, 116, 4), "hepatic blood": (41, 62, 165, 114, 3), "liver": (56, 68, 108, 92, 6),
@@ -28,6 +28,11 @@ TISSUES = {
     "bile": (9, 9, 10, 10, 3), "gallstone": (190, 190, 190, 190, 30), "cyst": (6, 6, 7, 7, 3),
     "metastasis": (38, 52, 66, 66, 8), "gut wall": (38, 84, 90, 74, 8), "oesophageal wall": (40, 58, 64, 60, 8),
     "chyme": (22, 22, 24, 26, 16), "stool": (-10, -10, -10, -10, 90), "metal": (3000, 3000, 3000, 3000, 50),
+}
+TISSUES |= {  # of the chest
+    "myocardium": (42, 100, 112, 92, 8), "pulmonary blood": (41, 230, 155, 112, 5), "atelectasis": (40, 78, 88, 76, 9),
+    "effusion": (12, 12, 13, 13, 4), "thyroid": (105, 170, 160, 140, 12), "gland": (32, 42, 50, 48, 22),
+    "lymph node": (38, 72, 86, 74, 6), "metal": (3000, 3000, 3000, 3000, 0),
 }
 # fmt: on
 TISSUE_ID = {name: number for number, name in enumerate(TISSUES)}
