@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared_networks.synthetic.shapes import Array, Shape, Structure, bounds, distance, melt, pieces
 from shared_networks.synthetic.tissues import ORGANS, TISSUE_ID
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 Box = tuple[slice, ...]
 
 FAR = 1e3  # mm; a distance that is not worth computing
+WAVES = np.array(  # of the mottled texture, in 1/mm
+    [(0.62, 0.13, -0.2), (-0.2, 0.55, 0.21), (0.11, -0.31, 0.43), (0.2, 0.26, 0.08), (-0.83, 0.37, 0.3),
+     (0.45, -0.8, 0.1), (0.09, 0.15, -0.14), (-0.33, -0.19, 0.07), (0.27, 0.71, -0.5)], np.float32
+)  # fmt: skip
 
 
 def overlap(first: Box, second: Box) -> Box:
@@ -39,6 +45,7 @@ class Canvas:
 
     def __init__(self, points: Array, habitus: Habitus) -> None:
         self.points, self.habitus = points, habitus
+        self.up = -1 if habitus.prone else 1  # gas rises along y times this
         self.tissue = np.zeros(points.shape[1:], np.uint8)
         self.organ = np.zeros(points.shape[1:], np.uint8)
         self.roof = np.full(points.shape[1:], FAR, np.float32)
@@ -97,8 +104,25 @@ class Canvas:
             organ[outside < 0] = ORGANS.index(structure.organ or "background")
         for depth, name in ((0, structure.tissue), *structure.layers):
             tissue[outside < -depth] = TISSUE_ID[name]
-        lumen = outside < -structure.layers[-1][0] if structure.gas else np.zeros(0, bool)
-        if lumen.any():
-            height = self.points[1][box]
-            front, back = height[lumen].max(), height[lumen].min()
-            tissue[lumen & (height > front - structure.gas * (front - back))] = TISSUE_ID["gas"]
+        if structure.gas or structure.sediment[1] or structure.mottle[1]:
+            self.fill(structure, box, outside < -(structure.layers[-1][0] if structure.layers else 0))
+
+    def fill(self, structure: Structure, box: Box, lumen: NDArray[np.bool_]) -> None:
+        """Paint patches, sediment and gas into the innermost layer of a structure, given as a mask of the box."""
+        tissue = self.tissue[box]
+        inner = np.flatnonzero(lumen)
+        if not inner.size:
+            return
+        places = self.points[(slice(None), *box)].reshape(3, -1)[:, inner]
+        height = self.up * places[1]
+        top, deep = height.max(), height.max() - height.min()
+        patch, share = structure.mottle
+        if share:
+            waves = np.sin(WAVES @ (places + structure.shapes[0].path[0, :3, None])).sum(0)
+            tissue.flat[inner[waves > np.sqrt(len(WAVES) / 2) * NormalDist().inv_cdf(1 - share)]] = TISSUE_ID[patch]
+        for name, where in (
+            (structure.sediment[0], height < top - (1 - structure.sediment[1]) * deep),
+            ("gas", height > top - structure.gas * deep),
+        ):
+            if name:
+                tissue.flat[inner[where]] = TISSUE_ID[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -10,26 +11,89 @@ from scipy.spatial.transform import Rotation
 from shared_networks.synthetic.appearance import smooth_field
 from shared_networks.synthetic.canvas import Canvas
 from shared_networks.synthetic.hips import pose_hips
-from shared_networks.synthetic.shapes import Array, Structure
-from shared_networks.synthetic.tissues import ABSENT, ORGANS
+from shared_networks.synthetic.shapes import Array, Shape, Structure
+from shared_networks.synthetic.tissues import ABSENT, ORGANS, TISSUE_ID
 from shared_networks.synthetic.trunk import Habitus, paint_trunk
+
+FIXED = ("aorta", "inferior vena cava", "esophagus")  # they grow in width only
+SPREAD = {"liver": 0.05, "spleen": 0.05, "stomach": 0.06, "aorta": 0.04, "inferior vena cava": 0.05, "esophagus": 0.08}
+
+
+def drift(places: Array, waves: Array, phases: Array, size: Array) -> Array:
+    """Return how far organs at `places` `[n, 3]` lie from the usual, `[n, 3]` in mm: smooth, and least at the spine."""
+    x, y, z = places.T
+    free = (1 - 0.6 * np.exp(-((x / 45) ** 2) - ((y - 15) / 40) ** 2)) * np.clip((z + 230) / 90, 0, 1)
+    return free[:, None] * (np.sin(places @ waves.T + phases) @ size)
+
+
+class Change(NamedTuple):
+    """How an organ differs from the usual one.
+
+    Attributes:
+        centre: `[3]` the point in mm that stretching keeps.
+        stretch: `[3]` factors on size; of organs that hang to the spine, the geometric mean widens them only.
+        move: `[3]` in mm.
+    """
+
+    centre: Array
+    stretch: Array
+    move: Array
+
+
+def changed(shape: Shape, change: Change, fixed: bool) -> Shape:
+    """Move and stretch a shape with its organ; only widen it if `fixed`."""
+    path = shape.path.copy()
+    if fixed:
+        path[:, 3] *= np.cbrt(change.stretch.prod())
+        return shape._replace(path=path)
+    path[:, :3] = change.centre + (path[:, :3] - change.centre) * change.stretch + change.move
+    x, y, z = change.stretch * shape.flat
+    return shape._replace(path=path, flat=(x, y, z))
 
 
 def varied(structures: Iterable[Structure], rng: np.random.Generator) -> list[Structure]:
-    """Resize and move each organ a little, with what lies within it; some are gone after surgery."""
-    grow = {organ: rng.normal(1, 0.035) for organ in ORGANS[1:]}
-    move = {organ: rng.normal(0, (1.5, 1.5, 1.5, 0)) for organ in ORGANS[1:]}
+    """Move the organs of the belly together, and move and stretch each by itself; some are gone after surgery."""
+    waves = rng.normal(0, 2 * np.pi / 280, (5, 3))
+    phases, size = rng.uniform(0, 2 * np.pi, 5), rng.normal(0, (4, 4, 6), (5, 3))
+    stretch = {o: np.exp(rng.normal(0, SPREAD.get(o, 0.08)) + rng.normal(0, 0.04, 3)) for o in ORGANS[1:]}
+    move = {organ: rng.normal(0, (2, 2, 3)) for organ in ORGANS[1:]}
     gone = [organ for organ, chance in ABSENT.items() if rng.random() < chance]
+    changes: dict[str, Change] = {}
     result = []
+
+    def drifted(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        paths = [s.path + np.c_[drift(s.path[:, :3], waves, phases, size), np.zeros(len(s.path))] for s in shapes]
+        return tuple(s._replace(path=path.astype(np.float32)) for s, path in zip(shapes, paths, strict=True))
+
     for structure in structures:
-        organ = structure.within or structure.organ
-        if organ in grow:
-            paths = [(s.path * (1, 1, 1, grow[organ]) + move[organ]).astype(np.float32) for s in structure.shapes]
-            shapes = [s._replace(path=path) for s, path in zip(structure.shapes, paths, strict=True)]
-            structure = structure._replace(shapes=tuple(shapes))
-        if structure.shapes and organ not in gone:
-            result.append(structure)
+        organ = structure.within or structure.organ or structure.part
+        if not structure.shapes or organ in gone:
+            continue
+        if structure.inside:
+            structure = structure._replace(shapes=drifted(structure.shapes), carve=drifted(structure.carve))
+        if organ in stretch:
+            if organ not in changes:
+                centre = np.concatenate([s.path[:, :3] for s in structure.shapes]).mean(0)
+                changes[organ] = Change(centre, stretch[organ], move[organ])
+            shapes = tuple(changed(shape, changes[organ], organ in FIXED) for shape in structure.shapes)
+            structure = structure._replace(shapes=shapes)
+        result.append(structure)
     return result
+
+
+def bend(points: Array, sideways: float, rng: np.random.Generator) -> None:
+    """Bend the spine with what lies next to it `sideways` mm to one side and back, up to 30 mm; the flanks stay."""
+    x, _, z = points
+    wave = np.sin(2 * np.pi * z / rng.uniform(280, 500) + rng.uniform(0, 2 * np.pi))
+    x += np.clip(sideways, -30, 30) * wave * np.exp(-((x / 110) ** 2))
+
+
+def turn_table(canvas: Canvas) -> None:
+    """Take the table from behind a patient who lies prone and put a flat one in front."""
+    body = canvas.tissue > TISSUE_ID["gas"]
+    canvas.tissue[canvas.tissue == TISSUE_ID["table"]] = TISSUE_ID["air"]
+    front = canvas.points[1][body].max() if body.any() else 0
+    canvas.tissue[np.abs(canvas.points[1] - front - 3) < 2] = TISSUE_ID["table"]
 
 
 def place(
@@ -56,6 +120,7 @@ def place(
         female=bool(rng.random() < 0.5),
         arms_down=bool(rng.random() < 0.15),
         breath=float(np.clip(rng.normal(-6, 13), -36, 18)),
+        prone=bool(rng.random() < 0.06),
         effusion=tuple(rng.uniform(12, 70, 2) * (rng.random(2) < 0.12)),
     )
     fat, belly = habitus.fat, habitus.belly
@@ -79,10 +144,13 @@ def place(
     for point, row in zip(points, to_body, strict=True):
         i, j, k = np.ogrid[tuple(map(slice, shape))]
         point[...] = row[0] * i + row[1] * j + row[2] * k + row[3]
-        point += rng.uniform(3, 5) * smooth_field(rng, shape, spacing, 75)
-        point += rng.uniform(0.9, 1.6) * smooth_field(rng, shape, spacing, 24)
+        point += rng.uniform(3.5, 8.5) * smooth_field(rng, shape, spacing, 75)
+        point += rng.uniform(1, 2.5) * smooth_field(rng, shape, spacing, 24)
+    bend(points, rng.normal(0, 10) * (rng.random() < 0.35), rng)
     pose_hips(points, rng)
     canvas = Canvas(points, habitus)
     paint_trunk(canvas, habitus, rng)
+    if habitus.prone:
+        turn_table(canvas)
     affine[:3, 3] += rng.uniform(-300, 300, 3)  # the scanner's origin is anywhere
     return canvas, spacing, affine

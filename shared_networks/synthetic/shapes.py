@@ -42,7 +42,10 @@ class Structure(NamedTuple):
         carve: Shapes to take away.
         blend: Over how many mm neighbouring shapes melt into each other; if negative, how far apart they stay.
         halo: Width in mm of the fat around the structure.
-        gas: Share of the innermost layer's height that is gas, at the front, as the patient lies supine.
+        gas: Share of the innermost layer's height that is gas, on the upper side as the patient lies.
+        sediment: Tissue on the lower side of the innermost layer, and its share of the height.
+        mottle: Tissue in patches through the innermost layer, and its share of the volume.
+        part: Organ that the structure moves with and goes with, unless `within` or `organ` names it.
         inside: Whether the structure stays within the abdominal wall and below the diaphragm.
         deep: Whether the structure stays outside the belly and beneath the subcutaneous fat.
     """
@@ -56,6 +59,9 @@ class Structure(NamedTuple):
     blend: float = 0
     halo: float = 0
     gas: float = 0
+    sediment: tuple[str, float] = ("", 0)
+    mottle: tuple[str, float] = ("", 0)
+    part: str = ""
     inside: bool = True
     deep: bool = False
 

@@ -13,7 +13,7 @@ FLARE22 = (
 )
 LABEL_SETS = {"btcv": BTCV, "flare": FLARE22}
 ORGANS = (*BTCV, "duodenum")
-ABSENT = {"gallbladder": 0.12, "right kidney": 0.03, "left kidney": 0.03, "spleen": 0.03}  # chance of earlier surgery
+ABSENT = {"gallbladder": 0.15, "right kidney": 0.03, "left kidney": 0.03, "spleen": 0.04}  # chance of earlier surgery
 
 # Mean HU without contrast and in the late arterial, portal venous and delayed phase; standard deviation of the texture.
 TISSUES = {
@@ -27,12 +27,19 @@ TISSUES = {
     "renal cortex": (34, 185, 178, 140, 7), "renal medulla": (31, 75, 145, 148, 7), "urine": (6, 8, 14, 330, 4),
     "bile": (9, 9, 10, 10, 3), "gallstone": (190, 190, 190, 190, 30), "cyst": (6, 6, 7, 7, 3),
     "metastasis": (38, 52, 66, 66, 8), "gut wall": (38, 84, 90, 74, 8), "oesophageal wall": (40, 58, 64, 60, 8),
-    "chyme": (22, 22, 24, 26, 16), "stool": (-10, -10, -10, -10, 90), "metal": (3000, 3000, 3000, 3000, 50),
+    "chyme": (22, 22, 24, 26, 16), "stool": (15, 15, 15, 15, 55),
+    "water": (4, 4, 5, 5, 5), "soft chyme": (42, 42, 43, 44, 10), "food": (25, 25, 26, 26, 40),
+    "thin oral contrast": (170, 170, 170, 170, 18), "oral contrast": (290, 290, 290, 290, 25),
+    "dense oral contrast": (460, 460, 460, 460, 40), "soft stool": (46, 46, 47, 47, 9),
+    "dense stool": (75, 75, 75, 75, 25), "dense bile": (48, 48, 49, 50, 6), "ascites": (10, 10, 11, 12, 4),
+    "stranding": (-45, -42, -40, -40, 18), "adrenal nodule": (12, 50, 58, 34, 6),
+    "hypervascular mass": (38, 145, 100, 78, 14),
+    "thrombus": (42, 44, 46, 46, 6), "calcification": (620, 620, 620, 620, 120), "metal": (3000, 3000, 3000, 3000, 0),
 }
 TISSUES |= {  # of the chest
     "myocardium": (42, 100, 112, 92, 8), "pulmonary blood": (41, 230, 155, 112, 5), "atelectasis": (40, 78, 88, 76, 9),
     "effusion": (12, 12, 13, 13, 4), "thyroid": (105, 170, 160, 140, 12), "gland": (32, 42, 50, 48, 22),
-    "lymph node": (38, 72, 86, 74, 6), "metal": (3000, 3000, 3000, 3000, 0),
+    "lymph node": (38, 72, 86, 74, 6),
 }
 # fmt: on
 TISSUE_ID = {name: number for number, name in enumerate(TISSUES)}

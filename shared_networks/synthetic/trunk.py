@@ -27,6 +27,7 @@ class Habitus(NamedTuple):
         female: sex, where it shows.
         arms_down: whether the arms lie beside the body, else raised above the head.
         breath: how far the diaphragm lies above its middle position, in mm; negative after breathing in.
+        prone: whether the patient lies on the belly.
         effusion: height in mm of fluid in the back of the right and the left half of the chest.
     """
 
@@ -36,6 +37,7 @@ class Habitus(NamedTuple):
     female: bool = False
     arms_down: bool = False
     breath: float = 0
+    prone: bool = False
     effusion: tuple[float, float] = (0, 0)
 
 
