@@ -255,9 +255,9 @@ def muscles(rng: np.random.Generator) -> tuple[Structure, ...]:
         tube((10, 18, 78, 5), (14, 22, 40, 6), (12, 18, -20, 4), flat=(0.8, 1, 1)),  # crura of the diaphragm
     )
     behind = mirrored(
-        tube((34, -44, 240, 18), (36, -46, 60, 20 * back), (34, -46, -60, 23 * back), (26, -48, -200, 18),
+        tube((34, -46, 90, 17), (36, -46, 60, 20 * back), (34, -46, -60, 23 * back), (26, -48, -200, 18),
              flat=(1.35, 0.85, 1)),  # erector spinae
-        tube((9, -42, 240, 12), (9, -42, 0, 12), (9, -44, -200, 12)),  # multifidus
+        tube((9, -44, 90, 10), (9, -42, 0, 12), (9, -44, -200, 12)),  # multifidus
     )
     return (Structure("muscle", front, mottle=("fat", fatty / 3)), Structure("muscle", behind, mottle=("fat", fatty)))
 # fmt: on

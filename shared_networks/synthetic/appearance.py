@@ -36,6 +36,7 @@ def scan(rng: np.random.Generator, tissue: NDArray[np.uint8], spacing: Array) ->
     enhancement = table[:, :4] @ phase - table[:, 0]
     mean = table[:, 0] + enhancement * rng.uniform(0.8, 1.2) + rng.normal(0, 4, len(table)) * (table[:, 4] > 0)
     mean[TISSUE_ID["liver"]] -= 35 * rng.beta(1, 4)  # steatosis
+    mean[TISSUE_ID["lung"]] += rng.normal(0, 28)  # from emphysema to shallow breath
     image = mean.astype(np.float32)[tissue] + table[:, 4][tissue] * grain(rng, tissue.shape, 2.2 / spacing)
     image = gaussian_filter(image, np.hypot(0.4, rng.uniform(0.4, 0.9) / spacing), truncate=3)
     image += rng.uniform(5, 22) * grain(rng, tissue.shape, np.array([1, 1, 0.4]) * rng.uniform(0.3, 0.8))

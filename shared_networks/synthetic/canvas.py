@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared_networks.synthetic.shapes import Array, Shape, Structure, bounds, distance, melt, pieces
 from shared_networks.synthetic.tissues import ORGANS, TISSUE_ID
+
+if TYPE_CHECKING:
+    from shared_networks.synthetic.trunk import Habitus
 
 Box = tuple[slice, ...]
 
@@ -20,19 +24,32 @@ WAVES = np.array(  # of the mottled texture, in 1/mm
 )  # fmt: skip
 
 
+def overlap(first: Box, second: Box) -> Box:
+    """Return the box common to two boxes, empty where they do not meet."""
+    starts = [max(a.start, b.start) for a, b in zip(first, second, strict=True)]
+    return tuple(slice(n, max(min(a.stop, b.stop), n)) for n, a, b in zip(starts, first, second, strict=True))
+
+
+def within(inner: Box, outer: Box) -> Box:
+    """Return a box counted from the corner of the box around it."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
+
+
 class Canvas:
     """A patient on a voxel grid: where in the body each voxel lies, its tissue and its organ.
 
     Args:
         points: `[3, H, W, D]` positions in patient mm; axis i of the grid runs along coordinate i, up to small angles.
-        up: 1 where the patient lies supine, -1 where prone: gas rises along y times `up`.
+        habitus: the build of the patient.
     """
 
-    def __init__(self, points: Array, up: int = 1) -> None:
-        self.points, self.up = points, up
+    def __init__(self, points: Array, habitus: Habitus) -> None:
+        self.points, self.habitus = points, habitus
+        self.up = -1 if habitus.prone else 1  # gas rises along y times this
         self.tissue = np.zeros(points.shape[1:], np.uint8)
         self.organ = np.zeros(points.shape[1:], np.uint8)
         self.roof = np.full(points.shape[1:], FAR, np.float32)
+        self.core = np.full(points.shape[1:], -FAR, np.float32)
         across = ((1, 2), (0, 2), (0, 1))
         self.low, self.high = ([f(p, a) for p, a in zip(points, across, strict=True)] for f in (np.min, np.max))
 
@@ -45,25 +62,30 @@ class Canvas:
         return tuple(slice(f[0], f[-1] + 1) if f.size else slice(0, 0) for f in found)
 
     def distance(self, shapes: Iterable[Shape], box: Box, blend: float, margin: float) -> Array:
-        """Return the distance in mm from the melted union of shapes over a box; `FAR` beyond `margin`."""
+        """Return the distance in mm from the union of shapes, joined by `blend`, over a box; `FAR` beyond `margin`."""
         union = np.full(self.tissue[box].shape, FAR, np.float32)
+        other = union.copy() if blend < 0 else union
         for shape in shapes:
-            single = np.full_like(union, FAR)
-            for piece in pieces(shape):
-                near = tuple(
-                    slice(max(a.start, b.start), max(min(a.stop, b.stop), a.start, b.start))
-                    for a, b in zip(self.box(bounds(shape, piece, margin)), box, strict=True)
-                )
-                part = single[tuple(slice(n.start - b.start, n.stop - b.start) for n, b in zip(near, box, strict=True))]
+            corners = bounds(shape, margin)
+            here = overlap(self.box(np.stack([corners[:, 0].min(0), corners[:, 1].max(0)])), box)
+            single = np.full(self.tissue[here].shape, FAR, np.float32)
+            for piece, corner in zip(pieces(shape), corners, strict=True):
+                near = overlap(self.box(corner), here)
+                part = single[within(near, here)]
                 if part.size:
                     np.minimum(part, distance(shape, piece, self.points[(slice(None), *near)]), out=part)
-            union = melt(union, single, blend)
-        return union
+            nearest, second = union[within(here, box)], other[within(here, box)]
+            if blend < 0:
+                np.minimum(second, np.maximum(nearest, single), out=second)
+                np.minimum(nearest, single, out=nearest)
+            else:
+                nearest[...] = melt(nearest, single, blend)
+        return np.maximum(union, (union - other - blend) / 2) if blend < 0 else union
 
     def paint(self, structure: Structure) -> None:
         """Paint a structure over what is there."""
-        margin = max(structure.halo, structure.blend)
-        corners = np.stack([bounds(s, p, margin) for s in structure.shapes for p in pieces(s)])
+        margin = max(structure.halo, abs(structure.blend))
+        corners = np.concatenate([bounds(shape, margin) for shape in structure.shapes])
         box = self.box(np.stack([corners[:, 0].min(0), corners[:, 1].max(0)]))
         tissue, organ, roof = self.tissue[box], self.organ[box], self.roof[box]
         outside = self.distance(structure.shapes, box, structure.blend, margin)
@@ -71,6 +93,8 @@ class Canvas:
             outside = -melt(-outside, self.distance(structure.carve, box, structure.blend, 30), structure.blend)
         if structure.inside:
             outside = np.maximum(outside, roof + 0.5)
+        if structure.deep:
+            outside = np.maximum(outside, np.maximum(self.core[box], -2 - roof))
         if structure.within:
             outside[organ != ORGANS.index(structure.within)] = FAR
         around = (outside < structure.halo) & (roof < -1)

@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from shared_networks.synthetic.appearance import smooth_field
 from shared_networks.synthetic.canvas import Canvas
+from shared_networks.synthetic.hips import pose_hips
 from shared_networks.synthetic.shapes import Array, Shape, Structure
 from shared_networks.synthetic.tissues import ABSENT, ORGANS, TISSUE_ID
 from shared_networks.synthetic.trunk import Habitus, paint_trunk
@@ -114,14 +115,27 @@ def place(
     """
     in_plane = voxel_mm * rng.uniform(0.88, 1.12)
     spacing = np.array([in_plane, in_plane, max(in_plane, rng.uniform(voxel_mm, max(voxel_mm, 5)))])
-    habitus = rng.beta(1.6, 2.2)  # 0 is thin, 1 obese
-    scale = rng.normal(1, 0.02) * np.array([0.97 + 0.08 * habitus, 0.97 + 0.08 * habitus, rng.normal(1, 0.02)])
-    fat, belly = 5 + 38 * habitus**1.6, 30 * habitus
+    build = rng.beta(1.6, 2.2)  # 0 is thin, 1 obese
+    scale = rng.normal(1, 0.02) * np.array([0.97 + 0.08 * build, 0.97 + 0.08 * build, rng.normal(1, 0.02)])
+    habitus = Habitus(
+        fat=5 + 38 * build**1.6,
+        wall=rng.uniform(10, 15),
+        belly=30 * build,
+        female=bool(rng.random() < 0.5),
+        arms_down=bool(rng.random() < 0.15),
+        breath=float(np.clip(rng.normal(-6, 13), -36, 18)),
+        prone=bool(rng.random() < 0.06),
+        effusion=tuple(rng.uniform(12, 70, 2) * (rng.random(2) < 0.12)),
+    )
+    fat, belly = habitus.fat, habitus.belly
     bottom = rng.uniform(-60, -10) if rng.random() < 0.12 else rng.uniform(-200, -120)
     top = rng.uniform(40, 90) if rng.random() < 0.12 else rng.uniform(125, 175)
     if reach:
         bottom, top = reach
-    extent = np.array([300, 196 + belly, top - bottom]) * scale + np.array([2.4 * fat + 30, 2.4 * fat + 50, 0])
+    width = 300 + 50 * float(np.clip((-120 - bottom) / 100, 0, 1))  # hips are wider
+    extent = np.array([width, 196 + belly, top - bottom]) * scale + np.array([2.6 * fat + 30, 2.4 * fat + 50, 0])
+    shoulders = 120 * rng.uniform(0.3, 1.1) * (top > 200)  # in view or cut by the field of view
+    extent[0] += max(shoulders, (150 + 0.5 * fat) * rng.uniform(0, 1.1) * habitus.arms_down)
     shape = tuple(int(n) for n in np.ceil(extent / spacing))
 
     affine, tilt = np.eye(4), rng.normal(0, 3, 3) * (rng.random() < 0.3)
@@ -137,9 +151,10 @@ def place(
         point += rng.uniform(3.5, 8.5) * smooth_field(rng, shape, spacing, 75)
         point += rng.uniform(1, 2.5) * smooth_field(rng, shape, spacing, 24)
     bend(points, rng.normal(0, 10) * (rng.random() < 0.35), rng)
-    canvas = Canvas(points, up=-1 if rng.random() < 0.06 else 1)
-    paint_trunk(canvas, Habitus(fat, rng.uniform(10, 15), belly))
-    if canvas.up < 0:
+    pose_hips(points, rng)
+    canvas = Canvas(points, habitus)
+    paint_trunk(canvas, habitus, rng)
+    if habitus.prone:
         turn_table(canvas)
     affine[:3, 3] += rng.uniform(-300, 300, 3)  # the scanner's origin is anywhere
     return canvas, spacing, affine

@@ -62,7 +62,7 @@ def phantom_case(
     if not 0.4 <= voxel_mm <= 6:
         raise ValueError(f"voxel_mm is {voxel_mm}; choose a size from 0.4 to 6 mm")
     canvas, spacing, affine = place(rng, voxel_mm)
-    for structure in varied(anatomy(rng), rng):
+    for structure in varied(anatomy(rng, canvas.habitus), rng):
         canvas.paint(structure)
     values = np.array([names.index(organ) if organ in names else 0 for organ in ORGANS], np.uint8)
     volumes = scan(rng, canvas.tissue, spacing), values[canvas.organ]

@@ -40,13 +40,14 @@ class Structure(NamedTuple):
         layers: Further tissues from outside in, as (depth in mm, tissue).
         within: Organ to which painting is confined.
         carve: Shapes to take away.
-        blend: Over how many mm neighbouring shapes melt into each other.
+        blend: Over how many mm neighbouring shapes melt into each other; if negative, how far apart they stay.
         halo: Width in mm of the fat around the structure.
         gas: Share of the innermost layer's height that is gas, on the upper side as the patient lies.
         sediment: Tissue on the lower side of the innermost layer, and its share of the height.
         mottle: Tissue in patches through the innermost layer, and its share of the volume.
         part: Organ that the structure moves with and goes with, unless `within` or `organ` names it.
         inside: Whether the structure stays within the abdominal wall and below the diaphragm.
+        deep: Whether the structure stays outside the belly and beneath the subcutaneous fat.
     """
 
     tissue: str
@@ -62,6 +63,7 @@ class Structure(NamedTuple):
     mottle: tuple[str, float] = ("", 0)
     part: str = ""
     inside: bool = True
+    deep: bool = False
 
 
 def ball(x: float, y: float, z: float, *radii: float, turn: Triple = (0, 0, 0)) -> Shape:
@@ -92,13 +94,16 @@ def pieces(shape: Shape) -> Array:
 
 def axes(shape: Shape) -> Array:
     """Return the directions of a shape's own axes as the columns of a matrix."""
+    if not any(shape.turn):
+        return np.eye(3, dtype=np.float32)
     return Rotation.from_euler("xyz", shape.turn, degrees=True).as_matrix().astype(np.float32)
 
 
-def bounds(shape: Shape, piece: Array, margin: float) -> Array:
-    """Return the lowest and highest corner, `[2, 3]` in mm, around a piece of a shape and `margin` mm more."""
-    reach = np.linalg.norm(axes(shape) * shape.flat, axis=1) * piece[:, 3:] + margin
-    return np.stack([(piece[:, :3] - reach).min(0), (piece[:, :3] + reach).max(0)])
+def bounds(shape: Shape, margin: float) -> Array:
+    """Return the lowest and highest corner, `[n, 2, 3]` in mm, around each piece of a shape and `margin` mm more."""
+    ends = pieces(shape)
+    reach = np.linalg.norm(axes(shape) * shape.flat, axis=1) * ends[..., 3:] + margin
+    return np.stack([(ends[..., :3] - reach).min(1), (ends[..., :3] + reach).max(1)], 1)
 
 
 def distance(shape: Shape, piece: Array, points: Array) -> Array:
@@ -112,7 +117,10 @@ def distance(shape: Shape, piece: Array, points: Array) -> Array:
     flat = np.array(shape.flat, np.float32)
     to_round = (axes(shape) / flat).T
     start, step = to_round @ piece[0, :3], to_round @ (piece[1, :3] - piece[0, :3])
-    away = np.tensordot(to_round, points, 1) - start.reshape(3, 1, 1, 1)
+    if any(shape.turn):
+        away = np.tensordot(to_round, points, 1) - start.reshape(3, 1, 1, 1)
+    else:
+        away = points / flat.reshape(3, 1, 1, 1) - start.reshape(3, 1, 1, 1)
     along = np.clip(np.tensordot(step, away, 1) / max(float(step @ step), 1e-6), 0, 1)
     away -= step.reshape(3, 1, 1, 1) * along
     length = np.linalg.norm(away, axis=0) + 1e-6

@@ -19,7 +19,7 @@ ABSENT = {"gallbladder": 0.15, "right kidney": 0.03, "left kidney": 0.03, "splee
 TISSUES = {
     "air": (-1000, -1000, -1000, -1000, 0), "table": (-120, -120, -120, -120, 15), "gas": (-960, -960, -960, -960, 10),
     "skin": (20, 25, 30, 30, 10), "fat": (-104, -103, -102, -102, 9), "muscle": (52, 57, 62, 62, 9),
-    "lung": (-850, -845, -840, -840, 45), "heart": (42, 190, 150, 110, 10), "cortical bone": (650, 650, 655, 655, 90),
+    "lung": (-850, -845, -840, -840, 45), "cortical bone": (650, 650, 655, 655, 90),
     "trabecular bone": (150, 155, 160, 160, 40), "cartilage": (95, 95, 100, 100, 15), "disc": (75, 75, 80, 80, 8),
     "spinal canal": (25, 28, 30, 30, 6), "arterial blood": (42, 310, 160, 112, 4), "caval blood": (40, 85, 140, 110, 6),
     "portal blood": (41, 130, 178, 116, 4), "hepatic blood": (41, 62, 165, 114, 3), "liver": (56, 68, 108, 92, 6),
@@ -32,9 +32,14 @@ TISSUES = {
     "thin oral contrast": (170, 170, 170, 170, 18), "oral contrast": (290, 290, 290, 290, 25),
     "dense oral contrast": (460, 460, 460, 460, 40), "soft stool": (46, 46, 47, 47, 9),
     "dense stool": (75, 75, 75, 75, 25), "dense bile": (48, 48, 49, 50, 6), "ascites": (10, 10, 11, 12, 4),
-    "stranding": (-45, -42, -40, -40, 18), "lymph node": (38, 72, 86, 74, 6), "adrenal nodule": (12, 50, 58, 34, 6),
+    "stranding": (-45, -42, -40, -40, 18), "adrenal nodule": (12, 50, 58, 34, 6),
     "hypervascular mass": (38, 145, 100, 78, 14),
     "thrombus": (42, 44, 46, 46, 6), "calcification": (620, 620, 620, 620, 120), "metal": (3000, 3000, 3000, 3000, 0),
+}
+TISSUES |= {  # of the chest
+    "myocardium": (42, 100, 112, 92, 8), "pulmonary blood": (41, 230, 155, 112, 5), "atelectasis": (40, 78, 88, 76, 9),
+    "effusion": (12, 12, 13, 13, 4), "thyroid": (105, 170, 160, 140, 12), "gland": (32, 42, 50, 48, 22),
+    "lymph node": (38, 72, 86, 74, 6),
 }
 # fmt: on
 TISSUE_ID = {name: number for number, name in enumerate(TISSUES)}
