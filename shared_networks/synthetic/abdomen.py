@@ -48,7 +48,7 @@ def liver(rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
     """
     kind = kind or str(rng.choice(list(LIVERS), p=list(LIVERS.values())))
     small = kind == "cirrhotic"
-    size = rng.normal(0, 1)  # all extents hang together
+    size = float(np.clip(rng.normal(0, 1), 0 if kind.endswith("resected") else -2, 2))  # all extents hang together
     bottom, top = rng.normal(-44 - 20 * size, 14) + 30 * small, 134 - 14 * small
     wide, deep = rng.normal(73 + 5 * size, 4) - 9 * small, rng.normal(87 + 9 * size, 5) - 8 * small
     right = ball(76 + rng.normal(0, 4) + (72 - wide) / 2, 23 + rng.normal(0, 5), (top + bottom) / 2, wide, deep,
@@ -57,7 +57,7 @@ def liver(rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
              "right resected": rng.uniform(80, 110)}.get(kind, rng.normal(78 + 8 * size, 11))
     left = ball(72 - reach, 86 + rng.normal(0, 5), 66 + rng.normal(0, 8), reach, 38 + rng.normal(0, 5),
                 35 + rng.normal(4 * size, 5), turn=(0, -8 + rng.normal(0, 5), 12 + rng.normal(0, 5)))
-    lobes = {"right resected": (left, ball(44, 60, 60, 48, 52, 48)), "left resected": (right,)}.get(kind, (right, left))
+    lobes = {"right resected": (left, ball(44, 60, 58, 54, 58, 58)), "left resected": (right,)}.get(kind, (right, left))
     if kind == "Riedel":
         lobes += (ball(104, 24, rng.uniform(-75, -45), 27, 42, 70),)
     if small:  # a nodular surface
@@ -192,9 +192,14 @@ def metal(rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
     return (Structure("metal", tuple(tube((*c, 1.2), (*(c + rng.normal(0, 3, 3)), 1.2), steps=1) for c in clips)),)
 
 
-def organs(rng: np.random.Generator) -> tuple[Structure, ...]:
-    """List the structures of the belly in the order of painting: solid organs push aside the fat about the kidneys."""
-    lean = rng.beta(1.6, 1.6)
+def organs(rng: np.random.Generator, build: float) -> tuple[Structure, ...]:
+    """List the structures of the belly in the order of painting: solid organs push aside the fat about the kidneys.
+
+    Args:
+        rng: source of all variation.
+        build: from 0, thin, to 1, obese.
+    """
+    lean = float(np.clip(0.85 - 0.8 * build + rng.normal(0, 0.2), 0, 1))
     fat = 1 + 16 * (1 - lean) * rng.uniform(0.5, 1.2)  # about the kidneys, in mm
     kind = str(rng.choice(list(LIVERS), p=list(LIVERS.values())))
     wet = rng.uniform(0, 1) if rng.random() < (0.6 if kind == "cirrhotic" else 0.07) else 0

@@ -21,7 +21,7 @@ from shared_networks.synthetic.tissues import BTCV, FLARE22
 SEEDS = range(16)
 # Of organs wholly in view, in ml: limits for every case and for the median one.
 VOLUMES = {
-    "liver": (550, 3000, 1150, 1800),
+    "liver": (400, 3000, 1150, 1800),  # the least is what a resection left
     "spleen": (35, 850, 110, 280),
     "right kidney": (20, 480, 115, 210),
     "left kidney": (20, 480, 115, 210),
