@@ -60,7 +60,7 @@ PULMONARY_VEINS = mirrored(tube((28, 44, 176, 6.5), (52, 44, 182, 6), (72, 52, 2
 
 def heart(rng: np.random.Generator) -> tuple[Structure, ...]:
     """List sac, chambers and their walls, larger or smaller, squeezed or relaxed."""
-    size, wall = rng.normal(1, 0.06), rng.uniform(9, 14)
+    size, wall = rng.normal(1, 0.06), rng.uniform(7.5, 11.5)
     centre = np.array((-8, 70, 145)) + rng.normal(0, (4, 2, 2))
 
     def chamber(*points: tuple[float, float, float, float]) -> Shape:
@@ -83,16 +83,17 @@ def heart(rng: np.random.Generator) -> tuple[Structure, ...]:
     )
 
 
-def lung_vessels(breath: float, rng: np.random.Generator) -> tuple[Structure, ...]:
+def lung_vessels(effusion: tuple[float, float], rng: np.random.Generator) -> tuple[Structure, ...]:
     """List arteries, veins and small bronchi that branch from the hilum to all of each lung, and rarely nodules."""
     vessels: list[Shape] = []
     airways: list[Shape] = []
-    for side in (1, -1):
+    for side, fluid in zip((1, -1), effusion, strict=True):
+        floor = 1.6 * fluid - 62  # y in mm; fluid lies behind
         hilum = np.array((48, 24, 186)) + rng.normal(0, 2, 3)
         for turn, low in ((35, 150), (45, 100), (70, 120), (75, 175), (60, 235), (100, 95), (105, 160), (95, 215),
             (30, 210),
                           (120, 240), (135, 190), (140, 140), (20, 120), (85, 260)):
-            tip = leaf(turn + rng.normal(0, 5), low + rng.normal(0, 6), 26, breath)
+            tip = leaf(turn + rng.normal(0, 5), low + rng.normal(0, 6), 26, floor)
             middle = (hilum + tip) / 2 + rng.normal(0, 5, 3)
             for away, name in ((0, vessels), (9, vessels), (-5, airways)):
                 first, last = (3.4, 1.6) if name is vessels else (3, 1.8)
@@ -103,10 +104,10 @@ def lung_vessels(breath: float, rng: np.random.Generator) -> tuple[Structure, ..
                     name.append(flipped(side, tube(*points, steps=1)))
             for _ in range(4):
                 start = hilum + rng.uniform(0.35, 0.85) * (tip - hilum)
-                twig = leaf(turn + rng.normal(0, 22), low + rng.normal(0, 26), rng.uniform(16, 30), breath)
+                twig = leaf(turn + rng.normal(0, 22), low + rng.normal(0, 26), rng.uniform(16, 30), floor)
                 fork = start + 0.45 * (twig - start) + rng.normal(0, 4, 3)
                 vessels.append(flipped(side, tube((*start, 2.2), (*fork, 1.5), (*twig, 0.8), steps=1)))
-    nodules = [flipped(side, ball(*leaf(rng.uniform(30, 140), rng.uniform(130, 250), 40, breath), rng.uniform(3, 13)))
+    nodules = [flipped(side, ball(*leaf(rng.uniform(30, 140), rng.uniform(130, 250), 40, 0), rng.uniform(3, 13)))
                for side in rng.choice((1, -1), rng.integers(1, 5) * (rng.random() < 0.15))]
     return (
         Structure("pulmonary blood", tuple(vessels[::2])), Structure("arterial blood", tuple(vessels[1::2])),
@@ -114,11 +115,11 @@ def lung_vessels(breath: float, rng: np.random.Generator) -> tuple[Structure, ..
     )
 
 
-def leaf(turn: float, z: float, deep: float, breath: float) -> Array:
-    """Return a point `deep` mm within the right ribs and above the diaphragm, `[3]`; `breath` lifts it later."""
+def leaf(turn: float, z: float, deep: float, floor: float) -> Array:
+    """Return a point `deep` mm within the right ribs and above the diaphragm, not behind y = `floor`, `[3]`."""
     x, y, _ = on_cage(turn, z, -deep)
     dome = 122 * np.sqrt(max(0.0, 1 - ((x - 62) / 76) ** 2 - ((y - 42) / 108) ** 2)) + 10
-    return np.array((x, y, max(z, dome)))
+    return np.array((x, max(y, floor), max(z, dome)))
 
 
 def flipped(side: int, shape: Shape) -> Shape:
@@ -126,12 +127,12 @@ def flipped(side: int, shape: Shape) -> Shape:
     return mirrored(shape)[0 if side > 0 else 1]
 
 
-def contents(breath: float, rng: np.random.Generator) -> tuple[Structure, ...]:
+def contents(effusion: tuple[float, float], rng: np.random.Generator) -> tuple[Structure, ...]:
     """List what lies in and between the lungs in the order of painting, but for aorta and inferior vena cava."""
     nodes = rng.uniform((-34, 6, 170), (34, 66, 255), (8, 3))
     thyroid = rng.uniform(7, 13, 2)
     return (
-        *lung_vessels(breath, rng),
+        *lung_vessels(effusion, rng),
         Structure("fat", MEDIASTINUM),
         Structure("lymph node", tuple(ball(*p, *rng.uniform(2, 5, 3)) for p in nodes)),
         Structure("muscle", mirrored(tube((12, spine(310) + 18, 300, 6), (12, 16, 340, 7), (12, 18,

@@ -184,3 +184,15 @@ def test_arms_and_breasts_where_the_habitus_says() -> None:
     apart = components(down[:, :, 15])[1]
     assert apart == 3 and components(male[:, :, 15])[1] == 1, "two arms beside the trunk at z = 30"
     assert 300 < (female & ~male).sum() * 0.216 < 3000 and not (male & ~female).any()
+
+
+def test_fluid_lies_behind_where_the_habitus_says(bodies: list[Body]) -> None:
+    for body in bodies:
+        x, y, _ = body.canvas.points
+        for side, height in zip((1, -1), body.canvas.habitus.effusion, strict=True):
+            fluid = body.tissue("effusion") & (side * x > 0)
+            assert fluid.any() == (height > 15) or 0 < height <= 15
+            if fluid.any():
+                lung = body.tissue("lung") & (side * x > 0)
+                assert y[fluid].mean() < y[lung].mean() - 30
+                assert -5 < np.median(body.image[fluid]) < 30
