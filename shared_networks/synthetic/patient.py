@@ -113,6 +113,8 @@ def place(
     spacing = np.array([in_plane, in_plane, max(in_plane, rng.uniform(voxel_mm, max(voxel_mm, 5)))])
     build = rng.beta(1.6, 2.2)  # 0 is thin, 1 obese
     scale = rng.normal(1, 0.02) * np.array([0.97 + 0.08 * build, 0.97 + 0.08 * build, rng.normal(1, 0.02)])
+    bottom = rng.uniform(-60, -10) if rng.random() < 0.12 else rng.uniform(-200, -120)
+    top = rng.uniform(40, 90) if rng.random() < 0.12 else rng.uniform(125, 175)
     habitus = Habitus(
         fat=5 + 38 * build**1.6,
         wall=rng.uniform(10, 15),
@@ -124,8 +126,6 @@ def place(
         effusion=tuple(rng.uniform(12, 70, 2) * (rng.random(2) < 0.12)),
     )
     fat, belly = habitus.fat, habitus.belly
-    bottom = rng.uniform(-60, -10) if rng.random() < 0.12 else rng.uniform(-200, -120)
-    top = rng.uniform(40, 90) if rng.random() < 0.12 else rng.uniform(125, 175)
     if reach:
         bottom, top = reach
     width = 300 + 50 * float(np.clip((-120 - bottom) / 100, 0, 1))  # hips are wider

