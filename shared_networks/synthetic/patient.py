@@ -32,20 +32,21 @@ def varied(structures: Iterable[Structure], rng: np.random.Generator) -> list[St
 
 
 def place(
-    rng: np.random.Generator, voxel_mm: float, reach: tuple[float, float] | None = None
+    rng: np.random.Generator, voxel_mm: float, reach: tuple[float, float] | None = None, thickest: float = 5
 ) -> tuple[Canvas, Array, Array]:
     """Lay a patient with painted trunk on a scanner's grid, RAS up to a slight tilt.
 
     Args:
         rng: source of all variation.
-        voxel_mm: in-plane voxel size in mm, up to 12 % more or less; slices are as thick or up to 5 mm.
+        voxel_mm: in-plane voxel size in mm, up to 12 % more or less; slices are as thick or up to `thickest`.
         reach: lowest and highest z in patient mm; by default an abdomen, cut somewhere near its ends.
+        thickest: greatest distance of slices in mm.
 
     Returns:
         The canvas, the spacing `[3]` in mm and the affine `[4, 4]` from voxels to world mm.
     """
     in_plane = voxel_mm * rng.uniform(0.88, 1.12)
-    spacing = np.array([in_plane, in_plane, max(in_plane, rng.uniform(voxel_mm, max(voxel_mm, 5)))])
+    spacing = np.array([in_plane, in_plane, max(in_plane, rng.uniform(voxel_mm, max(voxel_mm, thickest)))])
     habitus = rng.beta(1.6, 2.2)  # 0 is thin, 1 obese
     scale = rng.normal(1, 0.02) * np.array([0.97 + 0.08 * habitus, 0.97 + 0.08 * habitus, rng.normal(1, 0.02)])
     fat, belly = 5 + 38 * habitus**1.6, 30 * habitus
