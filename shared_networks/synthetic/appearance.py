@@ -69,6 +69,8 @@ class Variety(NamedTuple):
 
 
 USUAL = Variety()
+CLINICAL = Variety(enhancement=(0.8, 1.2), spread=0.4, shift=3, scale=0.005, streaks=(100, 400))
+"""Of scans that are written once: as different as those of one hospital."""
 
 
 class Drawn(NamedTuple):
@@ -309,6 +311,6 @@ def out_of_view(
 
 
 def scan(rng: np.random.Generator, tissue: NDArray[np.uint8], spacing: Array) -> NDArray[np.int16]:
-    """Scan a phantom's tissue map `[H, W, D]`, as :func:`draw_scan` does by default; int16 HU."""
-    image = draw_scan(rng, torch.from_numpy(tissue), spacing, phantom_tissues()).hu
+    """Scan a phantom's tissue map `[H, W, D]` with the :data:`CLINICAL` variety; int16 HU."""
+    image = draw_scan(rng, torch.from_numpy(tissue), spacing, phantom_tissues(), CLINICAL).hu
     return image.round().to(torch.int16).numpy()
