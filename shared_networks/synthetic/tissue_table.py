@@ -27,7 +27,15 @@ SOFT = {"texture": 6.0, "spread": 10.0, "variation": 4.0}
 """Of a tissue that a file says nothing else of, in HU."""
 
 # Spread and variation in HU where the rule of `phantom_tissues` does not fit.
-_KNOWN = {"fat": (7, 2), "liver": (18, 4), "chyme": (30, 18), "stool": (45, 30)}
+_KNOWN = {
+    "fat": (7, 2),
+    "liver": (18, 4),
+    "bile": (7, 2),
+    "urine": (6, 2),
+    "cyst": (7, 2),
+    "chyme": (30, 18),
+    "stool": (45, 30),
+}
 _MOST = 256  # indices of a uint8
 _FORM = '{"name": "liver", "hu": [56, 108], "texture": 6, "spread": 10, "variation": 4}'
 
