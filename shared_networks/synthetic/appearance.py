@@ -60,7 +60,7 @@ class Variety(NamedTuple):
     across: float = 0.1
     noise_hu: Range = (3, 30)
     noise_mm: Range = (0.3, 1.2)
-    shading: Range = (0, 10)
+    shading: Range = (0, 8)
     streaks: Range = (100, 700)
     shift: float = 8
     scale: float = 0.015
@@ -69,7 +69,7 @@ class Variety(NamedTuple):
 
 
 USUAL = Variety()
-CLINICAL = Variety(enhancement=(0.8, 1.2), spread=0.4, shift=3, scale=0.005, streaks=(100, 400))
+CLINICAL = Variety(enhancement=(0.8, 1.2), spread=0.4, shift=3, scale=0.005, shading=(0, 4), streaks=(100, 400))
 """Of scans that are written once: as different as those of one hospital."""
 
 
