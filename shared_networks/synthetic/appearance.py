@@ -212,7 +212,7 @@ def draw_scan(
     image = along(image, between @ mean, across_slices)
     if thick:
         static = along(static, between * (len(between) / between.square().sum()).sqrt(), normal)
-    image += sigma * (1 + 0.2 * uneven) * static
+    image += sigma * (1 + 0.2 * (uneven - uneven.mean())) * static
     image = image * (1 + variety.scale * rng.uniform(-1, 1)) + variety.shift * rng.uniform(-1, 1)
     image.clamp_(LOWEST, HIGHEST)
     unseen = out_of_view(rng, shape, spacing, normal, variety)

@@ -86,7 +86,8 @@ class RandCropWarpd(Randomizable, MapTransform):
         voxel = np.linalg.norm(np.asarray(source.affine, float)[:3, :3], axis=0)
         step, half = self.draw_steps() / voxel[:, None], (np.array(self.size) - 1) / 2
         reach = np.abs(np.diag(step)) * half
-        centre = self.draw_centre(maps).clip(reach, np.maximum(shape - 1 - reach, reach))
+        between = (np.array(self.size) % 2 == 0) / 2  # the middle of an even number of voxels
+        centre = (self.draw_centre(maps) - between).clip(reach, np.maximum(shape - 1 - reach, reach))
         centre = np.where(2 * reach >= shape - 1, (shape - 1) / 2, centre)
         to_source = np.eye(4)
         to_source[:3, :3], to_source[:3, 3] = step, centre - step @ half
