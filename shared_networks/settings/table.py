@@ -40,6 +40,7 @@ SETTINGS: dict[str, Kind] = {
     "images": optional(FILES),
     "labels": optional(FILES),
     "exclude": PATH_OR_NONE,
+    "tissue_table": PATH,
     "modality": optional(choice("CT", "MR")),
     "label_names": LABELS,
     "num_classes": COUNT,

@@ -14,9 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from shared_networks import files
+from shared_networks.datasets.tissue_maps import TISSUE_CHANNEL
 from shared_networks.synthetic import phantom
 from shared_networks.synthetic.phantom import phantom_case, write_dataset
-from shared_networks.synthetic.tissues import BTCV, FLARE22
+from shared_networks.synthetic.tissue_table import read_tissue_table
+from shared_networks.synthetic.tissues import BTCV, FLARE22, TISSUE_ID, TISSUES
 
 SEEDS = range(16)
 # Of organs wholly in view, in ml: limits for every case and for the median one.
@@ -223,6 +225,24 @@ def test_writing_again_gives_the_same_bytes_and_never_mixes_sets(tmp_path: Path)
     (tmp_path / "labelsTr" / "somebody_else.nii.gz").touch()
     with pytest.raises(FileExistsError, match="somebody_else"):
         write_dataset(tmp_path, train=1, test=0, voxel_mm=6)
+
+
+def test_tissue_maps_with_their_table(tmp_path: Path) -> None:
+    """Cubic voxels of tissues in the scan's place, labels as ever, and a table that names the tissues."""
+    write_dataset(tmp_path, "flare", train=2, test=1, voxel_mm=5, tissues=True)
+    assert json.loads((tmp_path / "dataset.json").read_text())["channel_names"] == {"0": TISSUE_CHANNEL}
+    table = read_tissue_table(tmp_path / "tissues.json")
+    assert table.names == tuple(TISSUES)
+    for name in ("Tr/train_000", "Tr/train_001", "Ts/test_000"):
+        tissue, label = nib.load(tmp_path / f"images{name}_0000.nii.gz"), nib.load(tmp_path / f"labels{name}.nii.gz")
+        spacing = nib.affines.voxel_sizes(tissue.affine)
+        assert tissue.get_data_dtype() == np.uint8 and 4.4 < spacing.min() < 5.6
+        np.testing.assert_allclose(spacing, spacing[0], rtol=1e-5)
+        np.testing.assert_array_equal(tissue.affine, label.affine)
+        indices, organs = np.asarray(tissue.dataobj), np.asarray(label.dataobj)
+        assert indices.max() < len(TISSUES) and indices.shape == organs.shape
+        liver = np.bincount(indices[organs == FLARE22.index("liver")], minlength=len(TISSUES))
+        assert liver.argmax() == TISSUE_ID["liver"] and liver[0] == 0
 
 
 def test_interrupted_writing_leaves_no_half_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
