@@ -168,17 +168,18 @@ class SaveSegmentationd(SaveImaged):
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
         if self.overlay:
             written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
+        volumes = label_volumes(labels, affine, self.label_names)
         content = {
             "scan": file,
             "labels": label_table(self.label_names),
             "files": written,
             "overlay": self.overlay,
-            "volumes_ml": label_volumes(labels, affine, self.label_names),
+            "volumes_ml": volumes,
             "made_with": self.made_with(data["stamp"]),
         }
         with atomic_write(self.output_dir / f"{name}_seg.json") as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
-        self.list_volumes(name, content["volumes_ml"])
+        self.list_volumes(name, volumes)
         return dict(data)
 
     def list_volumes(self, name: str, volumes: Mapping[str, float]) -> None:

@@ -212,7 +212,12 @@ def test_results_are_complete_and_done_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     data, saver = saved(tmp_path / "in", out, overlay=True)
     assert isinstance(saver, SaveImaged)  # so that MONAI Label leaves it out
-    assert sorted(file.name for file in out.iterdir()) == ["a_overlay.png", "a_seg.json", "a_seg.nii.gz", "volumes_ml.csv"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "a_overlay.png",
+        "a_seg.json",
+        "a_seg.nii.gz",
+        "volumes_ml.csv",
+    ]
     labels = nib.load(out / "a_seg.nii.gz")
     np.testing.assert_array_equal(labels.affine, nib.load(scan).affine)
     np.testing.assert_array_equal(labels.dataobj, hounsfield(SHAPE) > 0)
