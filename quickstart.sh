@@ -1,75 +1,107 @@
 #!/usr/bin/env bash
-# From a fresh clone to organ labels on a CT: pre-train, fine-tune, evaluate, segment. Results go to outputs/quickstart,
-# in place of those of an earlier run.
+# From a fresh clone to organ labels on a CT: segment with the weights that ship, and go on from them: pre-train,
+# fine-tune, evaluate, segment. Results go to outputs/quickstart, in place of those of an earlier run.
 #   ./quickstart.sh                 on synthetic CTs, made first
 #   ./quickstart.sh --data FOLDER   on your own, nnU-Net style: imagesTr, labelsTr and, where there are, imagesTs, labelsTs
+#   ./quickstart.sh --segment PATH  only labels, volumes and pictures of your own CT or folder of CTs
 # Options: --bundle hi_end_mae_flare_seg for FLARE22's label order (default hi_end_mae_btcv_seg);
-#          --epochs N to fine-tune for longer; --spacing MM for finer voxels than the tiny setting's 4 mm;
+#          --epochs N to fine-tune for longer; --spacing MM for other voxels in training than the setting's;
 #          -- SETTINGS for the fine-tuning alone, such as -- --background_weight 0.05
 set -euo pipefail
 here=$PWD
 cd "$(dirname "$0")"
-root=$PWD out=$PWD/outputs/quickstart data="" bundle=hi_end_mae_btcv_seg epochs="" spacing=""
+root=$PWD out=$PWD/outputs/quickstart data="" own="" bundle=hi_end_mae_btcv_seg epochs="" spacing=""
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
         --) shift; break ;;
-        --data | --bundle | --epochs | --spacing)
+        --data | --segment | --bundle | --epochs | --spacing)
             case ${2---} in --*) fail "$1: has no value; give one after it" ;; esac ;;
     esac
     case $1 in
         --data) case $2 in /*) data=$2 ;; *) data=$here/$2 ;; esac
             [ -n "$2" ] && [ -d "$data" ] || fail "--data $2: no such folder"
             data=$(realpath -- "$data") ;;
+        --segment) case $2 in /*) own=$2 ;; *) own=$here/$2 ;; esac
+            [ -n "$2" ] && [ -e "$own" ] || fail "--segment $2: no such file or folder"
+            own=$(realpath -- "$own") ;;
         --bundle) bundle=${2%/}
             grep -qs '"label_names"' "$bundle/configs/train.json" || fail "--bundle $2: no segmentation bundle in $PWD" ;;
         --epochs) [[ $2 =~ ^0*[1-9][0-9]{0,8}$ ]] || fail "--epochs $2: give a whole number of at least 1"
             epochs=$((10#$2)) ;;
         --spacing) [[ $2 =~ ^[0-9]*\.?[0-9]*$ && $2 =~ [1-9] ]] || fail "--spacing $2: give a number of mm above 0"
             spacing=$2 ;;
-        *) sed -n '2,8s/^# \?//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,9s/^# \?//p' "$0" >&2; exit 2 ;;
     esac
     shift 2
 done
+size=small encoder=$root/hi_end_mae_pretrain/weights/small.pt segmenter=$root/$bundle/weights/small.pt
+if [ ! -f "$encoder" ] || [ ! -f "$segmenter" ]; then
+    [ -z "$own" ] || fail "--segment: no weights ship with $bundle yet; train some, with --data FOLDER"
+    size=tiny
+fi
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 step "environment"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 python=$root/.venv/bin/python
-run() { # run BUNDLE CONFIG OPTIONS...
-    (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "$2" "${@:3}" ${spacing:+--spacing "$spacing"})
+run() { # run BUNDLE CONFIGS OPTIONS...
+    (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "[$2,'configs/$size.json']" "${@:3}")
 }
+label_set=${bundle#hi_end_mae_} label_set=${label_set%_seg}
+phantoms() { "$python" -m shared_networks.synthetic.phantom --label_set "$label_set" --out "$@"; }
 # glibc keeps freed memory for the next step, in place of asking the system anew: docs/results/README.md.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 SECONDS=0
 
+if [ $size = small ]; then
+    step "segmentation with the weights that ship"
+    rm -rf "$out/shipped"
+    [ -n "$own" ] || phantoms "$out/shipped" --train 0 --test 1 --seed 1
+    run "$bundle" "'configs/inference.json'" --dataset_dir "${own:-$out/shipped}" --output_dir "$out/shipped"
+    step "done"
+    echo "labels:          $out/shipped/*_seg.nii.gz"
+    echo "pictures:        $out/shipped/*_overlay.png"
+    echo "volumes in ml:   $out/shipped/volumes_ml.csv"
+    cat "$out/shipped/volumes_ml.csv"
+    [ -z "$own" ] || exit 0
+    cases=(--train 8 --test 2) epochs=${epochs:-4}
+    pretraining=(--init_weights "$encoder" --epochs 2 --warmup_epochs 1 --num_samples 2 --learning_rate 0.0001)
+    tuning=(--init_weights "$segmenter" --warmup_epochs 1 --num_samples 1 --learning_rate 0.0001)
+else
+    echo "No weights ship with $bundle yet: tiny networks are trained from scratch."
+    cases=(--train 16 --test 4)
+    pretraining=(--init_weights "")
+    tuning=(--pretrained_encoder "$out/hi_end_mae_pretrain/model.pt")
+fi
+[ -z "$epochs" ] || tuning+=(--epochs "$epochs" --val_interval "$(((epochs + 2) / 3))")
+finer=(${spacing:+--spacing "$spacing"})
+
 if [ -z "$data" ]; then
     step "synthetic CTs"
     data=$out/data
-    label_set=${bundle#hi_end_mae_}
-    "$python" -m shared_networks.synthetic.phantom --out "$data" --label_set "${label_set%_seg}"
+    phantoms "$data" "${cases[@]}"
 fi
 scans=$data
 [ -d "$data/imagesTs" ] || scans=$data/imagesTr
 
 step "pre-training without labels"
-run hi_end_mae_pretrain "['configs/train.json','configs/tiny.json']" \
-    --dataset_dir "$data" --ckpt_dir "$out/hi_end_mae_pretrain" --output_dir "$out/hi_end_mae_pretrain" --overwrite True
-run hi_end_mae_pretrain "['configs/inference.json','configs/tiny.json']" \
+run hi_end_mae_pretrain "'configs/train.json'" "${pretraining[@]}" "${finer[@]}" --overwrite True \
+    --dataset_dir "$data" --ckpt_dir "$out/hi_end_mae_pretrain" --output_dir "$out/hi_end_mae_pretrain"
+run hi_end_mae_pretrain "'configs/inference.json'" "${finer[@]}" \
     --dataset_dir "$scans" --checkpoint "$out/hi_end_mae_pretrain/model.pt" --output_dir "$out"
 
-step "fine-tuning from it"
-run "$bundle" "['configs/train.json','configs/tiny.json']" ${epochs:+--epochs "$epochs" --val_interval "$(((epochs + 2) / 3))"} \
-    --dataset_dir "$data" --pretrained_encoder "$out/hi_end_mae_pretrain/model.pt" \
-    --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle" --overwrite True "$@"
+step "fine-tuning"
+run "$bundle" "'configs/train.json'" "${tuning[@]}" "${finer[@]}" --overwrite True \
+    --dataset_dir "$data" --ckpt_dir "$out/$bundle" --output_dir "$out/$bundle" "$@"
 
 step "evaluation on the scans' own grids"
-run "$bundle" "['configs/train.json','configs/evaluate.json','configs/tiny.json']" \
+run "$bundle" "'configs/train.json','configs/evaluate.json'" "${finer[@]}" \
     --dataset_dir "$data" --checkpoint "$out/$bundle/model.pt" --output_dir "$out"
 
 step "segmentation"
-run "$bundle" "['configs/inference.json','configs/tiny.json']" \
+run "$bundle" "'configs/inference.json'" "${finer[@]}" \
     --dataset_dir "$scans" --checkpoint "$out/$bundle/model.pt" --output_dir "$out" --overlay False
 
 step "done"

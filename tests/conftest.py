@@ -35,6 +35,15 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {label_set: root / label_set for label_set in ("btcv", "flare")}
 
 
+@pytest.fixture(scope="session")
+def tissue_maps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tissue maps of the same size in the same layout, by label set."""
+    root = tmp_path_factory.mktemp("tissues")
+    for label_set in ("btcv", "flare"):
+        write_dataset(root / label_set, label_set=label_set, train=3, test=1, seed=1, voxel_mm=6.0, tissues=True)
+    return {label_set: root / label_set for label_set in ("btcv", "flare")}
+
+
 @contextmanager
 def full_disk(size: int = 4000) -> Iterator[None]:
     """No file of this process may grow beyond some bytes: writing fails as on a full disk."""

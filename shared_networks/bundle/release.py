@@ -31,7 +31,7 @@ from shared_networks.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = "all"
-RELEASED_FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
+RELEASED_FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*", "weights/[!.]*")
 """What of a bundle's folder is released, beside weights that are given."""
 GUIDES = ("data", "inference", "pretraining", "settings", "training")
 """Pages of the repository's `docs` that cards link to. They link to each other alone."""
@@ -49,8 +49,9 @@ def release(
     Args:
         output_dir: folder to write to; older zips of this version are replaced.
         bundle: name of one bundle; by default all of them.
-        overlay: name of an overlay to bake into the configs, such as `tiny`; see :func:`bake`.
-        weights: flat state_dict of the bundle's network; see :func:`released_weights`.
+        overlay: name of an overlay to bake into the configs, such as `small`; see :func:`bake`.
+        weights: flat state_dict of the bundle's network; see :func:`released_weights`. By default those that the
+            overlay names, where they exist.
         root: source tree.
 
     Returns:
@@ -112,10 +113,10 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
         root: source tree.
         name: of the bundle.
         overlay: see :func:`bake`; none by default.
-        weights: see :func:`released_weights`; none by default.
+        weights: see :func:`released_weights`; by default those that the overlay names.
 
     Returns:
-        Content of files by their path in the bundle.
+        Content of files by their path in the bundle. Weights that an overlay names are in `models` alone.
 
     Raises:
         InputError: as :func:`bake` and :func:`released_weights`.
@@ -127,7 +128,13 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
     files |= {file: file.relative_to(root) for file in package if file.suffix == ".py" or file.name == "py.typed"}
     content = {path.as_posix(): file.read_bytes() for file, path in files.items()}
     if overlay:
-        content |= bake(content, overlay)
+        baked = bake(content, overlay)
+        if own := overlay_weights(bundle, overlay, content):
+            content = {path: text for path, text in content.items() if not path.startswith("weights/")}
+            if not weights and not own.is_file():
+                print(f"{name}: no {own.relative_to(bundle)}, so it is released without weights", flush=True)
+            weights = weights or (own if own.is_file() else "")
+        content |= baked
     card = released_card(content["docs/README.md"].decode())
     content["docs/README.md"] = card.encode()
     content["README.md"] = model_card(card, json.loads(content["configs/metadata.json"])).encode()
@@ -138,8 +145,25 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
     return content
 
 
+def overlay_weights(bundle: Path, overlay: str, files: Mapping[str, bytes]) -> Path | None:
+    """Return the file of weights that an overlay names as `checkpoint`, which need not exist; None if it names none.
+
+    Args:
+        bundle: folder of the bundle.
+        overlay: name, as for :func:`bake`.
+        files: of the bundle, by path.
+    """
+    config = ConfigParser(json.loads(files["configs/inference.json"]))
+    config.update(json.loads(files.get(f"configs/{overlay}.json", b"{}")))
+    config["bundle_root"] = str(bundle)
+    file = Path(config.get_parsed_content("checkpoint"))
+    return None if file.parent.name == "models" else file
+
+
 def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
-    """Make an overlay's settings the defaults of all configs that run without another, and of the metadata.
+    """Make an overlay's settings the defaults of the other configs, and of the metadata.
+
+    The weights that it names are those of the bundle from then on, `models/model.pt`, so `checkpoint` is left out.
 
     Args:
         files: of a bundle, by path.
@@ -155,18 +179,20 @@ def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
     file = f"configs/{overlay}.json"
     if file not in files:
         raise InputError(f"--overlay {overlay}: there is no {file} in the bundle; give a name such as tiny")
-    settings = {key: value for key, value in json.loads(files[file]).items() if not key.startswith("_")}
+    values = {key: value for key, value in json.loads(files[file]).items() if not key.endswith("checkpoint")}
+    settings = {key: value for key, value in values.items() if not key.startswith("_")}
     if re.search(r'"[@%+]|"[$](\\.|[^"\\])*@|"_target_"', json.dumps(settings)):
         raise InputError(f"--overlay {overlay}: {file} changes more than values, which cannot be baked in; try tiny")
     configs = {path: json.loads(text) for path, text in files.items() if re.fullmatch(r"configs/\w+\.json", path)}
-    alone = [path for path, config in configs.items() if "bundle_root" in config]
+    alone = [path for path, config in configs.items() if "bundle_root" in config or path == "configs/evaluate.json"]
     if lost := [key for key in settings if not any(key.split("#")[0] in configs[path] for path in alone)]:
         raise InputError(f"--overlay {overlay}: no config has {', '.join(lost)} of {file}; take them out")
     own = {path: {k: v for k, v in settings.items() if k.split("#")[0] in configs[path]} for path in alone}
     if "img_size" in settings:
         shapes = ("inputs#image#spatial_shape", "outputs#pred#spatial_shape")
         own["configs/metadata.json"] = {f"network_data_format#{shape}": settings["img_size"] for shape in shapes}
-    return {path: with_settings(files[path].decode(), values).encode() for path, values in own.items()}
+    baked = {path: with_settings(files[path].decode(), changes).encode() for path, changes in own.items() if changes}
+    return {**baked, file: format_config(values).encode()}
 
 
 def with_settings(config: str, settings: Mapping[str, Any]) -> str:
@@ -276,9 +302,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("--output_dir", required=True, help="folder to write the zips to")
     parser.add_argument("--bundle", default=ALL, help="name of one bundle (default: all)")
-    parser.add_argument("--overlay", default="", help="overlay to bake into the configs, such as tiny")
+    parser.add_argument("--overlay", default="", help="overlay to bake into the configs, such as small")
     parser.add_argument(
-        "--weights", default="", help="the bundle's model.pt (a segmenter's with its record model.json beside it)"
+        "--weights",
+        default="",
+        help="the bundle's model.pt, a segmenter's with its record beside it (default: those that the overlay names)",
     )
     release(**vars(parser.parse_args(arguments)))
 

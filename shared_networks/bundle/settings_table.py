@@ -25,7 +25,7 @@ Row = tuple[str, str, str, str]
 """Setting, default, what it takes and what it means, as Markdown."""
 
 _FIRST = ("train", "evaluate", "inference")
-_LEFT_OUT = ("metadata", "tiny", "multi_gpu_train")
+_LEFT_OUT = ("metadata", "small", "tiny", "multi_gpu_train")
 """Facts of the bundle, and overlays without settings of their own."""
 _REFERENCES = [f"@{name}" for name in SETTINGS]
 _HEADER = "| setting | default | takes | meaning |\n|---|---|---|---|"

@@ -162,7 +162,7 @@ def write_model(weights: Mapping[str, Tensor], file: str | Path, record: Record)
     Args:
         weights: flat state_dict.
         file: `model.pt`; its folder is made.
-        record: of :func:`training_record`, with whatever is to be added.
+        record: of :func:`training_record` or :func:`read_record`, with whatever is to be added.
 
     Returns:
         The digest of the weights.
@@ -173,7 +173,7 @@ def write_model(weights: Mapping[str, Tensor], file: str | Path, record: Record)
     path = Path(file)
     with atomic_write(path, GO_ON) as unfinished:
         save_tensors(weights, unfinished)
-        entry = {"weights_sha256": file_digest(unfinished), **record}
+        entry = {**record, "weights_sha256": file_digest(unfinished)}
         write_json(record_file(path), entry | {_REPLACES: _stored(path)}, GO_ON)
     write_json(record_file(path), entry, GO_ON)
     return str(entry["weights_sha256"])

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shared_networks.datasets.grid import SHEAR_TOLERANCE, affine_rows, shear
 from shared_networks.datasets.nifti import Nifti, grid_problems, read_nifti
+from shared_networks.datasets.tissue_maps import refuse_tissue_maps, tissue_problems
 from shared_networks.errors import InputError
 
 _WORKERS = 4  # inflating gzip releases the GIL: two threads on two cores take 0.6 of the time of one
@@ -57,6 +58,7 @@ def check_cases(
     modality: str | None = None,
     intensity_range: Sequence[float] | None = None,
     in_channels: int | None = None,
+    num_tissues: int | None = None,
 ) -> Sequence[dict[str, Any]]:
     """Check that scans can be read and make sense, each file once.
 
@@ -77,6 +79,8 @@ def check_cases(
         modality: `"CT"`, whose values must be HU, or `"MR"`, whose values must not; `None` accepts either.
         intensity_range: values that become 0 and 1; `None` accepts any.
         in_channels: files that the network takes of each case; `None` accepts any number.
+        num_tissues: the images are tissue maps, with indices below it; modality and intensities do not matter then.
+            `None` refuses tissue maps.
 
     Returns:
         `cases` themselves, so that a config can use the result in their place.
@@ -92,6 +96,8 @@ def check_cases(
     unique = dict.fromkeys((ensure_tuple(case["image"]), case.get("label")) for case in cases)
     images = dict.fromkeys(file for files, _ in unique for file in files)
     labels = dict.fromkeys(label for _, label in unique if label is not None)
+    if num_tissues is None:
+        refuse_tissue_maps(images)
     pairs = sided_pairs(label_names) if sides else []
     jobs = [(file, False) for file in images] + [(file, True) for file in labels]
     floor = intensity_range[0] if intensity_range and modality != "MR" else -math.inf
@@ -100,7 +106,7 @@ def check_cases(
         file, is_label = job
         if is_label:
             return _check_label(file, num_classes, label_names, pairs)
-        return _check_image(file, modality, floor)
+        return _check_image(file, modality, floor, num_tissues)
 
     with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
         scans = pool.map(check, jobs)
@@ -163,11 +169,13 @@ def side_problems(
     ]
 
 
-def _check_image(file: str, modality: str | None, floor: float) -> Finding:
+def _check_image(file: str, modality: str | None, floor: float, num_tissues: int | None) -> Finding:
     problems, grid, values = read_nifti(file)
     if values is None:
         return Finding(Nifti(problems, grid))
     digest = hashlib.sha1(values.ravel(order="K").data, usedforsecurity=False).digest()
+    if num_tissues is not None:
+        return Finding(Nifti(problems + tissue_problems(values, num_tissues), grid), digest)
     more = image_problems(values, modality)
     if not more and values.max() <= floor:
         more = [f"no voxel is above {floor:g}, where intensity_range begins; look at the scan's values, or set another"]

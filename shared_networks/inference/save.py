@@ -20,7 +20,7 @@ from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.pairs import source_file
 from shared_networks.datasets.record import file_digest
 from shared_networks.figures.overlay import overlay_figure
-from shared_networks.files import atomic_write
+from shared_networks.files import atomic_write, write_csv
 from shared_networks.inference.predict import is_unwritable, reason_of
 from shared_networks.inference.sliding_window import SlidingWindowLabels
 
@@ -94,11 +94,25 @@ def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
+def label_volumes(labels: np.ndarray, affine: np.ndarray, label_names: Sequence[str]) -> dict[str, float]:
+    """Measure the volume of every label but the background, in ml.
+
+    Args:
+        labels: [X, Y, Z] integers.
+        affine: [4, 4], from voxels to mm.
+        label_names: names in order of label value, background first.
+    """
+    counts = sum(np.bincount(plane.ravel(), minlength=len(label_names)) for plane in labels)
+    ml = np.asarray(counts) * abs(np.linalg.det(affine[:3, :3])) / 1000
+    return {name: round(float(ml[value]), 3) for value, name in enumerate(label_names) if value > 0}
+
+
 class SaveSegmentationd(SaveImaged):
     """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and a look at them as `NAME_overlay.png`.
 
-    With an organ's probability, `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete.
-    It is one of MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
+    `volumes_ml.csv` has the volumes of all cases so far in ml, a row a case, a column a label. With an organ's
+    probability, `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete. It is one of
+    MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
 
     Args:
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.
@@ -134,6 +148,7 @@ class SaveSegmentationd(SaveImaged):
         self.inferer = inferer
         self.checkpoints = [str(file) for file in checkpoints]
         self.settings = dict(settings or {})
+        self.volumes: dict[str, dict[str, float]] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save one decollated case of :class:`Scans`."""
@@ -153,16 +168,25 @@ class SaveSegmentationd(SaveImaged):
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
         if self.overlay:
             written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
+        volumes = label_volumes(labels, affine, self.label_names)
         content = {
             "scan": file,
             "labels": label_table(self.label_names),
             "files": written,
             "overlay": self.overlay,
+            "volumes_ml": volumes,
             "made_with": self.made_with(data["stamp"]),
         }
         with atomic_write(self.output_dir / f"{name}_seg.json") as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
+        self.list_volumes(name, volumes)
         return dict(data)
+
+    def list_volumes(self, name: str, volumes: Mapping[str, float]) -> None:
+        """Add a case to the table of volumes."""
+        self.volumes[name] = dict(volumes)
+        rows = [[case, *(ml[organ] for organ in self.label_names[1:])] for case, ml in self.volumes.items()]
+        write_csv(self.output_dir / "volumes_ml.csv", [["case", *self.label_names[1:]], *rows])
 
     def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
         """Write the figure and return its name; a figure that cannot be drawn is said and costs nothing else."""
@@ -183,11 +207,14 @@ class SaveSegmentationd(SaveImaged):
         return json.loads(json.dumps({"scan": stamp, "weights": weights, **self.settings}, default=str))
 
     def is_done(self, name: str, stamp: str) -> bool:
-        """Return whether the results of a name are there and of this scan, these weights and these settings."""
+        """Return whether results exist of a name, this scan, these weights and settings; if so, list its volumes."""
         try:
             content = json.loads((self.output_dir / f"{name}_seg.json").read_text())
         except (OSError, ValueError):
             return False
         if content.get("made_with") != self.made_with(stamp) or (self.overlay and not content.get("overlay")):
             return False
-        return all((self.output_dir / file).is_file() for file in content["files"])
+        if "volumes_ml" not in content or not all((self.output_dir / file).is_file() for file in content["files"]):
+            return False
+        self.list_volumes(name, content["volumes_ml"])
+        return True

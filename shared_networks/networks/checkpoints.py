@@ -23,6 +23,7 @@ from shared_networks.networks.vit import interpolate_positions
 
 logger = logging.getLogger(__name__)
 POSITIONS = "position_embeddings"
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
@@ -30,7 +31,8 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
 
     Reads our `model.pt` (flat), the published `hi_end_mae_10k.pth` (`{"state_dict": ...}`, names prefixed
     `module.`) and anything of either form. Nothing but tensors is unpickled. Tensors are mapped from the file, page
-    by page as they are used, so that the system can drop them from memory again.
+    by page as they are used, so that the system can drop them from memory again. Those of half precision become
+    float32.
 
     Raises:
         InputError: if there is no such file, or it holds no weights.
@@ -52,10 +54,30 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         content = content.get("state_dict", content.get("model", content))
     entries = content.items() if isinstance(content, Mapping) else ()
-    weights = {str(name).removeprefix(OFFICIAL_PREFIX): t for name, t in entries if isinstance(t, Tensor)}
+    weights = {
+        str(name).removeprefix(OFFICIAL_PREFIX): t.float() if t.dtype in _HALF else t
+        for name, t in entries
+        if isinstance(t, Tensor)
+    }
     if not weights:
         raise InputError(f"{path}: holds no state_dict of weights. Give a model.pt or hi_end_mae_10k.pth.")
     return from_official(weights) if "encoder.patch_embed.proj.weight" in weights else weights
+
+
+def half_precision(weights: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """Convert the floating tensors of a state_dict to float16, rounded to nearest, at half the size.
+
+    Args:
+        weights: flat state_dict.
+        source: their file, for the message.
+
+    Raises:
+        InputError: a weight is not finite in float16, which ends at 65504.
+    """
+    halved = {name: t.half() if t.is_floating_point() else t for name, t in weights.items()}
+    if large := [name for name, t in halved.items() if not t.isfinite().all()]:
+        raise InputError(f"{source}: {large[0]} has values beyond float16, which ends at 65504; keep these weights")
+    return halved
 
 
 def check_weights(

@@ -2,7 +2,8 @@
 
 Hatamizadeh et al., "UNETR: Transformers for 3D medical image segmentation", WACV 2022, as the Hi-End-MAE paper
 fine-tunes it: the token grid is doubled three times, and a trilinear resize closes the gap to the image size
-(8 -> 64 -> 96 for patches of 12). Patches below 8 need fewer doublings: 12 -> 48 -> 72 for patches of 6.
+(8 -> 64 -> 96 for patches of 12). Small patches need two doublings alone (12 -> 48 -> 72 for patches of 6): a third
+makes the volume finer than the image and costs five times the work.
 """
 
 from __future__ import annotations
@@ -23,25 +24,6 @@ from shared_networks.networks.vit import ViTEncoder
 def tokens_to_volume(tokens: Tensor, grid: list[int]) -> Tensor:
     """Reshape tokens [B, L, E] to a volume [B, E, h, w, d]."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid[0], grid[1], grid[2])
-
-
-def up_steps(patch_size: int) -> list[int]:
-    """Return the factors, 1 or 2, of the decoder's three up-steps before its resize, from the token grid on.
-
-    Together they are the largest power of two up to the patch size, but at most 8: `[2, 2, 2]` for patches of 8, 12
-    and 16, `[1, 2, 2]` for patches of 6.
-    """
-    doublings = min(patch_size.bit_length() - 1, 3)
-    return [1] * (3 - doublings) + [2] * doublings
-
-
-def _skip(in_channels: int, out_channels: int, doublings: int, **conv: Any) -> nn.Module:
-    """Make the blocks that bring encoder features to a decoder stage: one doubling each."""
-    if doublings == 0:
-        return UnetrBasicBlock(3, in_channels, out_channels, stride=1, **conv)
-    return UnetrPrUpBlock(
-        3, in_channels, out_channels, num_layer=doublings - 1, stride=1, upsample_kernel_size=2, conv_block=True, **conv
-    )
 
 
 class ResizeUpBlock(nn.Module):
@@ -74,12 +56,13 @@ class HiEndUNETR(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs over the token width.
         out_indices: three zero-based encoder blocks that feed the skips, ascending.
+        num_upsamples: doublings of the token grid before the resize: 3 as published, or 2 for patches below 8 voxels.
         norm_name: normalisation of the convolution blocks.
         dropout: dropout in the encoder; MONAI Label's uncertainty scoring sets it.
         use_checkpoint: recompute encoder blocks in the backward pass to save memory.
 
     Raises:
-        ValueError: for sizes that do not divide, or `out_indices` out of range or not three.
+        ValueError: for sizes that do not divide, `out_indices` out of range or not three, or other `num_upsamples`.
     """
 
     def __init__(
@@ -94,6 +77,7 @@ class HiEndUNETR(nn.Module):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         out_indices: Sequence[int] = (3, 6, 9),
+        num_upsamples: int = 3,
         norm_name: str = "instance",
         dropout: float = 0.0,
         use_checkpoint: bool = False,
@@ -101,6 +85,8 @@ class HiEndUNETR(nn.Module):
         super().__init__()
         if len(out_indices) != 3:
             raise InputError(f"out_indices {list(out_indices)} must be three, one for each skip of the UNETR.")
+        if num_upsamples not in (2, 3):
+            raise InputError(f"num_upsamples is {num_upsamples}; give 3, or 2 for patches below 8 voxels.")
         self.vit = ViTEncoder(
             in_channels=in_channels,
             img_size=img_size,
@@ -114,15 +100,17 @@ class HiEndUNETR(nn.Module):
             dropout=dropout,
             use_checkpoint=use_checkpoint,
         )
-        f, steps = feature_size, up_steps(max(self.vit.patch_size))
+        f = feature_size
         conv: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
+        lift: dict[str, Any] = {**conv, "stride": 1, "upsample_kernel_size": 2, "conv_block": True}
+        first = 2 if num_upsamples == 3 else 1  # 1: the deepest skip stays on the token grid
         self.encoder1 = UnetrBasicBlock(3, in_channels, f, stride=1, **conv)
-        self.encoder2 = _skip(hidden_size, 2 * f, sum(step == 2 for step in steps), **conv)
-        self.encoder3 = _skip(hidden_size, 4 * f, sum(step == 2 for step in steps[:2]), **conv)
-        self.encoder4 = _skip(hidden_size, 8 * f, sum(step == 2 for step in steps[:1]), **conv)
-        self.decoder5 = UnetrUpBlock(3, hidden_size, 8 * f, upsample_kernel_size=steps[0], **conv)
-        self.decoder4 = UnetrUpBlock(3, 8 * f, 4 * f, upsample_kernel_size=steps[1], **conv)
-        self.decoder3 = UnetrUpBlock(3, 4 * f, 2 * f, upsample_kernel_size=steps[2], **conv)
+        self.encoder2 = UnetrPrUpBlock(3, hidden_size, 2 * f, num_layer=num_upsamples - 1, **lift)
+        self.encoder3 = UnetrPrUpBlock(3, hidden_size, 4 * f, num_layer=num_upsamples - 2, **lift)
+        self.encoder4 = UnetrPrUpBlock(3, hidden_size, 8 * f, num_layer=0, **{**lift, "upsample_kernel_size": first})
+        self.decoder5 = UnetrUpBlock(3, hidden_size, 8 * f, upsample_kernel_size=first, **conv)
+        self.decoder4 = UnetrUpBlock(3, 8 * f, 4 * f, upsample_kernel_size=2, **conv)
+        self.decoder3 = UnetrUpBlock(3, 4 * f, 2 * f, upsample_kernel_size=2, **conv)
         self.decoder2 = ResizeUpBlock(2 * f, f, norm_name)
         self.out = UnetOutBlock(3, f, out_channels)
 

@@ -33,7 +33,7 @@ def breathe(structures: Iterable[Structure], breath: float, along: Knots) -> tup
 def anatomy(rng: np.random.Generator, habitus: Habitus) -> tuple[Structure, ...]:
     """List all structures in the order of painting: first those of the belly, then all around it or through it."""
     breath = habitus.breath
-    vessels = (*thorax.contents(breath, rng), *abdomen.great_vessels(rng), thorax.aorta())
+    vessels = (*thorax.contents(habitus.effusion, rng), *abdomen.great_vessels(rng), thorax.aorta())
     belly = breathe((*abdomen.organs(rng, habitus.belly / 30), *pelvis.viscera(rng, habitus.female)), breath, BELLY)
     around = (
         *abdomen.muscles(rng),

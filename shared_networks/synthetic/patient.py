@@ -100,23 +100,41 @@ def turn_table(canvas: Canvas) -> None:
     canvas.tissue[np.abs(canvas.points[1] - front - 3) < 2] = TISSUE_ID["table"]
 
 
+def scan_range(rng: np.random.Generator) -> tuple[float, float]:
+    """Draw the lowest and highest z of a scan in patient mm: mostly an abdomen, also more of the body or a part."""
+    kind = rng.random()
+    if kind < 0.4:  # the abdomen, its ends cut or whole
+        bottom = rng.uniform(-60, -10) if rng.random() < 0.15 else rng.uniform(-200, -120)
+        return bottom, rng.uniform(40, 90) if rng.random() < 0.15 else rng.uniform(115, 175)
+    if kind < 0.7:  # with the pelvis
+        return rng.uniform(-340, -210), rng.uniform(105, 175)
+    if kind < 0.8:  # with the chest
+        return rng.uniform(-150, -20), rng.uniform(270, 330)
+    if kind < 0.9:  # the trunk
+        return rng.uniform(-470, -290), rng.uniform(250, 330)
+    middle, half = rng.uniform(-380, 240), rng.uniform(60, 120)
+    return middle - half, middle + half
+
+
 def place(
-    rng: np.random.Generator, voxel_mm: float, reach: tuple[float, float] | None = None
+    rng: np.random.Generator, voxel_mm: float, reach: tuple[float, float] | None = None, thickest: float = 5
 ) -> tuple[Canvas, Array, Array]:
     """Lay a patient with painted trunk on a scanner's grid, RAS up to a slight tilt.
 
     Args:
         rng: source of all variation.
-        voxel_mm: in-plane voxel size in mm, up to 12 % more or less; slices are as thick or up to 5 mm.
-        reach: lowest and highest z in patient mm; by default an abdomen, cut somewhere near its ends.
+        voxel_mm: in-plane voxel size in mm, up to 12 % more or less; slices are as thick or up to `thickest`.
+        reach: lowest and highest z in patient mm; by default :func:`scan_range`.
+        thickest: greatest distance of slices in mm.
 
     Returns:
         The canvas, the spacing `[3]` in mm and the affine `[4, 4]` from voxels to world mm.
     """
     in_plane = voxel_mm * rng.uniform(0.88, 1.12)
-    spacing = np.array([in_plane, in_plane, max(in_plane, rng.uniform(voxel_mm, max(voxel_mm, 5)))])
+    spacing = np.array([in_plane, in_plane, max(in_plane, rng.uniform(voxel_mm, max(voxel_mm, thickest)))])
     build = rng.beta(1.6, 2.2)  # 0 is thin, 1 obese
     scale = rng.normal(1, 0.02) * np.array([0.97 + 0.08 * build, 0.97 + 0.08 * build, rng.normal(1, 0.02)])
+    bottom, top = reach or scan_range(rng)
     habitus = Habitus(
         fat=5 + 38 * build**1.6,
         wall=rng.uniform(10, 15),
@@ -128,10 +146,6 @@ def place(
         effusion=tuple(rng.uniform(12, 70, 2) * (rng.random(2) < 0.12)),
     )
     fat, belly = habitus.fat, habitus.belly
-    bottom = rng.uniform(-60, -10) if rng.random() < 0.12 else rng.uniform(-200, -120)
-    top = rng.uniform(40, 90) if rng.random() < 0.12 else rng.uniform(125, 175)
-    if reach:
-        bottom, top = reach
     width = 300 + 50 * float(np.clip((-120 - bottom) / 100, 0, 1))  # hips are wider
     extent = np.array([width, 196 + belly, top - bottom]) * scale + np.array([2.6 * fat + 30, 2.4 * fat + 50, 0])
     shoulders = 120 * rng.uniform(0.3, 1.1) * (top > 200)  # in view or cut by the field of view

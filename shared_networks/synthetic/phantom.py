@@ -1,7 +1,8 @@
 """Synthetic abdominal CT with organ labels: data to start from for those who have none.
 
 A randomly scaled, posed and warped patient is painted from tables of shapes; the table of tissues gives Hounsfield
-units for a contrast phase; texture, blur and noise make a scan of it. No patient is in it.
+units for a contrast phase; texture, blur and noise make a scan of it. No patient is in it. With `--tissues True` the
+tissues are written in place of the scan, so that training draws other scans of them each time.
 
 Example:
     python -m shared_networks.synthetic.phantom --out phantoms --label_set btcv --train 16 --test 4 --seed 0
@@ -12,6 +13,7 @@ from __future__ import annotations
 import gzip
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,14 +21,16 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from shared_networks.datasets.tissue_maps import TISSUE_CHANNEL
 from shared_networks.errors import report_in_one_line
 from shared_networks.files import atomic_write, write_json
 from shared_networks.settings.command_line import call_with_options
-from shared_networks.settings.kinds import NOT_NEGATIVE, PATH, SEED, choice, number
+from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, PATH, SEED, choice, number
 from shared_networks.synthetic.appearance import scan
 from shared_networks.synthetic.body import anatomy
 from shared_networks.synthetic.patient import place, varied
 from shared_networks.synthetic.shapes import Array
+from shared_networks.synthetic.tissue_table import TABLE_FILE, phantom_tissues, table_content
 from shared_networks.synthetic.tissues import LABEL_SETS, ORGANS, label_names
 
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "LPI", "PIR", "ASL")
@@ -37,23 +41,25 @@ OPTIONS = {
     "test": NOT_NEGATIVE,
     "seed": SEED,
     "voxel_mm": number("a size from 0.4 to 6 mm", lambda size: 0.4 <= size <= 6),
+    "tissues": FLAG,
 }
 """What the options of the command line take."""
 
 
 def phantom_case(
-    rng: np.random.Generator, label_set: str = "btcv", voxel_mm: float = 3.0
-) -> tuple[NDArray[np.int16], NDArray[np.uint8], Array]:
+    rng: np.random.Generator, label_set: str = "btcv", voxel_mm: float = 3.0, tissues: bool = False
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.uint8], Array]:
     """Make one scan. The same generator state gives the same patient and scan in either label set.
 
     Args:
         rng: Source of all variation.
         label_set: Order of the label values, "btcv" or "flare".
         voxel_mm: In-plane voxel size in mm, up to 12 % more or less; slices are as thick or up to 5 mm.
+        tissues: Return the map of tissues in place of the scan, with slices as thick as voxels are wide.
 
     Returns:
-        Image `[H, W, D]` in HU within [-1024, 3071], label `[H, W, D]` and their affine `[4, 4]` to RAS world mm. The
-        axes of the arrays run in one of `ORIENTATIONS`.
+        Image `[H, W, D]` in HU within [-1024, 3071], or uint8 indices of tissues; label `[H, W, D]`; and their affine
+        `[4, 4]` to RAS world mm. The axes of the arrays run in one of `ORIENTATIONS`.
 
     Raises:
         ValueError: If `label_set` is unknown or `voxel_mm` is not from 0.4 to 6.
@@ -61,18 +67,24 @@ def phantom_case(
     names = label_names(label_set)
     if not 0.4 <= voxel_mm <= 6:
         raise ValueError(f"voxel_mm is {voxel_mm}; choose a size from 0.4 to 6 mm")
-    canvas, spacing, affine = place(rng, voxel_mm)
+    canvas, spacing, affine = place(rng, voxel_mm, thickest=0 if tissues else 5)
     for structure in varied(anatomy(rng, canvas.habitus), rng):
         canvas.paint(structure)
     values = np.array([names.index(organ) if organ in names else 0 for organ in ORGANS], np.uint8)
-    volumes = scan(rng, canvas.tissue, spacing), values[canvas.organ]
+    volumes = canvas.tissue if tissues else scan(rng, canvas.tissue, spacing), values[canvas.organ]
     turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(rng.choice(ORIENTATIONS)))
     image, label = (np.ascontiguousarray(apply_orientation(volume, turn)) for volume in volumes)
     return image, label, affine @ inv_ornt_aff(turn, canvas.tissue.shape)
 
 
 def write_dataset(
-    out: str | Path, label_set: str = "btcv", train: int = 16, test: int = 4, seed: int = 0, voxel_mm: float = 3.0
+    out: str | Path,
+    label_set: str = "btcv",
+    train: int = 16,
+    test: int = 4,
+    seed: int = 0,
+    voxel_mm: float = 3.0,
+    tissues: bool = False,
 ) -> None:
     """Write phantoms as an nnU-Net folder: imagesTr, labelsTr, imagesTs, labelsTs and, last, dataset.json.
 
@@ -85,6 +97,7 @@ def write_dataset(
         test: Number of test cases, `test_000` and on.
         seed: Seed of the whole set.
         voxel_mm: In-plane voxel size: 3 makes a case in about half a second, 0.8 is clinical resolution.
+        tissues: Write tissue maps in place of scans, and the table of their indices, `tissues.json`.
 
     Raises:
         ValueError: As `phantom_case`.
@@ -102,13 +115,15 @@ def write_dataset(
     for kind in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for (split, index), paths in tqdm(planned.items(), desc="phantoms", unit="case"):
-        image, label, affine = phantom_case(np.random.default_rng([seed, split, index]), label_set, voxel_mm)
+        image, label, affine = phantom_case(np.random.default_rng([seed, split, index]), label_set, voxel_mm, tissues)
         for path, volume in zip(paths, (image, label), strict=True):
             with atomic_write(path, "give another --out") as unfinished:
                 unfinished.write_bytes(gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), 1, mtime=0))
+    if tissues:
+        write_json(folder / TABLE_FILE, table_content(phantom_tissues()), "give another --out")
     summary = {
         "name": folder.resolve().name,
-        "channel_names": {"0": "CT"},
+        "channel_names": {"0": TISSUE_CHANNEL if tissues else "CT"},
         "labels": {name: value for value, name in enumerate(names)},
         "numTraining": train,
         "file_ending": ".nii.gz",

@@ -5,6 +5,7 @@ x runs right, y anterior, z superior; the origin lies in the first lumbar verteb
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,9 +95,13 @@ def pieces(shape: Shape) -> Array:
 
 def axes(shape: Shape) -> Array:
     """Return the directions of a shape's own axes as the columns of a matrix."""
-    if not any(shape.turn):
-        return np.eye(3, dtype=np.float32)
-    return Rotation.from_euler("xyz", shape.turn, degrees=True).as_matrix().astype(np.float32)
+    return _turned(tuple(map(float, shape.turn)))
+
+
+@lru_cache(4096)
+def _turned(turn: Triple) -> Array:
+    """Return the matrix of a rotation about x, y and z by degrees."""
+    return Rotation.from_euler("xyz", turn, degrees=True).as_matrix().astype(np.float32)
 
 
 def bounds(shape: Shape, margin: float) -> Array:
@@ -115,6 +120,12 @@ def distance(shape: Shape, piece: Array, points: Array) -> Array:
         points: `[3, ...]` positions in mm.
     """
     flat = np.array(shape.flat, np.float32)
+    if shape.flat == (1, 1, 1):
+        start, step = piece[0, :3], piece[1, :3] - piece[0, :3]
+        away = points - start.reshape(3, 1, 1, 1)
+        along = np.clip(np.tensordot(step, away, 1) / max(float(step @ step), 1e-6), 0, 1)
+        away -= step.reshape(3, 1, 1, 1) * along
+        return np.sqrt(np.einsum("i...,i...", away, away)) - piece[0, 3] - (piece[1, 3] - piece[0, 3]) * along
     to_round = (axes(shape) / flat).T
     start, step = to_round @ piece[0, :3], to_round @ (piece[1, :3] - piece[0, :3])
     if any(shape.turn):

@@ -32,19 +32,22 @@ def on_cage(turn: float, z: float, out: float) -> tuple[float, float, float]:
     return float(x * radius), float(centre + y * radius), z
 
 
-def strip(*points: tuple[float, float, float, float], end: tuple[float, ...] = (), steps: int = 2) -> Shape:
-    """Make a tube along the ribs through (turn, z, out, radius), then straight to `end` (x, y, z, radius)."""
+Point = tuple[float, float, float, float]
+
+
+def strip(*points: Point, ends: tuple[Point, ...] = (), steps: int = 2) -> Shape:
+    """Make a tube along the ribs through (turn, z, out, radius), then straight through `ends` (x, y, z, radius)."""
     line = [(*on_cage(turn, z, out), radius) for turn, z, out, radius in points]
-    return tube(*line, *([end] if end else []), steps=steps)  # type: ignore[list-item]
+    return tube(*line, *ends, steps=steps)
 
 
-Strand = tuple[tuple[float, float, float, float], ...]
+Strand = tuple[Point, ...]
 
 
-def fan(count: int, first: Strand, last: Strand, end: tuple[float, ...] = ()) -> tuple[Shape, ...]:
+def fan(count: int, first: Strand, last: Strand, *ends: Point) -> tuple[Shape, ...]:
     """Make `count` strips side by side from one strip to another, points as for `strip`."""
     strands = np.array(first) + np.linspace(0, 1, count)[:, None, None] * (np.array(last) - first)
-    return tuple(strip(*strand, end=end) for strand in strands)
+    return tuple(strip(*strand, ends=ends) for strand in strands)
 
 
 class Girdle:
@@ -61,17 +64,20 @@ class Girdle:
         joint = np.array([168, -8, 276] if arms_down else [150, -4, 300]) + rng.normal(0, (4, 5, 6))
         self.x, self.y, self.z = (float(v) for v in joint)
         self.bulk = rng.uniform(0.75, 1.15)  # thickness of the muscles
+        self.limb: list[tuple[float, float, float]]
         if arms_down:
-            out, bend = self.x + 16 + 0.5 * fat, rng.uniform(0, 40)
-            self.limb = [(self.x + 6, self.y, 270), (out, -20, 110), (out + 12, -28, -40),
-                         (out + 2, -10 + bend, -150), (out - 8, 2 + 2 * bend, -265), (out - 10, 6 + 2.3 * bend, -345)]  # fmt: skip
+            out, bend = self.x + 22 + 1.4 * fat, rng.uniform(0, 40)
+            self.limb = [
+                (self.x + 6, self.y, 270), (out, -20, 110), (out + 12, -28, -40), (out + 2, -10 + bend, -150),
+                (out - 8, 2 + 2 * bend, -265), (out - 10, 6 + 2.3 * bend, -345),
+            ]  # fmt: skip
             self.girth = [38, 37, 34, 33, 22, 24]
         else:
             self.limb = [(self.x + 4, self.y, self.z), (self.x + 26, self.y + 14, self.z + 70),
                          (self.x + 40, self.y + 30, self.z + 170)]  # fmt: skip
             self.girth = [38, 36, 33]
 
-    def at(self, x: float, y: float, z: float, radius: float) -> tuple[float, float, float, float]:
+    def at(self, x: float, y: float, z: float, radius: float) -> Point:
         """Return a point given from the shoulder joint, with a radius."""
         return self.x + x, self.y + y, self.z + z, radius
 
@@ -89,17 +95,21 @@ class Girdle:
             fan(2, ((138, 185, 0, 3), (124, 230, 5, 6)), ((140, 225, 0, 3), (126, 245, 6, 6)), self.at(-26, 28, -2, 6)),
             fan(5, ((18, 76, 2, 4), (50, 128, 3, 4 * b), (78, 185, 15, 9 * b)),
                 ((70, 56, 1, 3), (80, 125, 3, 4 * b), (88, 180, 13, 9 * b)), pit),  # latissimus
-            fan(5, ((116, 92, 0, 3), (96, 150, 2, 4), (66, 200, 3, 4)), ((112, 205, 0, 3), (88, 240, 3, 5), (45, 275, 3, 4))),
+            fan(5, ((116, 92, 0, 3), (96, 150, 2, 4), (66, 200, 3, 4)), ((112, 205, 0, 3), (88, 240, 3, 5),
+                (45, 275, 3, 4))),
             fan(4, ((low - 4, 182, 5, 5), (64, 215, 8, 9 * b)), ((28, 268, 5, 5), (54, 268, 7, 9 * b)),
                 self.at(-18, 4, -10, 9)),  # subscapularis
-            fan(4, ((low, 168, 20, 6), (68, 206, 27, 9 * b)), ((28, 252, 19, 5), (52, 256, 24, 8 * b)), back),  # infraspinatus
-            (strip((low, 172, 21, 6), (74, 200, 24, 10 * b), end=pit),),  # teres major
-            (strip((26, 280, 20, 6), end=self.at(-34, -20, 14, 12)), tube(self.at(-34, -20, 14, 12), self.at(0, -4, 26, 7))),
+            fan(4, ((low, 168, 20, 6), (68, 206, 27, 9 * b)), ((28, 252, 19, 5),
+                (52, 256, 24, 8 * b)), back),  # infraspinatus
+            (strip((low, 172, 21, 6), (74, 200, 24, 10 * b), ends=(pit,)),),  # teres major
+            (strip((26, 280, 20, 6), ends=(self.at(-34, -20, 14, 12),)),
+                tube(self.at(-34, -20, 14, 12), self.at(0, -4, 26, 7))),
             (tube((*middle[0], 2), (*on_cage(19, 190, 14), 4), (*on_cage(25, 246, 27), 5), top, steps=2),  # trapezius
              tube((*middle[1], 3), (*on_cage(20, 235, 19), 5), (*on_cage(28, 264, 32), 6), top, steps=2),
              tube((*middle[2], 4), (*on_cage(22, 268, 30), 6), top, steps=2),
              tube((*middle[3], 5), (52, -72, 298, 9), top, steps=2),
-             tube((*middle[4], 7), (56, -56, 322, 13), top, steps=2), tube((*middle[5], 8), (46, -50, 350, 12), top, steps=2)),
+             tube((*middle[4], 7), (56, -56, 322, 13), top, steps=2), tube((*middle[5], 8),
+                 (46, -50, 350, 12), top, steps=2)),
             fan(3, ((14, 240, 8, 3), (30, 210, 8, 4)), ((10, 285, 10, 3), (24, 258, 10, 5))),  # rhomboid
             (tube((34, -46, 88, 17), *((26, y - 43, z, 14) for z, y in ridge), steps=2),),  # erector
             (tube((9, -46, 88, 9), *((9, y - 43, z, 9) for z, y in ridge), steps=2),),
@@ -116,7 +126,7 @@ class Girdle:
         near, far = (24, 287, 14, 2.2), (low - 1, 166, 15, 2.2)
         blade = fan(9, (near, (0.35 * near[0] + 42, 284, 17, 2.6)), (far, (0.35 * far[0] + 42, 220, 17, 2.6)), socket)
         thick = (
-            strip((low, 164, 16, 4), (72, 222, 20, 5), end=self.at(-26, -8, -14, 8)),
+            strip((low, 164, 16, 4), (72, 222, 20, 5), ends=(self.at(-26, -8, -14, 8),)),
             tube((*on_cage(26, 262, 20), 4), self.at(-40, -36, 8, 6), self.at(6, -18, 30, 6), steps=3),
             tube(self.at(-28, -6, 4, 9), self.at(-30, 16, 8, 6), self.at(-20, 30, -4, 5), steps=2),
             tube(self.at(-28, -9, -12, 8), self.at(-27, -8, 8, 8)),
@@ -126,9 +136,9 @@ class Girdle:
 
     def bones(self) -> tuple[Structure, ...]:
         """List clavicle, shoulder blade and the bones of the arm."""
-        clavicle = tube((17, 71, 272, 9), (55, 70, 284, 6.5), self.at(-46, 24, 18, 6), self.at(-8, -4, 30, 6.5), steps=3)
-        upper = [tuple(p) for p in self.limb[:3]]
-        shaft = tube(*((*p, r) for p, r in zip(upper, (14, 11, 12), strict=True)), steps=2)  # type: ignore[arg-type]
+        clavicle = tube((17, 71, 272, 9),
+            (55, 70, 284, 6.5), self.at(-46, 24, 18, 6), self.at(-8, -4, 30, 6.5), steps=3)
+        shaft = tube(*((*p, r) for p, r in zip(self.limb[:3], (14, 11, 12), strict=True)), steps=2)
         head = ball(*self.at(0, 0, 0, 0)[:3], 24, 24, 24)
         below: tuple[Structure, ...] = ()
         if self.arms_down:
@@ -147,9 +157,9 @@ class Girdle:
 
     def vessels(self) -> tuple[Structure, ...]:
         """List the vessels of the armpit."""
-        line = (64, 14, 308), self.at(-50, 30, -14, 0)[:3], self.at(-18, 12, -32, 0)[:3]
-        artery = tube(*((*p, 4) for p in line), steps=2)  # type: ignore[arg-type]
-        vein = tube(*((x, y + 10, z - 8, 5) for x, y, z in line), steps=2)
+        line = (64, 14, 308, 4), self.at(-50, 30, -14, 4), self.at(-18, 12, -32, 4)
+        artery = tube(*line, steps=2)
+        vein = tube(*((x, y + 10, z - 8, 5) for x, y, z, _ in line), steps=2)
         return Structure("arterial blood", mirrored(artery)), Structure("caval blood", mirrored(vein))
     # fmt: on
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shared_networks.synthetic.canvas import FAR, Canvas
+from shared_networks.synthetic.canvas import FAR, Box, Canvas
 from shared_networks.synthetic.hips import merge_hips, open_planes
-from shared_networks.synthetic.shapes import Array, Structure, melt, mirrored
+from shared_networks.synthetic.shapes import Array, Shape, Structure, melt, mirrored
 from shared_networks.synthetic.shoulders import Girdle, breasts, cage
 from shared_networks.synthetic.spine import THORACIC
 from shared_networks.synthetic.tissues import TISSUE_ID
-
-Mask = NDArray[np.bool_]
 
 
 class Habitus(NamedTuple):
@@ -53,21 +51,71 @@ _RIB_PHASE = np.interp(np.arange(-100, 480), np.array(THORACIC[:12]) + 13, np.ar
 IS_RIB = np.abs(_RIB_PHASE - np.rint(_RIB_PHASE)) < 0.21
 
 
-def lungs(canvas: Canvas, habitus: Habitus, chest: Mask, lining: Array) -> list[tuple[str, Mask]]:
-    """List what fills the chest: fat above the apices, lungs, fluid and the collapsed lung upon it."""
-    x, y, z = canvas.points
+def paint_chest(canvas: Canvas, habitus: Habitus, core: Array, lining: Array, height: Array) -> Array:
+    """Paint ribs, lungs, fluid and the diaphragm, whose distance it returns in mm, negative below.
+
+    Args:
+        canvas: with the shell of the trunk painted.
+        habitus: of the patient.
+        core: distance from the outer surface of the wall's muscles.
+        lining: distance from the inner surface of the wall.
+        height: y from the middle of the trunk.
+    """
+    below = np.full_like(core, -FAR)
+    box = canvas.box(np.array([(-FAR, -FAR, -85), (FAR, FAR, FAR)]))
+    x, y, z = canvas.points[(slice(None), *box)]
+    core, lining = core[box], lining[box]
+    if not core.size:
+        return below
+    dome = np.full_like(core, FAR)
+    for cx, cy, rx, ry, top in ((62, 42, 76, 108, 122), (-62, 42, 76, 108, 106), (0, 62, 62, 98, 94)):
+        level = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + (np.maximum(z, 0) / (top + habitus.breath)) ** 2
+        dome = melt(dome, 70 * (np.sqrt(level) - 1), 12)
+    dome[z < 0] = -FAR
+
+    turn = np.arctan2(np.abs(x), -height[box])  # from the spine, 0, round the flank to the sternum, pi
+    rib = np.abs(core + 6) < 4 + 0.5 * np.cos(3 * turn)
+    rib &= IS_RIB[np.clip(z + 26 * turn + 100, 0, len(IS_RIB) - 1).astype(np.int16)]
+    rib &= (z > 70 * turn - 85) & (turn > 0.35) & (turn < 2.85)
     apex = ((np.abs(x) - 44) / 95) ** 2 + ((y - 8) / 105) ** 2 + (np.maximum(z - 190, 0) / 112) ** 2
-    air = chest & ((apex < 1) | (z < 190))
-    found = [("fat", chest), ("lung", air)]
-    for side, height in zip((1, -1), habitus.effusion, strict=True):
-        if height:
-            depth = y + 62 - height * np.clip(1.6 - (z - 60) / 150, 0, 1.4)  # the patient lies on the back
+    chest = (lining < 0) & (dome > 3)
+    air = chest & ((apex < 1) | (z < 190)) & (np.abs(x) > 3.6)  # fat parts the lungs
+    tissue = canvas.tissue[box]
+    for name, where in (
+        ("cortical bone", rib),
+        ("trabecular bone", rib & (np.abs(core + 6) < 2)),
+        ("cartilage", rib & (turn > 1.95)),
+        ("muscle", lining < 0),
+        ("fat", chest),
+        ("lung", air),
+    ):
+        tissue[where] = TISSUE_ID[name]
+    for side, fluid in zip((1, -1), habitus.effusion, strict=True):
+        if fluid:
+            depth = y + 62 - fluid * np.clip(1.6 - (z - 60) / 150, 0, 1.4)  # the patient lies on the back
             half = air & (x * side > 0)
-            found += [
-                ("atelectasis", half & (depth < 14 + 6 * np.sin(x / 9) * np.sin(z / 11))),
-                ("effusion", half & (depth < 0)),
-            ]
-    return found
+            tissue[half & (depth < 14 + 6 * np.sin(x / 9) * np.sin(z / 11))] = TISSUE_ID["atelectasis"]
+            tissue[half & (depth < 0)] = TISSUE_ID["effusion"]
+    below[box] = dome
+    return below
+
+
+def coarse_distance(canvas: Canvas, shapes: Iterable[Shape], box: Box, blend: float, margin: float) -> Array:
+    """Return what `canvas.distance` does, computed about every 7 mm and interpolated between."""
+    points = canvas.points[(slice(None), *box)]
+    shape: tuple[int, ...] = points.shape[1:]
+    widths = [float(np.ptp(points[axis])) / max(shape[axis] - 1, 1) for axis in range(3)]
+    steps = [max(1, int(7 / max(width, 0.1))) for width in widths]
+    picked = [np.r_[0 : size - 1 : step, size - 1] for size, step in zip(shape, steps, strict=True)]
+    few = Canvas(points[(slice(None), *np.ix_(*picked))], canvas.habitus)
+    result = few.distance(shapes, tuple(slice(0, len(known)) for known in picked), blend, margin)
+    for axis, known in enumerate(picked):
+        where = np.interp(np.arange(shape[axis]), known, np.arange(len(known)))
+        low = np.minimum(where.astype(int), max(len(known) - 2, 0))
+        share = (where - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        first, second = result.take(low, axis), result.take(np.minimum(low + 1, len(known) - 1), axis)
+        result = first + (second - first) * share
+    return result
 
 
 def paint_shell(canvas: Canvas, habitus: Habitus, core: Array, skin: Array, rng: np.random.Generator) -> None:
@@ -76,12 +124,12 @@ def paint_shell(canvas: Canvas, habitus: Habitus, core: Array, skin: Array, rng:
     box = canvas.box(np.array([(-FAR, -FAR, 60), (FAR, FAR, FAR)]))
     if core[box].size:
         cover = skin[box] - core[box]
-        flesh = melt(core[box], canvas.distance(girdle.flesh(), box, 14, 26), 14)
+        flesh = melt(core[box], coarse_distance(canvas, girdle.flesh(), box, 14, 20 + 1.4 * habitus.fat), 14)
         skin[box] = np.minimum(skin[box], flesh + cover * (1 - 0.35 * (core[box] > 20)))
     gland = None
     if habitus.female:
         shapes, gland = breasts(habitus.fat, rng)
-        skin[box] = melt(skin[box], canvas.distance(shapes, box, 10, 22), 20)
+        skin[box] = melt(skin[box], coarse_distance(canvas, shapes, box, 10, 22), 20)
     everywhere = tuple(slice(0, size) for size in core.shape)
     sleeve = 2.5 + 0.45 * habitus.fat
     np.minimum(skin, canvas.distance(girdle.arm(sleeve), everywhere, 0, 0), out=skin)
@@ -118,30 +166,10 @@ def paint_trunk(canvas: Canvas, habitus: Habitus, rng: np.random.Generator) -> N
     lining = core + wall * (0.7 + 0.4 * np.abs(x) / radius - linea_alba)
     lower = merge_hips(canvas, core, skin, lining, fat, wall, belly, habitus.female)
 
-    dome = np.full_like(core, FAR)
-    for cx, cy, rx, ry, top in ((62, 42, 76, 108, 122), (-62, 42, 76, 108, 106), (0, 62, 62, 98, 94)):
-        level = ((x - cx) / rx) ** 2 + ((canvas.points[1] - cy) / ry) ** 2
-        level = np.sqrt(level + (np.maximum(z, 0) / (top + habitus.breath)) ** 2)
-        dome = melt(dome, 70 * (level - 1), 12)
-    dome[z < 0] = -FAR
-
-    turn = np.arctan2(np.abs(x), -y)  # from the spine, 0, round the flank to the sternum, pi
-    rib = (np.abs(core + 6) < 4 + 0.5 * np.cos(3 * turn)) & IS_RIB[
-        np.clip(z + 26 * turn + 100, 0, 579).astype(np.int16)
-    ]
-    rib &= (z > 70 * turn - 85) & (turn > 0.35) & (turn < 2.85)
     canvas.tissue[np.abs(canvas.points[1] + 82 + 1.25 * fat - x * x / 1500) < 2] = TISSUE_ID["table"]
     paint_shell(canvas, habitus, core, skin, rng)
-    chest = (lining < 0) & (dome > 3)
-    for name, where in (
-        ("muscle", core < 0),
-        ("cortical bone", rib),
-        ("trabecular bone", rib & (np.abs(core + 6) < 2)),
-        ("cartilage", rib & (turn > 1.95)),
-        ("muscle", lining < 0),
-        *lungs(canvas, habitus, chest, lining),
-        ("fat", (lining < 0) & (dome < 0)),
-    ):
-        canvas.tissue[where] = TISSUE_ID[name]
+    canvas.tissue[core < 0] = TISSUE_ID["muscle"]
+    canvas.core = core
+    canvas.roof = np.maximum(lining, paint_chest(canvas, habitus, core, lining, y))
+    canvas.tissue[canvas.roof < 0] = TISSUE_ID["fat"]
     open_planes(canvas, lower, core, skin, lining, wall)
-    canvas.roof, canvas.core = np.maximum(lining, dome), core

@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from shared_networks.errors import input_error_in
+from shared_networks.networks.checkpoints import half_precision
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.unetr import HiEndUNETR
 from shared_networks.networks.vit import patchify
@@ -30,14 +31,16 @@ IMAGE = torch.rand(1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """Weights of the network of tiny.json, and its logits of IMAGE."""
+    """Weights of the network of tiny.json, stored as float16 like those that ship, and its logits of IMAGE."""
     configs = ROOT / BUNDLE / "configs"
     parser = ConfigParser()
     parser.read_config([str(configs / "train.json"), str(configs / "tiny.json")])
     torch.manual_seed(0)
     network: HiEndUNETR = parser.get_parsed_content("network_def").eval()
     file = tmp_path_factory.mktemp("weights") / "model.pt"
-    torch.save(network.state_dict(), file)
+    halved = half_precision(network.state_dict(), file)
+    torch.save(halved, file)
+    network.load_state_dict(halved)
     with torch.no_grad():
         return file, network(IMAGE)
 

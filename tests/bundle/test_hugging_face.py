@@ -27,6 +27,7 @@ from monai.bundle import ConfigParser
 
 from shared_networks.bundle.card import model_card, released_card
 from shared_networks.bundle.release import release
+from shared_networks.networks.checkpoints import half_precision
 from shared_networks.version import __version__
 from tests.conftest import BUNDLES, ROOT
 
@@ -149,7 +150,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with our releases, small, unpacked and with weights."""
+    """A folder with our releases, small, unpacked and with weights, as float16 like ours."""
     folder = tmp_path_factory.mktemp("bundles")
     for archive in release(folder / "dist", overlay="tiny"):
         ZipFile(archive).extractall(folder)
@@ -158,7 +159,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parser.read_config(folder / name / "configs" / "inference.json")
         parser["bundle_root"] = str(folder / name)
         (folder / name / "models").mkdir()
-        torch.save(parser.get_parsed_content("network_def").state_dict(), folder / name / "models" / "model.pt")
+        weights = parser.get_parsed_content("network_def").state_dict()
+        torch.save(half_precision(weights, name), folder / name / "models" / "model.pt")
     return folder
 
 

@@ -25,7 +25,7 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, verify_metadata, verify_net_in_out
 
 from shared_networks.bundle.release import release
-from shared_networks.networks.checkpoints import check_weights
+from shared_networks.networks.checkpoints import check_weights, half_precision
 from tests.conftest import BUNDLES, ROOT
 
 pytestmark = pytest.mark.integration
@@ -102,7 +102,7 @@ assert not wrong, wrong
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that holds `models/`, with the three bundles, small, and weights in each."""
+    """The folder that holds `models/`, with the three bundles, small, and weights in each, as float16 like ours."""
     root = tmp_path_factory.mktemp("zoo")
     for archive in release(root / "dist", overlay="tiny"):
         ZipFile(archive).extractall(root / "models")
@@ -110,7 +110,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bundle = root / "models" / name
         torch.manual_seed(0)
         (bundle / "models").mkdir()
-        torch.save(network(bundle).state_dict(), bundle / "models" / "model.pt")
+        torch.save(half_precision(network(bundle).state_dict(), name), bundle / "models" / "model.pt")
     return root
 
 

@@ -31,9 +31,10 @@ import torch
 from monai.bundle import ConfigParser
 
 from shared_networks.bundle.config_format import format_config
+from shared_networks.bundle.halve import halve
 from shared_networks.bundle.release import GUIDES, bake, bundle_files, check_versions, main, release, with_settings
 from shared_networks.datasets.labels import model_labels
-from shared_networks.datasets.record import read_record, training_record, write_model
+from shared_networks.datasets.record import file_digest, read_record, training_record, write_model
 from shared_networks.datasets.splits import Split
 from shared_networks.errors import InputError
 from shared_networks.networks.checkpoints import check_weights
@@ -46,6 +47,7 @@ pytestmark = pytest.mark.integration
 PRETRAIN, BTCV, FLARE = BUNDLES
 SCHEMA = ROOT / "tests" / "data" / "meta_schema_20240725.json"
 IMAGE = torch.rand(1, 1, 48, 48, 48, generator=torch.Generator().manual_seed(1))
+FOLDERS = ("configs", "docs", "weights")
 QUICK = ["--epochs", "1", "--warmup_epochs", "1", "--num_samples", "1", "--batch_size", "1"]
 
 Run = Callable[..., str]
@@ -68,10 +70,10 @@ def config_of(bundle: Path) -> ConfigParser:
     return parser
 
 
-def tiny_weights(bundle: str, folder: Path, labels: str = "") -> Path:
-    """Fresh weights of the network of tiny.json, with a record of a label set and of cases where one is named."""
+def tiny_weights(bundle: str, folder: Path, labels: str = "", overlay: str = "tiny") -> Path:
+    """Fresh weights of the network of an overlay, with a record of a label set and of cases where one is named."""
     parser = ConfigParser()
-    parser.read_config([ROOT / bundle / "configs" / f"{name}.json" for name in ("inference", "tiny")])
+    parser.read_config([ROOT / bundle / "configs" / f"{name}.json" for name in ("inference", overlay)])
     parser["bundle_root"] = str(ROOT / bundle)
     weights = parser.get_parsed_content("network_def").state_dict()
     if labels:
@@ -105,13 +107,21 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture
+def shipping(tree: Path) -> Path:
+    """The second tree with small weights that ship, of pre-training and of BTCV's segmenter, but none of FLARE22's."""
+    for bundle, labels in ((PRETRAIN, ""), (BTCV, "btcv")):
+        model = tiny_weights(bundle, tree / "trained" / bundle, labels or "btcv", overlay="small")
+        halve(model, tree / bundle / "weights" / "small.pt")
+    shutil.rmtree(tree / FLARE / "weights", ignore_errors=True)
+    return tree
+
+
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_zip_holds_the_bundle_and_its_package_in_one_folder(bundle: str, tmp_path: Path) -> None:
     (archive,) = release(tmp_path, bundle)
     assert archive == tmp_path / f"{bundle}_v{__version__}.zip"
-    tracked = [
-        f"{bundle}/{f.relative_to(ROOT / bundle)}" for d in ("configs", "docs") for f in (ROOT / bundle / d).iterdir()
-    ]
+    tracked = [f"{bundle}/{f.relative_to(ROOT / bundle)}" for d in FOLDERS for f in (ROOT / bundle / d).glob("*")]
     tracked += [f"{bundle}/docs/{guide}.md" for guide in GUIDES]
     package = [f"{bundle}/{file.relative_to(ROOT)}" for file in (ROOT / "shared_networks").rglob("*.py")]
     package.append(f"{bundle}/shared_networks/py.typed")
@@ -155,20 +165,60 @@ def test_checksums_are_in_the_zip_and_beside_it(tmp_path: Path) -> None:
     assert beside == f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}\n"
 
 
+@pytest.mark.parametrize(("overlay", "size"), [("tiny", 48), ("small", 72)])
 @pytest.mark.parametrize("bundle", BUNDLES)
-def test_baked_configs_are_what_monai_makes_of_config_and_overlay(bundle: str) -> None:
+def test_baked_configs_are_what_monai_makes_of_config_and_overlay(bundle: str, overlay: str, size: int) -> None:
     files = bundle_files(ROOT, bundle)
-    baked = bake(files, "tiny")
-    tiny = json.loads(files["configs/tiny.json"])
-    alone = ["train", "inference", *(["prepare"] if bundle == PRETRAIN else [])]
-    assert set(baked) == {f"configs/{name}.json" for name in (*alone, "metadata")}
-    for file in (f"configs/{name}.json" for name in alone):
+    baked = bake(files, overlay)
+    small = {
+        key: value for key, value in json.loads(files[f"configs/{overlay}.json"]).items() if "checkpoint" not in key
+    }
+    changed = ["train", "inference", "prepare" if bundle == PRETRAIN else "evaluate"]
+    assert set(baked) == {f"configs/{name}.json" for name in (*changed, "metadata", overlay)}
+    assert json.loads(baked[f"configs/{overlay}.json"]) == small
+    for file in (f"configs/{name}.json" for name in changed):
         both = ConfigParser(json.loads(files[file]))
-        both.update({key: value for key, value in tiny.items() if key.split("#")[0] in both})
+        both.update({key: value for key, value in small.items() if key.split("#")[0] in both})
         assert json.loads(baked[file]) == both.get()
         assert json.loads(baked[file]) != json.loads(files[file])
     data = json.loads(baked["configs/metadata.json"])["network_data_format"]
-    assert data["inputs"]["image"]["spatial_shape"] == data["outputs"]["pred"]["spatial_shape"] == [48, 48, 48]
+    assert data["inputs"]["image"]["spatial_shape"] == data["outputs"]["pred"]["spatial_shape"] == [size] * 3
+
+
+def test_weights_that_ship_are_the_model_of_a_release_with_their_overlay(
+    shipping: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for archive in release(tmp_path, overlay="small", root=shipping):
+        unzip(archive, tmp_path)
+    assert f"{FLARE}: no weights/small.pt, so it is released without weights\n" in capsys.readouterr().out
+    assert not (tmp_path / FLARE / "models").exists()
+    for name in (PRETRAIN, BTCV):
+        shipped = shipping / name / "weights" / "small.pt"
+        assert shipped.stat().st_size < 16e6
+        assert not (tmp_path / name / "weights").exists()
+        model = tmp_path / name / "models" / "model.pt"
+        assert model.read_bytes() == shipped.read_bytes()
+        assert read_record(model)["weights_sha256"] == file_digest(shipped)  # type: ignore[index]
+        for files in (["inference"], ["inference", "small"]):
+            parser = ConfigParser()
+            parser.read_config([tmp_path / name / "configs" / f"{file}.json" for file in files])
+            parser["bundle_root"] = str(tmp_path / name)
+            assert Path(parser.get_parsed_content("checkpoint")) == model
+            check_weights(model, parser.get_parsed_content("network_def"))
+
+
+def test_other_releases_carry_the_weights_that_ship_beside_their_own(shipping: Path, tmp_path: Path) -> None:
+    own = tiny_weights(BTCV, tmp_path / "trained", "btcv")
+    for overlay, weights in (("", ""), ("tiny", own)):
+        (archive,) = release(tmp_path / "dist", BTCV, overlay=overlay, weights=weights, root=shipping)
+        bundle = unzip(archive, tmp_path / (overlay or "full"))
+        assert sorted(file.name for file in (bundle / "weights").iterdir()) == ["small.json", "small.pt"]
+        assert sorted(file.name for file in bundle.glob("models/*.pt")) == (["model.pt"] if weights else [])
+    (archive,) = release(
+        tmp_path / "dist", BTCV, overlay="small", weights=shipping / "trained" / BTCV / "model.pt", root=shipping
+    )
+    given = unzip(archive, tmp_path / "given") / "models" / "model.pt"
+    assert given.read_bytes() == (shipping / "trained" / BTCV / "model.pt").read_bytes()
 
 
 CONFIG = """{

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -211,19 +212,43 @@ def test_results_are_complete_and_done_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     data, saver = saved(tmp_path / "in", out, overlay=True)
     assert isinstance(saver, SaveImaged)  # so that MONAI Label leaves it out
-    assert sorted(file.name for file in out.iterdir()) == ["a_overlay.png", "a_seg.json", "a_seg.nii.gz"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "a_overlay.png",
+        "a_seg.json",
+        "a_seg.nii.gz",
+        "volumes_ml.csv",
+    ]
     labels = nib.load(out / "a_seg.nii.gz")
     np.testing.assert_array_equal(labels.affine, nib.load(scan).affine)
     np.testing.assert_array_equal(labels.dataobj, hounsfield(SHAPE) > 0)
     sidecar = json.loads((out / "a_seg.json").read_text())
     assert [label["name"] for label in sidecar["labels"]] == NAMES[1:]
     assert data.done == ["in/a"]
+    table = (out / "volumes_ml.csv").read_text()
+    (out / "volumes_ml.csv").unlink()
     assert saved(tmp_path / "in", out, overlay=True)[0].skipped == ["in/a"]
+    assert (out / "volumes_ml.csv").read_text() == table
+    del sidecar["volumes_ml"]  # of a version before
+    (out / "a_seg.json").write_text(json.dumps(sidecar))
+    assert saved(tmp_path / "in", out, overlay=True)[0].done == ["in/a"]
     assert saved(tmp_path / "in", out, overlay=True, settings={"overlap": 0.7})[0].done == ["in/a"]
     write(scan, hounsfield(SHAPE, seed=2))
     assert saved(tmp_path / "in", out, overlay=True, settings={"overlap": 0.7})[0].done == ["in/a"]
     (out / "a_seg.nii.gz").unlink()
     assert saved(tmp_path / "in", out, overlay=True, settings={"overlap": 0.7})[0].done == ["in/a"]
+
+
+def test_volumes_are_in_ml_of_the_scan_s_own_voxels(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "in" / f"{name}.nii.gz", hounsfield(SHAPE, seed=ord(name)))
+    saved(tmp_path / "in", tmp_path / "out", overlay=False)
+    rows = list(csv.reader((tmp_path / "out" / "volumes_ml.csv").open()))
+    assert rows[0] == ["case", *NAMES[1:]]
+    voxel = np.prod(np.linalg.norm(AFFINE[:3, :3], axis=0)) / 1000
+    for row, name in zip(rows[1:], ("a", "b"), strict=True):
+        count = int((hounsfield(SHAPE, seed=ord(name)) > 0).sum())
+        assert row[0] == name
+        np.testing.assert_allclose([float(cell) for cell in row[1:]], [count * voxel, 0], atol=1e-3)
 
 
 def test_a_dicom_series(tmp_path: Path) -> None:

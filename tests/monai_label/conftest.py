@@ -131,12 +131,14 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def releases(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The segmenters' release zips, small: BTCV's without weights, FLARE22's with some, trained for a moment."""
+    """The segmenters' release zips, small: BTCV's without weights, FLARE22's with some as float16, hardly trained."""
     folder = tmp_path_factory.mktemp("releases")
     write_dataset(folder / "flare", label_set="flare", train=2, test=0, seed=3, voxel_mm=6.0)
     few = ["--epochs", "1", "--num_samples", "1", "--dataset_dir", folder / "flare", "--pretrained_encoder", ""]
     process([sys.executable, "-m", "monai.bundle", "run", "--config_file", TINY, *few], clone / FLARE)
-    for bundle, weights in ((BTCV, ""), (FLARE, clone / FLARE / "models" / "model.pt")):
+    halve = ["-m", "shared_networks.bundle.halve", "--checkpoint", clone / FLARE / "models" / "model.pt"]
+    process([sys.executable, *halve, "--output", folder / "small.pt"], ROOT)
+    for bundle, weights in ((BTCV, ""), (FLARE, folder / "small.pt")):
         release = [sys.executable, "-m", "shared_networks.bundle.release", "--output_dir", folder, "--bundle", bundle]
         process([*release, "--overlay", "tiny", *(["--weights", weights] if weights else [])], ROOT)
     return sorted(folder.glob("*.zip"))

@@ -21,6 +21,7 @@ from shared_networks.networks.checkpoints import (
     LoadReport,
     check_weights,
     convert_weights,
+    half_precision,
     load_encoder,
     load_hi_end_mae,
     load_hi_end_mae_10k,
@@ -160,6 +161,27 @@ def test_weights_are_read_in_every_form(form, tmp_path):
         "with other things": {**weights, "epoch": 3, "config": {"patch": 12}},
     }[form]
     assert_same_weights(read_weights(save(content, tmp_path)), weights)
+
+
+def test_half_precision_is_half_the_size_and_read_as_float32(tmp_path):
+    network = tiny_mae()
+    weights = {**network.state_dict(), "count": torch.tensor(3)}
+    halved = half_precision(weights, "model.pt")
+    assert {t.dtype for name, t in halved.items() if name != "count"} == {torch.float16}
+    assert halved["count"].dtype == torch.int64
+    torch.save(halved, tmp_path / "small.pt")
+    found = read_weights(tmp_path / "small.pt")
+    assert all(t.dtype == weights[name].dtype for name, t in found.items())
+    torch.testing.assert_close(found, weights, atol=1e-7, rtol=2**-11)
+    del halved["count"]
+    load_hi_end_mae(network, save(halved, tmp_path))
+    assert {t.dtype for t in network.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", [7e4, float("inf"), float("nan")])
+def test_weights_that_float16_cannot_hold_are_refused(value):
+    with pytest.raises(InputError, match=r"^model\.pt: b has values beyond float16"):
+        half_precision({"a": torch.ones(2), "b": torch.tensor([1.0, value])}, "model.pt")
 
 
 def test_missing_checkpoint_is_named(tmp_path):

@@ -12,7 +12,6 @@ from shared_networks.networks.unetr import (
     ResizeUpBlock,
     strict_segmenter,
     tokens_to_volume,
-    up_steps,
 )
 from shared_networks.networks.vit import attention_maps, interpolate_positions
 from tests.benchmarks.window import PublishedUNETR
@@ -20,8 +19,8 @@ from tests.benchmarks.window import PublishedUNETR
 TINY: dict[str, Any] = {
     "in_channels": 2,
     "out_channels": 5,
-    "img_size": (12, 18, 16),
-    "patch_size": (6, 6, 8),  # grid (2, 3, 2)
+    "img_size": (12, 18, 8),
+    "patch_size": (6, 6, 4),  # grid (2, 3, 2)
     "feature_size": 4,
     "hidden_size": 24,
     "num_layers": 4,
@@ -57,16 +56,11 @@ def test_last_step_resizes_trilinearly_to_the_skip():
 
 
 def test_decoder_climbs_from_the_last_tokens_past_the_intermediate_features():
-    network, image = tiny().eval(), draw(1, 2, 12, 18, 16)
+    network, image = tiny().eval(), draw(1, 2, 12, 18, 8)
     last, features = network.vit(image)
     deep, middle, shallow = (tokens_to_volume(feature, [2, 3, 2]) for feature in reversed(features))
     skips = network.encoder4(deep), network.encoder3(middle), network.encoder2(shallow), network.encoder1(image)
-    assert [tuple(skip.shape[1:]) for skip in skips] == [
-        (32, 4, 6, 4),
-        (16, 8, 12, 8),
-        (8, 16, 24, 16),
-        (4, 12, 18, 16),
-    ]
+    assert [tuple(skip.shape[1:]) for skip in skips] == [(32, 4, 6, 4), (16, 8, 12, 8), (8, 16, 24, 16), (4, 12, 18, 8)]
     x = tokens_to_volume(last, [2, 3, 2])
     for stage, skip in zip(
         (network.decoder5, network.decoder4, network.decoder3, network.decoder2), skips, strict=True
@@ -77,21 +71,7 @@ def test_decoder_climbs_from_the_last_tokens_past_the_intermediate_features():
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "steps"),
-    [(16, [2, 2, 2]), (12, [2, 2, 2]), (8, [2, 2, 2]), (6, [1, 2, 2]), (3, [1, 1, 2]), (1, [1] * 3)],
-)
-def test_decoder_stages_are_never_finer_than_the_image(patch_size, steps):
-    assert up_steps(patch_size) == steps
-    network = HiEndUNETR(img_size=2 * patch_size, patch_size=patch_size, feature_size=2, hidden_size=6, num_heads=1)
-    sizes = []
-    for stage in (network.decoder5, network.decoder4, network.decoder3):
-        stage.register_forward_hook(lambda _m, _i, output: sizes.append(output.shape[-1]))
-    assert network(draw(1, 1, *[2 * patch_size] * 3)).shape[-1] == 2 * patch_size
-    assert sizes == [2 * steps[0], 2 * steps[0] * steps[1], 2 * steps[0] * steps[1] * steps[2]]
-
-
-@pytest.mark.parametrize(
-    ("img_size", "patch_size", "channels"), [(24, 12, 1), ((16, 8, 24), 8, 3), ((12, 18, 16), (6, 6, 8), 2)]
+    ("img_size", "patch_size", "channels"), [(24, 12, 1), ((16, 8, 24), 8, 3), ((12, 18, 8), (6, 6, 4), 2)]
 )
 def test_logits_have_the_size_of_the_image(img_size, patch_size, channels):
     network = tiny(img_size=img_size, patch_size=patch_size, in_channels=channels)
@@ -99,7 +79,21 @@ def test_logits_have_the_size_of_the_image(img_size, patch_size, channels):
     assert network(draw(1, channels, *size)).shape == (1, 5, *size)
 
 
-@pytest.mark.parametrize("size", [(6, 24, 24), (18, 12, 8)])
+def test_two_upsamplings_leave_the_deepest_features_on_the_token_grid():
+    network, image = tiny(num_upsamples=2).eval(), draw(1, 2, 12, 18, 8)
+    _, features = network.vit(image)
+    deep, middle, shallow = (tokens_to_volume(feature, [2, 3, 2]) for feature in reversed(features))
+    skips = network.encoder4(deep), network.encoder3(middle), network.encoder2(shallow)
+    assert [tuple(skip.shape[1:]) for skip in skips] == [(32, 2, 3, 2), (16, 4, 6, 4), (8, 8, 12, 8)]
+    with torch.no_grad():
+        logits = network(image)
+        assert logits.shape == (1, 5, 12, 18, 8)
+        torch.testing.assert_close(torch.jit.script(network)(image), logits)
+    network(image).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("size", [(6, 24, 12), (18, 12, 4)])
 def test_other_image_sizes_use_interpolated_positions(size):
     network, same, image = tiny(), tiny(img_size=size), draw(1, 2, *size)
     same.load_state_dict({**network.state_dict(), POSITIONS: same.get_parameter(POSITIONS)})
@@ -114,7 +108,7 @@ def test_other_image_sizes_use_interpolated_positions(size):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_inference_order_changes_neither_logits_nor_the_published_network(batch):
-    network, image = tiny(in_channels=1), draw(batch, 1, 12, 18, 16)
+    network, image = tiny(in_channels=1), draw(batch, 1, 12, 18, 8)
     published = PublishedUNETR(network)
     assert list(network.state_dict()) == list(published.state_dict())
     trained = network(image)
@@ -128,7 +122,7 @@ def test_inference_order_changes_neither_logits_nor_the_published_network(batch)
 
 
 def test_gradients_are_those_of_the_published_network():
-    network, image = tiny(), draw(1, 2, 12, 18, 16)
+    network, image = tiny(), draw(1, 2, 12, 18, 8)
     published = PublishedUNETR(network)
     gradients = [torch.autograd.grad(n(image).square().mean(), list(n.parameters())) for n in (network, published)]
     torch.testing.assert_close(*gradients)
@@ -143,12 +137,12 @@ def test_encoder_is_the_fine_tuning_one():
 
 def test_every_parameter_is_trained():
     network = tiny()
-    network(draw(1, 2, 12, 18, 16)).square().mean().backward()
+    network(draw(1, 2, 12, 18, 8)).square().mean().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 
 def test_dropout_acts_in_training_only():
-    network, plain, image = tiny(dropout=0.3), tiny(), draw(1, 2, 12, 18, 16)
+    network, plain, image = tiny(dropout=0.3), tiny(), draw(1, 2, 12, 18, 8)
     plain.load_state_dict(network.state_dict())
     assert not torch.equal(network.train()(image), network(image))
     assert torch.equal(plain.train()(image), plain(image))
@@ -156,7 +150,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_attention_maps_of_the_encoder():
-    network, image = tiny().eval(), draw(1, 2, 12, 18, 16)
+    network, image = tiny().eval(), draw(1, 2, 12, 18, 8)
     with torch.no_grad(), attention_maps(network) as maps:
         watched = network(image)
     with torch.no_grad():
@@ -167,7 +161,7 @@ def test_attention_maps_of_the_encoder():
 
 
 def test_checkpointing_changes_neither_logits_nor_gradients():
-    plain, recomputing, image = tiny(), tiny(use_checkpoint=True), draw(1, 2, 12, 18, 16)
+    plain, recomputing, image = tiny(), tiny(use_checkpoint=True), draw(1, 2, 12, 18, 8)
     calls: list[nn.Module] = []
     for block in recomputing.vit.blocks:
         block.register_forward_pre_hook(lambda module, inputs: calls.append(module))
@@ -185,7 +179,7 @@ def test_checkpointing_repeats_the_same_dropout():
     gradients = []
     for network in (plain, recomputing):
         torch.manual_seed(7)
-        network(draw(1, 2, 12, 18, 16)).square().mean().backward()
+        network(draw(1, 2, 12, 18, 8)).square().mean().backward()
         gradients.append(network.vit.blocks[0].mlp.linear1.weight.grad)
     assert torch.equal(*gradients)
 
@@ -193,7 +187,7 @@ def test_checkpointing_repeats_the_same_dropout():
 def test_torchscript_gives_the_same_logits():
     network = tiny().eval()
     scripted = torch.jit.script(network)
-    for size in ((12, 18, 16), (6, 24, 24)):
+    for size in ((12, 18, 8), (6, 24, 12)):
         image = draw(1, 2, *size)
         torch.testing.assert_close(scripted(image), network(image))
 
@@ -218,7 +212,7 @@ def test_a_served_network_is_never_loaded_in_part(change, message):
     with pytest.raises(RuntimeError, match=message):
         copy.deepcopy(network).load_state_dict(part, strict=False)
     copy.deepcopy(network).load_state_dict(weights, strict=False)
-    image = draw(1, 2, 12, 18, 16)
+    image = draw(1, 2, 12, 18, 8)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(network)(image), network(image))
 
@@ -234,9 +228,10 @@ def test_network_needs_three_out_indices(out_indices):
     ("changes", "message"),
     [
         ({"out_indices": (0, 1, 4)}, r"out_indices \[0, 1, 4\] must be ascending block indices from 0 to 3"),
-        ({"img_size": (12, 20, 8)}, r"image size \(12, 20, 8\) is not divisible by patch size \(6, 6, 8\)"),
+        ({"img_size": (12, 20, 8)}, r"image size \(12, 20, 8\) is not divisible by patch size \(6, 6, 4\)"),
         ({"hidden_size": 20}, "hidden size 20 is not divisible by 6"),
         ({"num_heads": 5}, "hidden size 24 is not divisible by 5 heads"),
+        ({"num_upsamples": 1}, "num_upsamples is 1; give 3, or 2 for patches below 8 voxels"),
     ],
 )
 def test_network_refuses_sizes_and_out_indices_that_do_not_fit(changes, message):
@@ -245,7 +240,7 @@ def test_network_refuses_sizes_and_out_indices_that_do_not_fit(changes, message)
 
 
 def test_network_refuses_images_of_other_channels_or_sizes():
-    with pytest.raises(ValueError, match=r"\[1, 1, 12, 18, 16\] is not \[B, 2, H, W, D\]"):
-        tiny()(torch.zeros(1, 1, 12, 18, 16))
-    with pytest.raises(ValueError, match=r"image size \[12, 18, 9\] is not divisible by patch size \[6, 6, 8\]"):
+    with pytest.raises(ValueError, match=r"\[1, 1, 12, 18, 8\] is not \[B, 2, H, W, D\]"):
+        tiny()(torch.zeros(1, 1, 12, 18, 8))
+    with pytest.raises(ValueError, match=r"image size \[12, 18, 9\] is not divisible by patch size \[6, 6, 4\]"):
         tiny()(torch.zeros(1, 2, 12, 18, 9))

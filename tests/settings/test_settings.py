@@ -548,6 +548,8 @@ def test_real_command_lines(tmp_path) -> None:
         (["--epochs"], "--epochs: has no value; give one after it"),
         (["--data", "--epochs", "2"], "--data: has no value; give one after it"),
         (["--data", ""], "--data : no such folder"),
+        (["--segment", "scan.nii.gz"], "--segment scan.nii.gz: no such file or folder"),
+        (["--segment"], "--segment: has no value; give one after it"),
         (["--bundle", PRETRAIN], f"--bundle {PRETRAIN}: no segmentation bundle in {ROOT}"),
     ],
 )

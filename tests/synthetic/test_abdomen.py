@@ -313,5 +313,5 @@ def test_prone_patients_lie_on_their_belly() -> None:
     turn_table(canvas)
     assert y[canvas.tissue == table].min() > y[body].max()
     np.testing.assert_array_equal(canvas.tissue > TISSUE_ID["gas"], body)
-    ups = [place(rng(seed), 6, (-20, 0))[0].up for seed in range(60)]
+    ups = [place(rng(seed), 6, (-60, 0))[0].up for seed in range(60)]
     assert 0 < ups.count(-1) < 15

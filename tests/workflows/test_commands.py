@@ -40,6 +40,7 @@ ELSEWHERE = {
     "_export network_def": "tests/bundle/test_exports.py",
     "download_large_files": "tests/networks/test_checkpoints.py",
     "pip install": "",
+    "shared_networks.synthetic.phantom": "tests/synthetic/test_phantom.py",
     "./quickstart.sh": "tests/workflows/test_quickstart.py",
 }
 """Commands that other tests run, or that need the network."""
@@ -108,15 +109,20 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("bundle", "command"), COMMANDS)
-def test_printed_command_runs(bundle: str, command: str, clone: Path, datasets: dict[str, Path]) -> None:
+def test_printed_command_runs(
+    bundle: str, command: str, clone: Path, datasets: dict[str, Path], tissue_maps: dict[str, Path]
+) -> None:
     """In the order printed, pre-training first, as the later ones build on the earlier ones' models."""
-    data = datasets["flare" if "flare" in bundle else "btcv"]
+    of_kind = tissue_maps if "synthetic.json" in command else datasets
+    data = of_kind["flare" if "flare" in bundle else "btcv"]
     run(tiny(command, data, clone / "store"), clone / bundle)
 
 
 def test_every_bundle_prints_commands_for_every_config() -> None:
+    """On its card, or in a guide; the guides of segmentation run in BTCV's folder and hold for FLARE22's too."""
     for bundle in BUNDLES:
-        text = " ".join(command for where, command in commands_in_order() if where == bundle)
+        guides = "hi_end_mae_btcv_seg" if "seg" in bundle else bundle
+        text = " ".join(command for where, command in commands_in_order() if where in (bundle, guides))
         for file in (ROOT / bundle / "configs").glob("*.json"):
             if file.name not in ("metadata.json", "inference_trt.json"):  # TensorRT needs a GPU; see test_exports.py
                 assert f"configs/{file.name}" in text, f"{bundle} never runs {file.name}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared_networks.settings.table import SETTINGS
+from shared_networks.synthetic import phantom
 from tests.conftest import BUNDLES, ROOT
 
 CARDS = [ROOT / bundle / "docs" / "README.md" for bundle in BUNDLES]
@@ -77,7 +78,7 @@ OTHER_OPTIONS = {
 @pytest.mark.parametrize("page", [*CARDS, *GUIDES], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_options_and_settings_exist(page: Path) -> None:
     text = re.sub(r"^#SBATCH.*$", "", page.read_text(), flags=re.MULTILINE)
-    options = set(re.findall(r"(?<![\w-])--([\w#]+)", text)) - OTHER_OPTIONS
+    options = set(re.findall(r"(?<![\w-])--([\w#]+)", text)) - OTHER_OPTIONS - phantom.OPTIONS.keys()
     assert options
     assert options - SETTINGS.keys() == set()
     parts = set(re.findall(r"`(\w+#[\w#]+)`", text))

@@ -1,0 +1,81 @@
+"""Weights as they ship: half the size, with their record, in one act."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared_networks.bundle.halve import halve
+from shared_networks.datasets.record import Record, file_digest, read_record, write_model
+from shared_networks.errors import InputError
+from shared_networks.networks.checkpoints import read_weights
+
+RECORD: Record = {
+    "labels": {"background": 0, "liver": 1},
+    "split": {"seed": 0},
+    "preparation": {"spacing": [3.0, 3.0, 3.0]},
+    "dataset": "synthetic",
+    "train": {"train_000": "12ab"},
+    "validation": {},
+    "test": {},
+    "seen_before": {"train": {}, "validation": {}},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    write_model({"a": torch.randn(400, 30, generator=generator)}, tmp_path / "models" / "model.pt", RECORD)
+    return tmp_path / "models" / "model.pt"
+
+
+def test_weights_and_record_are_written_together(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = model.parents[1] / "weights" / "small.pt"
+    for _ in range(2):  # an older one is replaced
+        halve(model, file)
+        assert read_record(file) == {**RECORD, "weights_sha256": file_digest(file)}
+    assert sorted(path.name for path in file.parent.iterdir()) == ["small.json", "small.pt"]
+    assert torch.load(file, weights_only=True)["a"].dtype == torch.float16
+    torch.testing.assert_close(read_weights(file), read_weights(model), atol=1e-7, rtol=2**-11)
+    assert 1.7 < model.stat().st_size / file.stat().st_size < 2
+    assert f"{file}: 1 tensors, 0.0 MB in place of 0.0 MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["models/model.pt", "models/../models/model.pt", "weights/small.pth", "weights"])
+def test_the_model_itself_and_other_endings_are_refused(output: str, model: Path) -> None:
+    before = model.read_bytes()
+    with pytest.raises(InputError, match=r"give another file than --checkpoint, with a name that ends in \.pt"):
+        halve(model, model.parents[1] / output)
+    assert model.read_bytes() == before
+
+
+def changed(model: Path, change: str) -> None:
+    file, content = model.with_suffix(".json"), torch.load(model, weights_only=True)
+    if change == "no record":
+        file.unlink()
+    elif change == "other record":
+        file.write_text(json.dumps({**json.loads(file.read_text()), "weights_sha256": "0"}))
+    elif change == "no model":
+        shutil.rmtree(model.parent)
+    else:
+        write_model({"a": content["a"] * 1e6}, model, RECORD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no record", r"model\.json: no such file; weights ship with the record of their training"),
+        ("other record", "not the weights that .* is the record of"),
+        ("no model", "no such checkpoint"),
+        ("too large", "a has values beyond float16"),
+    ],
+)
+def test_what_cannot_ship_is_refused_and_nothing_written(change: str, message: str, model: Path) -> None:
+    changed(model, change)
+    with pytest.raises(InputError, match=message):
+        halve(model, model.parents[1] / "weights" / "small.pt")
+    assert not (model.parents[1] / "weights").exists()
