@@ -48,15 +48,16 @@ def liver(rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
     """
     kind = kind or str(rng.choice(list(LIVERS), p=list(LIVERS.values())))
     small = kind == "cirrhotic"
-    bottom, top = rng.normal(-42, 16) + 30 * small, 134 - 14 * small
-    wide, deep = rng.normal(72, 5) - 9 * small, rng.normal(86, 7) - 8 * small
+    size = float(np.clip(rng.normal(0, 1), 0 if kind.endswith("resected") else -2, 2))  # all extents hang together
+    bottom, top = rng.normal(-44 - 20 * size, 14) + 30 * small, 134 - 14 * small
+    wide, deep = rng.normal(73 + 5 * size, 4) - 9 * small, rng.normal(87 + 9 * size, 5) - 8 * small
     right = ball(76 + rng.normal(0, 4) + (72 - wide) / 2, 23 + rng.normal(0, 5), (top + bottom) / 2, wide, deep,
                  (top - bottom) / 2, turn=(rng.normal(0, 5), 8 + rng.normal(0, 5), rng.normal(0, 6)))
     reach = {"long left lobe": rng.uniform(92, 122), "short left lobe": rng.uniform(34, 50), "cirrhotic": 84.0,
-             "right resected": rng.uniform(80, 110)}.get(kind, rng.normal(78, 13))
+             "right resected": rng.uniform(80, 110)}.get(kind, rng.normal(78 + 8 * size, 11))
     left = ball(72 - reach, 86 + rng.normal(0, 5), 66 + rng.normal(0, 8), reach, 38 + rng.normal(0, 5),
-                35 + rng.normal(0, 6), turn=(0, -8 + rng.normal(0, 5), 12 + rng.normal(0, 5)))
-    lobes = {"right resected": (left, ball(44, 60, 60, 48, 52, 48)), "left resected": (right,)}.get(kind, (right, left))
+                35 + rng.normal(4 * size, 5), turn=(0, -8 + rng.normal(0, 5), 12 + rng.normal(0, 5)))
+    lobes = {"right resected": (left, ball(44, 60, 58, 54, 58, 58)), "left resected": (right,)}.get(kind, (right, left))
     if kind == "Riedel":
         lobes += (ball(104, 24, rng.uniform(-75, -45), 27, 42, 70),)
     if small:  # a nodular surface
@@ -94,13 +95,13 @@ def spots(count: int, rng: np.random.Generator) -> tuple[Shape, ...]:
 
 def spleen(rng: np.random.Generator, size: float = 0) -> tuple[Structure, ...]:
     """Make the spleen, `size` times as wide as the usual one, drawn if 0, with notches and sometimes splenules."""
-    size = size or min(1.65, max(0.7, rng.lognormal(-0.02, 0.15) + rng.uniform(0.2, 0.5) * (rng.random() < 0.07)))
+    size = size or min(1.5, max(0.8, rng.lognormal(0, 0.12) + rng.uniform(0.2, 0.5) * (rng.random() < 0.1)))
     long = rng.lognormal(0, 0.12)
     radii = np.array([33, 54, 62]) * size * (long**-0.5, long**-0.5, long)
     centre = np.array([-103, -8, 45]) + (size - 1) * np.array([14, 30, -60]) + rng.normal(0, (2, 6, 6))
     angles = np.array([-22, -8, -24]) + rng.normal(0, (12, 5, 10))
     notches = centre + rng.uniform((15, 0, -0.8), (32, 55, 0.8), (int(rng.integers(0, 4)), 3)) * (1, 1, radii[2])
-    hilum = ball(-62 + 26 * (size - 1), 22 + rng.normal(0, 5), 40 + rng.normal(0, 6), 34, 34, 48)
+    hilum = ball(*(centre + size * rng.normal((41, 30, -5), (1, 4, 5))), *(size * np.array([34, 34, 48])))
     extra = rng.normal((-72, 20, 15), (10, 12, 15), (rng.poisson(0.25), 3))
     body = ball(*centre, *radii, turn=(angles[0], angles[1], angles[2]))
     return (
@@ -128,7 +129,7 @@ def gallbladder(rng: np.random.Generator) -> tuple[Structure, ...]:
 
 def pancreas(rng: np.random.Generator) -> tuple[Structure, ...]:
     """Make the pancreas, level to steep and thick to thin and fatty, with the veins that run along it."""
-    tilt, arch, thick = rng.normal(0, 14), rng.normal(2, 8), float(np.clip(rng.normal(1, 0.13), 0.6, 1.3))
+    tilt, arch, thick = rng.normal(0, 14), rng.normal(2, 8), float(np.clip(rng.normal(1.04, 0.12), 0.6, 1.35))
 
     def course(points: Array, radius: float) -> Shape:
         line = points * (1, 1, 1, radius)
@@ -191,25 +192,33 @@ def metal(rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
     return (Structure("metal", tuple(tube((*c, 1.2), (*(c + rng.normal(0, 3, 3)), 1.2), steps=1) for c in clips)),)
 
 
-def organs(rng: np.random.Generator) -> tuple[Structure, ...]:
-    """List the structures of the belly in the order of painting."""
-    lean = rng.beta(1.6, 1.6)
+def organs(rng: np.random.Generator, build: float) -> tuple[Structure, ...]:
+    """List the structures of the belly in the order of painting: solid organs push aside the fat about the kidneys.
+
+    Args:
+        rng: source of all variation.
+        build: from 0, thin, to 1, obese.
+    """
+    lean = float(np.clip(0.85 - 0.8 * build + rng.normal(0, 0.2), 0, 1))
     fat = 1 + 16 * (1 - lean) * rng.uniform(0.5, 1.2)  # about the kidneys, in mm
     kind = str(rng.choice(list(LIVERS), p=list(LIVERS.values())))
     wet = rng.uniform(0, 1) if rng.random() < (0.6 if kind == "cirrhotic" else 0.07) else 0
+    (right_space, *right_kidney), (left_space, *left_kidney) = kidney(1, fat, rng), kidney(-1, fat, rng)
     return (
         *fat_and_nodes(rng),
         *fluid(wet, rng),
         *small_bowel(rng, lean, dilated=rng.random() < 0.06),
         *colon(rng),
+        right_space,
+        left_space,
         *spleen(rng),
         *stomach(rng),
         *liver(rng, kind),
         *gallbladder(rng),
-        *kidney(1, fat, rng),
-        *kidney(-1, fat, rng),
-        *duodenum(rng),
+        *right_kidney,
+        *left_kidney,
         *pancreas(rng),
+        *duodenum(rng),
         *adrenals(rng),
         *metal(rng),
     )

@@ -34,7 +34,7 @@ def anatomy(rng: np.random.Generator, habitus: Habitus) -> tuple[Structure, ...]
     """List all structures in the order of painting: first those of the belly, then all around it or through it."""
     breath = habitus.breath
     vessels = (*thorax.contents(habitus.effusion, rng), *abdomen.great_vessels(rng), thorax.aorta())
-    belly = breathe((*abdomen.organs(rng), *pelvis.viscera(rng, habitus.female)), breath, BELLY)
+    belly = breathe((*abdomen.organs(rng, habitus.belly / 30), *pelvis.viscera(rng, habitus.female)), breath, BELLY)
     around = (
         *abdomen.muscles(rng),
         *pelvis.muscles(rng),

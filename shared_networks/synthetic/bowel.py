@@ -57,7 +57,7 @@ STOMACH = {
     "food": (0.2, Filling("food", (0.8, 1.4), (0, 0.4), ("gas", 0.15))),
     "soft chyme": (0.1, Filling("soft chyme", (0.6, 1.2), (0, 0.5))),
     "gas": (0.08, Filling("chyme", (0.9, 1.35), (0.6, 0.95))),
-    "collapsed": (0.1, Filling("chyme", (0.38, 0.55), (0, 0.8))),
+    "collapsed": (0.1, Filling("chyme", (0.48, 0.62), (0, 0.8))),
     "thin oral contrast": (0.04, Filling("thin oral contrast", (0.7, 1.2), (0, 0.5))),
     "oral contrast": (0.04, Filling("oral contrast", (0.7, 1.2), (0, 0.5), ("food", 0.3))),
     "sediment": (0.02, Filling("water", (0.7, 1.3), (0, 0.5), sediment=("dense oral contrast", 0.5))),
@@ -108,7 +108,7 @@ def duodenum(rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
     points[1:, :3] += rng.normal(0, 2.5, (7, 3))
     points[3:6, 2] -= rng.normal(4, 9)
     filling = SMALL[kind or choose(SMALL, rng)][1]
-    filling = filling._replace(width=(max(0.65, filling.width[0]), max(0.85, filling.width[1])))
+    filling = filling._replace(width=(max(0.65, filling.width[0]), min(1.1, max(0.85, filling.width[1]))))
     return (gut(points, filling, rng.uniform(2, 3), rng, organ="duodenum", halo=rng.uniform(0, 1.5)),)
 
 

@@ -38,7 +38,7 @@ def placed(shapes: Iterable[Shape], centre: Triple, turn: Triple, scale: float) 
 
 # fmt: off
 def kidney(side: int, fat: float, rng: np.random.Generator, kind: str = "") -> tuple[Structure, ...]:
-    """Make a kidney with pyramids, sinus, pelvis, ureter, vessels, cysts, and the space of fat about it.
+    """Make the space of fat about a kidney and the kidney with pyramids, sinus, pelvis, ureter, vessels and cysts.
 
     Args:
         side: 1 for the right kidney, -1 for the left.
@@ -49,11 +49,11 @@ def kidney(side: int, fat: float, rng: np.random.Generator, kind: str = "") -> t
     organ = "right kidney" if side > 0 else "left kidney"
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     scale = rng.normal(1, 0.03) * (rng.uniform(0.5, 0.7) if kind == "atrophic" else 1)
-    x, y, z = np.array([65.5 * side, 4 + fat / 4, -22 if side > 0 else 2]) + rng.normal(0, (4, 3, 8))
+    x, y, z = np.array([65.5 * side, 4 + fat / 4, -22 if side > 0 else 2]) + rng.normal(0, (4, 3, 6))
     if kind in ("low", "pelvic"):
         x, y, z = (x * 0.9, 26, -75) if kind == "low" else (38.0 * side, 38, -150)
     centre, turn = (x, y, z), tuple(rng.normal((-12, -12 * side, 0), (6, 5, 30 if kind in ("low", "pelvic") else 14)))
-    wide, deep, tall = 28 + rng.normal(0, 1.5), 26.5 + rng.normal(0, 1.5), 55 + rng.normal(0, 4)
+    wide, deep, tall = rng.normal((29.5, 28, 57), (1.5, 1.5, 4))
     sinus, urine = rng.uniform(0.75, 1.25), rng.uniform(2.2, 3.6) if kind == "hydronephrotic" else rng.uniform(0.5, 1.2)
     bulge, folds = 7 if kind != "hydronephrotic" else 8, enumerate(np.radians(np.linspace(-125, 125, 8)))
     pyramids = [ball(side * (9 * np.cos(a) - 1), 1 + 7 * (-1) ** i, 28 * np.sin(a), bulge) for i, a in folds]

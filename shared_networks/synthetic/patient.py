@@ -16,14 +16,15 @@ from shared_networks.synthetic.tissues import ABSENT, ORGANS, TISSUE_ID
 from shared_networks.synthetic.trunk import Habitus, paint_trunk
 
 FIXED = ("aorta", "inferior vena cava", "esophagus")  # they grow in width only
-SPREAD = {"liver": 0.05, "spleen": 0.05, "stomach": 0.06, "aorta": 0.04, "inferior vena cava": 0.05, "esophagus": 0.08}
+SPREAD = {"liver": 0.09, "spleen": 0.05, "stomach": 0.06, "aorta": 0.04, "inferior vena cava": 0.05, "esophagus": 0.08}
 
 
 def drift(places: Array, waves: Array, phases: Array, size: Array) -> Array:
-    """Return how far organs at `places` `[n, 3]` lie from the usual, `[n, 3]` in mm: smooth, and least at the spine."""
+    """Return how far organs at `places` `[n, 3]` in mm are moved, `[n, 3]`: smoothly, and least at spine and flanks."""
     x, y, z = places.T
     free = (1 - 0.6 * np.exp(-((x / 45) ** 2) - ((y - 15) / 40) ** 2)) * np.clip((z + 230) / 90, 0, 1)
-    return free[:, None] * (np.sin(places @ waves.T + phases) @ size)
+    aside = np.c_[np.clip(1.25 - np.abs(x) / 110, 0.2, 1), np.ones((len(x), 2))]
+    return free[:, None] * aside * (np.sin(places @ waves.T + phases) @ size)
 
 
 class Change(NamedTuple):
@@ -75,8 +76,11 @@ def varied(structures: Iterable[Structure], rng: np.random.Generator) -> list[St
             if organ not in changes:
                 centre = np.concatenate([s.path[:, :3] for s in structure.shapes]).mean(0)
                 changes[organ] = Change(centre, stretch[organ], move[organ])
-            shapes = tuple(changed(shape, changes[organ], organ in FIXED) for shape in structure.shapes)
-            structure = structure._replace(shapes=shapes)
+            shapes, carve = (
+                tuple(changed(shape, changes[organ], organ in FIXED) for shape in group)
+                for group in (structure.shapes, structure.carve)
+            )
+            structure = structure._replace(shapes=shapes, carve=carve)
         result.append(structure)
     return result
 

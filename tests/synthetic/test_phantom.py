@@ -23,16 +23,16 @@ from shared_networks.synthetic.tissues import BTCV, FLARE22, TISSUE_ID, TISSUES
 SEEDS = range(16)
 # Of organs wholly in view, in ml: limits for every case and for the median one.
 VOLUMES = {
-    "liver": (900, 2500, 1300, 1800),
-    "spleen": (90, 320, 130, 250),
-    "right kidney": (90, 260, 120, 200),
-    "left kidney": (90, 260, 120, 200),
-    "gallbladder": (15, 70, 20, 60),
-    "pancreas": (40, 130, 60, 120),
-    "stomach": (150, 600, 200, 450),
-    "duodenum": (40, 160, 60, 130),
-    "right adrenal gland": (2, 9, 3, 8),
-    "left adrenal gland": (2, 9, 3, 8),
+    "liver": (400, 3000, 1150, 1800),  # the least is what a resection left
+    "spleen": (35, 850, 110, 280),
+    "right kidney": (20, 480, 115, 210),
+    "left kidney": (20, 480, 115, 210),
+    "gallbladder": (1, 140, 15, 60),
+    "pancreas": (20, 190, 50, 120),
+    "stomach": (25, 1400, 200, 550),
+    "duodenum": (20, 210, 45, 120),
+    "right adrenal gland": (1, 30, 2.5, 9),
+    "left adrenal gland": (1, 30, 2.5, 9),
 }
 
 Case = tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.float64]]
@@ -109,7 +109,7 @@ def test_geometry_varies_as_in_clinics(cases: list[Case]) -> None:
 
 
 def test_organs_lie_on_their_side_of_the_patient(cases: list[Case]) -> None:
-    """Along x (right), y (anterior) and z (superior) of the world, the first organ is beyond the second."""
+    """Along x (right), y (anterior) and, mostly, z (superior) of the world, the first organ is beyond the second."""
     pairs = (
         (0, "liver", "spleen"),
         (0, "right kidney", "left kidney"),
@@ -122,12 +122,15 @@ def test_organs_lie_on_their_side_of_the_patient(cases: list[Case]) -> None:
         (2, "right adrenal gland", "right kidney"),
         (2, "left kidney", "right kidney"),
     )
-    for number, case in enumerate(cases):
-        for axis, first, second in pairs:
+    for axis, first, second in pairs:
+        beyond = {}
+        for number, case in enumerate(cases):
             here, there = centre(case, first), centre(case, second)
             whole = not any(cut(case[1], FLARE22.index(organ)) for organ in (first, second))
             if here is not None and there is not None and (axis != 2 or whole):
-                assert here[axis] > there[axis] - 5, f"case {number}: {first} is not beyond {second} along axis {axis}"
+                beyond[number] = here[axis] > there[axis] - 5
+        least = 0.7 if axis == 2 else 1  # a kidney may be low or in the pelvis
+        assert np.mean(list(beyond.values())) >= least, f"{first} is not beyond {second} along axis {axis}: {beyond}"
 
 
 def test_organs_are_there_but_not_always_whole(cases: list[Case]) -> None:
@@ -161,7 +164,7 @@ def test_hounsfield_units(cases: list[Case]) -> None:
         assert 5 < mean["liver"] < 140
         assert 15 < mean["aorta"] < 420
         if "gallbladder" in mean:
-            assert -10 < mean["gallbladder"] < 45
+            assert -10 < mean["gallbladder"] < 110
         enhancement.append(mean["aorta"] - mean["liver"])
         counts, edges = np.histogram(image, np.arange(-200, 0, 10))
         assert -120 <= edges[counts.argmax()] <= -85, "fat is the commonest of the soft tissues below water"
