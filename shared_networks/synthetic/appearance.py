@@ -61,7 +61,7 @@ class Variety(NamedTuple):
     noise_hu: Range = (3, 30)
     noise_mm: Range = (0.3, 1.2)
     shading: Range = (0, 8)
-    streaks: Range = (100, 700)
+    streaks: Range = (50, 500)
     shift: float = 8
     scale: float = 0.015
     view: float = 0
@@ -69,7 +69,7 @@ class Variety(NamedTuple):
 
 
 USUAL = Variety()
-CLINICAL = Variety(enhancement=(0.8, 1.2), spread=0.4, shift=3, scale=0.005, shading=(0, 4), streaks=(100, 400))
+CLINICAL = Variety(enhancement=(0.8, 1.2), spread=0.4, shift=3, scale=0.005, shading=(0, 4), streaks=(50, 300))
 """Of scans that are written once: as different as those of one hospital."""
 
 
@@ -264,10 +264,8 @@ def streaks(
     sizes = np.bincount(pieces.ravel())
     for piece in 1 + np.argsort(-sizes[1:])[:_MOST_IMPLANTS]:
         implant = np.moveaxis(pieces == piece, normal, 0)
-        angles = rng.standard_normal(360).astype(np.float32)
-        angles = ndimage.gaussian_filter1d(angles, 1.5, mode="wrap") * 2.3  # about unit variance, 4 degrees wide
-        angles += np.cos(np.linspace(0, 4 * np.pi, 360, endpoint=False, dtype=np.float32) + rng.uniform(0, 6.3))
-        hu = rng.uniform(*strength)
+        hu, rays = log_uniform(rng, strength), rng.standard_normal(360)
+        broad = np.cos(np.linspace(0, 4 * np.pi, 360, endpoint=False) + rng.uniform(0, 2 * np.pi))
         for level in np.flatnonzero(implant.any((1, 2))):
             u, v = (
                 (np.arange(size, dtype=np.float32) - place.mean()) * spacing[axis]
@@ -275,8 +273,9 @@ def streaks(
             )
             distance = np.hypot(u[:, None], v)
             radius = np.sqrt(implant[level].sum() * spacing[in_plane[0]] * spacing[in_plane[1]] / np.pi)
-            turn = (np.degrees(np.arctan2(v, u[:, None])) + 360).astype(np.int16) % 360
-            ray = angles[turn] * hu * min(1, radius / 8) / (1 + (distance / (3 * radius)) ** 1.5)
+            angle = (np.degrees(np.arctan2(v, u[:, None])) + 360).astype(np.int16) % 360
+            own = ndimage.gaussian_filter1d(rays + rng.standard_normal(360), 1.5, mode="wrap")  # some 4 degrees wide
+            ray = (1.6 * own + broad)[angle] * hu * min(1, radius / 8) / (1 + (distance / (2 * radius)) ** 2)
             np.moveaxis(added, normal, 0)[level] += np.where(implant[level], 0, ray)
     return torch.from_numpy(added)
 

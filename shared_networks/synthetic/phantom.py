@@ -55,7 +55,7 @@ def phantom_case(
         rng: Source of all variation.
         label_set: Order of the label values, "btcv" or "flare".
         voxel_mm: In-plane voxel size in mm, up to 12 % more or less; slices are as thick or up to 5 mm.
-        tissues: Return the map of tissues in place of the scan, with slices as thick as voxels are wide.
+        tissues: Return the map of tissues in place of the scan, with slices about as thick as voxels are wide.
 
     Returns:
         Image `[H, W, D]` in HU within [-1024, 3071], or uint8 indices of tissues; label `[H, W, D]`; and their affine

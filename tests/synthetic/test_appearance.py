@@ -167,7 +167,7 @@ def test_metal_throws_streaks_in_its_slices_which_fade_with_distance() -> None:
     near, far = (
         (np.abs(added[:, :, 8])[(distance > low) & (distance < high)]).mean() for low, high in ((4, 8), (25, 30))
     )
-    assert 100 < near < 800 and far < near / 3
+    assert 50 < near < 800 and far < near / 3
     assert added[:, :, 8].min() < -50 and added[:, :, 8].max() > 50
     tissue = torch.from_numpy(np.where(metal, METAL, LIVER).astype(np.uint8))
     assert (draw(tissue, streaks=(400, 400))[20:27, 32, 8] - 50).abs().mean() > 20

@@ -232,7 +232,7 @@ def test_writing_again_gives_the_same_bytes_and_never_mixes_sets(tmp_path: Path)
 
 
 def test_tissue_maps_with_their_table(tmp_path: Path) -> None:
-    """Cubic voxels of tissues in the scan's place, labels as ever, and a table that names the tissues."""
+    """Nearly cubic voxels of tissues in the scan's place, labels as ever, and a table that names the tissues."""
     write_dataset(tmp_path, "flare", train=2, test=1, voxel_mm=5, tissues=True)
     assert json.loads((tmp_path / "dataset.json").read_text())["channel_names"] == {"0": TISSUE_CHANNEL}
     table = read_tissue_table(tmp_path / "tissues.json")
@@ -241,7 +241,7 @@ def test_tissue_maps_with_their_table(tmp_path: Path) -> None:
         tissue, label = nib.load(tmp_path / f"images{name}_0000.nii.gz"), nib.load(tmp_path / f"labels{name}.nii.gz")
         spacing = nib.affines.voxel_sizes(tissue.affine)
         assert tissue.get_data_dtype() == np.uint8 and 4.4 < spacing.min() < 5.6
-        np.testing.assert_allclose(spacing, spacing[0], rtol=1e-5)
+        assert spacing.max() < 1.14 * spacing.min()
         np.testing.assert_array_equal(tissue.affine, label.affine)
         indices, organs = np.asarray(tissue.dataobj), np.asarray(label.dataobj)
         assert indices.max() < len(TISSUES) and indices.shape == organs.shape
