@@ -104,6 +104,8 @@ def coarse_distance(canvas: Canvas, shapes: Iterable[Shape], box: Box, blend: fl
     """Return what `canvas.distance` does, computed about every 7 mm and interpolated between."""
     points = canvas.points[(slice(None), *box)]
     shape: tuple[int, ...] = points.shape[1:]
+    if not points.size:
+        return np.full(shape, FAR, np.float32)
     widths = [float(np.ptp(points[axis])) / max(shape[axis] - 1, 1) for axis in range(3)]
     steps = [max(1, int(7 / max(width, 0.1))) for width in widths]
     picked = [np.r_[0 : size - 1 : step, size - 1] for size, step in zip(shape, steps, strict=True)]
