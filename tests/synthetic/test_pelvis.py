@@ -12,7 +12,8 @@ from shared_networks.synthetic.body import anatomy
 from shared_networks.synthetic.canvas import FAR, Canvas
 from shared_networks.synthetic.patient import place, varied
 from shared_networks.synthetic.shapes import ball
-from shared_networks.synthetic.tissues import TISSUE_ID
+from shared_networks.synthetic.tissues import ORGANS, TISSUE_ID
+from shared_networks.synthetic.trunk import Habitus
 
 SEEDS = range(8)
 BONE = "cortical bone", "trabecular bone", "metal"
@@ -28,7 +29,7 @@ def bodies() -> list[Body]:
     for seed in SEEDS:
         rng = np.random.default_rng([14, seed])
         canvas, spacing, _ = place(rng, 5, (-475, -100))
-        for structure in varied(anatomy(rng, canvas.female), rng):
+        for structure in varied(anatomy(rng, canvas.habitus), rng):
             canvas.paint(structure)
         result.append((canvas, float(spacing.prod()) / 1000))
     return result
@@ -37,7 +38,7 @@ def bodies() -> list[Body]:
 def grid(low: tuple[float, ...], high: tuple[float, ...], step: float) -> Canvas:
     """An empty grid between two corners in mm, all of it inside the belly."""
     axes = (np.arange(a, b, step, dtype=np.float32) for a, b in zip(low, high, strict=True))
-    canvas = Canvas(np.stack(np.meshgrid(*axes, indexing="ij")))
+    canvas = Canvas(np.stack(np.meshgrid(*axes, indexing="ij")), Habitus(20, 12, 10))
     canvas.roof[...] = -FAR
     return canvas
 
@@ -48,9 +49,9 @@ def of(canvas: Canvas, *tissues: str) -> NDArray[np.bool_]:
 
 def test_both_sexes(bodies: list[Body]) -> None:
     """Only men have testes: gut wall, as glands look, below the perineum."""
-    assert {canvas.female for canvas, _ in bodies} == {True, False}
+    assert {canvas.habitus.female for canvas, _ in bodies} == {True, False}
     for canvas, _ in bodies:
-        assert (of(canvas, "gut wall") & (canvas.points[2] < -330)).any() != canvas.female
+        assert (of(canvas, "gut wall") & (canvas.points[2] < -330)).any() != canvas.habitus.female
 
 
 def test_two_femoral_heads(bodies: list[Body]) -> None:
@@ -77,7 +78,7 @@ def test_two_femoral_shafts_of_cortex_round_marrow(bodies: list[Body]) -> None:
             marrow = slab & (np.hypot(side * x - place[0], y - place[1]) < 4)
             assert of(canvas, "fat")[marrow].mean() > 0.4
         np.testing.assert_allclose(*places, atol=4)
-        assert min(volumes) > 15 and max(volumes) < 45 and max(volumes) < 1.3 * min(volumes)
+        assert min(volumes) > 8 and max(volumes) < 45 and max(volumes) < 1.6 * min(volumes)
 
 
 def test_thighs_are_apart_and_trunk_is_whole(bodies: list[Body]) -> None:
@@ -125,13 +126,15 @@ def test_muscles_lie_beneath_the_fat(bodies: list[Body]) -> None:
     for canvas, _ in bodies:
         x, _, z = canvas.points
         muscle = of(canvas, "muscle") & (np.abs(x) > 70) & (z < -130)
-        assert canvas.core[muscle].max() <= 0
+        assert canvas.core[muscle].max() <= 0 or canvas.habitus.arms_down
         assert (canvas.roof[muscle & (z < -200)] < -10).mean() < 0.01
 
 
 def test_no_organ_in_pelvis_and_thighs(bodies: list[Body]) -> None:
     for canvas, _ in bodies:
-        assert not canvas.organ[canvas.points[2] < -200].any()
+        low = set(canvas.organ[canvas.points[2] < -200])
+        assert low <= {0, ORGANS.index("right kidney"), ORGANS.index("left kidney")}, "a kidney may be in the pelvis"
+        assert not canvas.organ[canvas.points[2] < -240].any()
 
 
 def test_bladder_is_full_or_empty() -> None:
