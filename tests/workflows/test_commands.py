@@ -36,6 +36,7 @@ GUIDES = {"pretraining": "hi_end_mae_pretrain", "data": "hi_end_mae_btcv_seg", "
           "inference": "hi_end_mae_btcv_seg"}  # fmt: skip
 """The bundle in whose folder the commands of a guide run."""
 ELSEWHERE = {
+    "weights/small.pt": "tests/workflows/test_shipped_weights.py",
     "hi_end_mae_10k": "tests/networks/test_checkpoints.py",  # on files of its true shapes
     "_export network_def": "tests/bundle/test_exports.py",
     "download_large_files": "tests/networks/test_checkpoints.py",
@@ -83,7 +84,7 @@ def tiny(command: str, data: Path, store: Path) -> list[str]:
     if files == ["configs/prepare.json"]:  # it knows no network to be made tiny
         more = ["--spacing", "[4.0,4.0,4.0]", "--min_size", "8", "--num_workers", "0"]
     else:
-        words[at] = repr([*(file for file in files if not file.endswith("tiny.json")), "configs/tiny.json"])
+        words[at] = repr([*(f for f in files if not f.endswith(("small.json", "tiny.json"))), "configs/tiny.json"])
     if "configs/train.json" in files and "configs/evaluate.json" not in files:
         more = QUICK.split()
         if "--resume" not in words:  # a card prints several ways to train, of which a user takes one
