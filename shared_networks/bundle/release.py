@@ -247,8 +247,9 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
         )
     if record := read_record(weights):
         # Names of cases may be names of people.
-        record |= {part: {} for part in PARTS} | {"seen_before": {"train": {}, "validation": {}}}
-        record["split"] = {key: value for key, value in record["split"].items() if key != "val_cases"}
+        split = {key: value for key, value in record["split"].items() if key != "val_cases"}
+        nobody: dict[str, Any] = {**{part: {} for part in PARTS}, "seen_before": {"train": {}, "validation": {}}}
+        record = {**record, **nobody, "split": split}
         files["models/model.json"] = (json.dumps(record, indent=1) + "\n").encode()
     return files
 

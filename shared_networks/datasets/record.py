@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from shared_networks.errors import InputError
 from shared_networks.files import GO_ON, atomic_write, write_json
 from shared_networks.version import __version__
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 Case = Mapping[str, Any]
 
 PARTS = ("train", "validation", "test")
@@ -39,8 +40,10 @@ def record_file(checkpoint: str | Path) -> Path:
     return Path(checkpoint).with_suffix(".json")
 
 
-class TrainingRecord(dict[str, Any]):
+class TrainingRecord(UserDict[str, Any]):
     """The record of a training that is about to start, and what follows from who starts it.
+
+    No dict: MONAI's configs would copy that, without its attributes.
 
     Attributes:
         in_place: whether a program hands over the cases, as MONAI Label does. It trains on the model that the folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from shared_networks.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-class Split(dict[str, list[Case]]):
+class Split(UserDict[str, list[Case]]):
     """Cases by part: `train`, `validation` and `test`.
+
+    No dict: MONAI's configs would copy that, without its attributes.
 
     Args:
         parts: the cases.

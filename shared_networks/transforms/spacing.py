@@ -43,10 +43,12 @@ def resample_linear(volume: Tensor, positions: Sequence[Tensor]) -> Tensor:
     Returns:
         [C, N_x, N_y, N_z] float32.
     """
-    # By planes along the axis that memory is slowest in, so that each is read as one piece.
-    order = sorted(range(3), key=lambda axis: -volume.stride(axis + 1))
-    source = volume.permute(order[0] + 1, 0, order[1] + 1, order[2] + 1)
-    sizes = [volume.shape[axis + 1] for axis in order]
+    # By planes along Z, whatever the memory order: results to the last bit then depend on the values alone. A file's
+    # planes lie in one piece; other orders are copied, as reading a plane would touch the whole volume.
+    order, source = (2, 1, 0), volume.permute(3, 0, 2, 1)
+    if volume.stride(3) < max(volume.stride()[1:]):
+        source = source.contiguous()
+    sizes = source.shape[0], *source.shape[2:]
     device = volume.device
     planes, rows, columns = (Axis.at(positions[a].to(device), n) for a, n in zip(order, sizes, strict=True))
     row_above, column_above = (
@@ -67,8 +69,7 @@ def resample_linear(volume: Tensor, positions: Sequence[Tensor]) -> Tensor:
         pair = (lower, min(lower + 1, sizes[0] - 1))
         known = {index: known[index] if index in known else in_plane(index) for index in pair}
         torch.lerp(known[pair[0]], known[pair[1]], weight, out=target)
-    place = dict(zip(order, (0, 2, 3), strict=True))
-    return out.permute(1, place[0], place[1], place[2])
+    return out.permute(1, 3, 2, 0)
 
 
 class _Resample(SpatialResample):

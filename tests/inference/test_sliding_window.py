@@ -389,3 +389,13 @@ def test_resampling_of_a_linear_ramp_in_any_memory_order(order: tuple[int, ...])
     assert out.shape == (2, 4, 1, 3)
     torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0.0, 0.25, 3.5, 4.0]) + 25)
     torch.testing.assert_close(out[1, :, 0, 2], -torch.tensor([0.0, 0.25, 3.5, 4.0]))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), (0, 3, 2, 1), (3, 0, 2, 1)])
+def test_resampling_is_the_same_to_the_last_bit_in_any_memory_order(order: tuple[int, ...]) -> None:
+    """`bundle run` reads planes as on file and MONAI Label does not; both give the same labels."""
+    values = torch.randint(-1000, 1000, (2, 9, 8, 7), generator=torch.Generator().manual_seed(0))
+    positions = [torch.linspace(0, n - 1, 13, dtype=torch.float64) for n in (9, 8, 7)]
+    volume = values.float().permute(order).contiguous().permute(*np.argsort(order).tolist())
+    file = values.to(torch.int16).permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    assert torch.equal(resample_linear(volume, positions), resample_linear(file, positions))

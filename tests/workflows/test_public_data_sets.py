@@ -289,7 +289,9 @@ def test_folds_report_on_cases_that_neither_trained_nor_chose(datasets: dict[str
     assert sorted(tested) == ["train_000", "train_001", "train_002"]
 
 
-def test_lists_handed_over_by_a_program_need_no_data_set(datasets: dict[str, Path], tmp_path: Path) -> None:
+def test_lists_handed_over_by_a_program_need_no_data_set(
+    datasets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As MONAI Label trains."""
     cases = find_cases(datasets["btcv"])
     lists = {"train#dataset#data": cases[:2], "validate#dataset#data": cases[2:]}
@@ -297,5 +299,7 @@ def test_lists_handed_over_by_a_program_need_no_data_set(datasets: dict[str, Pat
     assert flow.parser.get_parsed_content("split") == {"train": [], "validation": [], "test": []}
     split = record_of(tmp_path)
     assert (split["dataset"], list(split["train"]), split["test"]) == ("", ["train_000", "train_001"], {})
-    trained("", tmp_path, **lists)  # in place, as there
+    assert record_of(tmp_path)["split"]["num_folds"] == 5
+    trained("", tmp_path, run_id="", **lists)  # in place, and with the whole config resolved, as there
+    assert "only a better model replaces it" in capsys.readouterr().out
     assert refusal(workflow("", tmp_path / "other", "train")).startswith("no case to check; look at dataset_dir")
