@@ -165,7 +165,7 @@ def test_checksums_are_in_the_zip_and_beside_it(tmp_path: Path) -> None:
     assert beside == f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}\n"
 
 
-@pytest.mark.parametrize(("overlay", "size"), [("tiny", 48), ("small", 72)])
+@pytest.mark.parametrize(("overlay", "size"), [("tiny", 48), ("small", 60)])
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_baked_configs_are_what_monai_makes_of_config_and_overlay(bundle: str, overlay: str, size: int) -> None:
     files = bundle_files(ROOT, bundle)

@@ -141,7 +141,7 @@ def test_whole_scans_are_encoded_window_by_window(
     network.load_state_dict(torch.load(model))
     image: MetaTensor = flow.parser.get_parsed_content("dataset")[0]["image"]
     sizes = image.shape[1:]
-    assert sizes == (96, 96, 96) and content["latent"].shape == (8, 8, 8, 192)
+    assert len(set(sizes)) > 1 and content["latent"].shape == (*(size // 12 for size in sizes), 192)
     for corner in product(*(range(0, size, 48) for size in sizes)):
         window = image.as_tensor()[(None, slice(None), *(slice(at, at + 48) for at in corner))]
         with eval_mode(network):
