@@ -1,4 +1,4 @@
-"""Weights that ship with `configs/small.json`: found, evaluated, and gone on from, as a user does. Fresh ones stand in."""
+"""Weights that ship: found by `configs/small.json`, evaluated, and gone on from. Fresh ones stand in."""
 
 from __future__ import annotations
 
