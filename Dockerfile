@@ -3,7 +3,7 @@
 #   docker run --rm --gpus all --shm-size 8g -v /data:/data -w /opt/hi-end-mae/hi_end_mae_btcv_seg hi-end-mae \
 #       run --config_file configs/train.json --dataset_dir /data/BTCV --ckpt_dir /data/models --output_dir /data/outputs
 #   docker build --target serve --tag hi-end-mae-label .
-#   docker run --rm --gpus all --shm-size 8g -p 8000:8000 -v /data/studies:/studies hi-end-mae-label
+#   docker run --rm --gpus all --shm-size 8g -p 127.0.0.1:8000:8000 -v /data/studies:/studies hi-end-mae-label
 # Both run as user 1000, who must be allowed to write to the folders that are mounted.
 FROM python:3.11.13-slim-bookworm AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
@@ -40,4 +40,4 @@ USER 1000
 EXPOSE 8000
 ENTRYPOINT ["python", "serve.py", "--app", "/home/monai/app", "--studies", "/studies", \
     "hi_end_mae_btcv_seg.zip", "hi_end_mae_flare_seg.zip"]
-CMD ["--port", "8000"]
+CMD ["--host", "0.0.0.0", "--port", "8000"]

@@ -8,11 +8,9 @@ from shared_networks.errors import InputError
 
 __version__ = "0.1.0"
 
-_VERSION = Path("shared_networks") / "version.py"
-
 
 def check_copy(bundle_root: str | Path) -> None:
-    """Refuse a bundle whose own copy of this package is of another version than the one that runs.
+    """Refuse a bundle whose own copy of this package is not the one that runs, byte for byte.
 
     MONAI Label serves all its bundles from one process, in which the first one's copy is everyone's.
 
@@ -20,11 +18,15 @@ def check_copy(bundle_root: str | Path) -> None:
         bundle_root: the bundle's folder; without a copy in it, as in the repository, there is nothing to compare.
 
     Raises:
-        InputError: the versions differ.
+        InputError: a file differs, or only one of the copies has it.
     """
-    own, running = Path(str(bundle_root)).absolute() / _VERSION, Path(__file__).with_name(_VERSION.name)
-    if own.is_file() and own.read_bytes() != running.read_bytes():
+    own, running = Path(str(bundle_root)).absolute() / "shared_networks", Path(__file__).parent
+    if not (own / "version.py").is_file() or own.samefile(running):
+        return
+    copies = [{file.relative_to(root): file.read_bytes() for file in root.rglob("*.py")} for root in (own, running)]
+    differing = sorted(file for file in {**copies[0], **copies[1]} if copies[0].get(file) != copies[1].get(file))
+    if differing:
         raise InputError(
-            f"{own}: another version than {running}, which is loaded already; "
-            "give all Hi-End-MAE bundles of a server the same release"
+            f"{own}: another version than {running}, which is loaded already: {len(differing)} file(s) differ, such as "
+            f"{differing[0]}; give all Hi-End-MAE bundles of a server the same release"
         )

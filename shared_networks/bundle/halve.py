@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shared_networks.datasets.record import read_record, record_file, write_model
+from shared_networks.datasets.record import SAFETENSORS, read_record, record_file, write_model
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.networks.checkpoints import half_precision, read_weights
 from shared_networks.settings.command_line import call_with_options
@@ -22,15 +22,17 @@ def halve(checkpoint: str | Path, output: str | Path) -> None:
 
     Args:
         checkpoint: `model.pt` with its record `model.json`.
-        output: the file to write; its record is `small.json` for `small.pt`.
+        output: the file to write, `.pt` or `.safetensors`; its record is `small.json` for `small.pt`.
 
     Raises:
         InputError: the model has no record or one of other weights, a weight is too large for float16, or the output
-            is the model itself, does not end in `.pt` or cannot be written.
+            is the model itself, ends otherwise or cannot be written.
     """
     file = Path(output)
-    if file.suffix != ".pt" or file.resolve() == Path(checkpoint).resolve():
-        raise InputError(f"--output {output}: give another file than --checkpoint, with a name that ends in .pt")
+    if file.suffix not in (".pt", SAFETENSORS) or file.resolve() == Path(checkpoint).resolve():
+        raise InputError(
+            f"--output {output}: give another file than --checkpoint, with a name that ends in .pt or {SAFETENSORS}"
+        )
     weights, record = read_weights(checkpoint), read_record(checkpoint)
     if record is None:
         raise InputError(f"{record_file(checkpoint)}: no such file; weights ship with the record of their training")

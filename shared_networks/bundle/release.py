@@ -23,7 +23,7 @@ from monai.bundle import ConfigParser
 from shared_networks.bundle.card import model_card, released_card
 from shared_networks.bundle.config_format import format_config
 from shared_networks.datasets.labels import model_labels
-from shared_networks.datasets.record import PARTS, read_record, record_file
+from shared_networks.datasets.record import PARTS, SAFETENSORS, read_record, record_file
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write
 from shared_networks.networks.checkpoints import check_weights
@@ -236,7 +236,8 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
         config["num_classes"] = len(names)
     network = config.get_parsed_content("network_def")
     check_weights(weights, network)
-    if torch.load(weights, map_location="cpu", weights_only=True).keys() != network.state_dict().keys():
+    form = weights.suffix == SAFETENSORS or torch.load(weights, map_location="cpu", weights_only=True).keys()
+    if form != network.state_dict().keys():
         raise InputError(
             f"{weights}: not a flat state_dict under our names, as training writes it; save that alone to a model.pt"
         )

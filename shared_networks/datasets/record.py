@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.utils import ensure_tuple
+from monai.utils import ensure_tuple, optional_import
 from torch import Tensor
 
 from shared_networks.datasets.pairs import name_of
@@ -31,6 +31,7 @@ Case = Mapping[str, Any]
 PARTS = ("train", "validation", "test")
 _PIECE = 1 << 16  # bytes of a scan's start and end that tell it from others
 _REPLACES = "replaces"
+SAFETENSORS = ".safetensors"
 
 logger = logging.getLogger(__name__)
 
@@ -183,16 +184,36 @@ def write_model(weights: Mapping[str, Tensor], file: str | Path, record: Record)
 
 
 def save_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """Write by :func:`torch.save`, for the block of an :func:`atomic_write`.
+    """Write by :func:`torch.save`, or a flat state_dict by safetensors, for the block of an :func:`atomic_write`.
+
+    Args:
+        content: what to write.
+        file: its ending decides: `.safetensors`, or any other for PyTorch's own form.
 
     Raises:
         OSError: the file cannot be written; torch raises a RuntimeError for a full disk.
     """
     try:
         with file.open("wb") as stream:
-            torch.save(content, stream)
+            if file.suffix == SAFETENSORS:
+                form = safetensors_form(file)
+                stream.write(form.save({name: tensor.contiguous() for name, tensor in content.items()}))
+            else:
+                torch.save(content, stream)
     except RuntimeError as error:
         raise OSError(str(error).splitlines()[0]) from error
+
+
+def safetensors_form(file: Path) -> Any:
+    """Return the module `safetensors.torch`, which not every environment has.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    form, found = optional_import("safetensors.torch")
+    if not found:
+        raise InputError(f"{file}: needs a package that is missing: pip install safetensors")
+    return form
 
 
 def read_record(checkpoint: str | Path) -> Record | None:

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Engine
+from monai.handlers import CheckpointLoader
 from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
-from shared_networks.datasets.record import TrainingRecord, check_preparation, read_record, save_tensors
+from shared_networks.datasets.record import (
+    SAFETENSORS,
+    TrainingRecord,
+    check_preparation,
+    read_record,
+    safetensors_form,
+    save_tensors,
+)
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write
 from shared_networks.networks.hi_end_mae import HiEndMAE
@@ -30,7 +39,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint as a flat state_dict under our names.
 
     Reads our `model.pt` (flat), the published `hi_end_mae_10k.pth` (`{"state_dict": ...}`, names prefixed
-    `module.`) and anything of either form. Nothing but tensors is unpickled. Tensors are mapped from the file, page
+    `module.`), anything of either form, and `.safetensors`. Nothing but tensors is unpickled. Tensors are mapped from the file, page
     by page as they are used, so that the system can drop them from memory again. Those of half precision become
     float32.
 
@@ -41,14 +50,20 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint. Give the path of a model.pt or of hi_end_mae_10k.pth.")
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written by a PyTorch before 1.6: cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any
+        if path.suffix == SAFETENSORS:
+            content = safetensors_form(path).load_file(path)
+        else:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # written by a PyTorch before 1.6: cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # torch raises a different type for each way of not being a checkpoint
         # Its text stays in the traceback: for a file with code in it, torch advises to load it unsafely.
         raise InputError(
-            f"{path}: not a readable PyTorch checkpoint ({type(error).__name__}): it is damaged, or holds more than "
+            f"{path}: not a readable checkpoint ({type(error).__name__}): it is damaged, or holds more than "
             "weights. Download or train it again."
         ) from error
     if isinstance(content, Mapping):
@@ -62,6 +77,19 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     if not weights:
         raise InputError(f"{path}: holds no state_dict of weights. Give a model.pt or hi_end_mae_10k.pth.")
     return from_official(weights) if "encoder.patch_embed.proj.weight" in weights else weights
+
+
+class WeightsLoader(CheckpointLoader):
+    """Load weights as MONAI's `CheckpointLoader`, from `.safetensors` too."""
+
+    def __call__(self, engine: Engine) -> None:
+        """Load them, strictly, into the network of `load_dict`."""
+        if Path(self.load_path).suffix != SAFETENSORS:
+            super().__call__(engine)
+            return
+        (network,) = self.load_dict.values()
+        network.load_state_dict(read_weights(self.load_path))
+        self.logger.info(f"Restored all variables from {self.load_path}")
 
 
 def half_precision(weights: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
@@ -369,7 +397,7 @@ def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Pat
     Args:
         network: of the checkpoint's sizes; it is loaded.
         checkpoint: our `model.pt` or the published `hi_end_mae_10k.pth`.
-        output: the file to write, which must not exist.
+        output: the file to write, which must not exist; `.safetensors` for this form, which is always flat.
         form: `model`, our flat `model.pt`; `official`, the published form and names (`{"state_dict": ...}`);
             or `monai_vit`, the encoder alone, see :func:`to_monai_vit`.
 
@@ -388,11 +416,11 @@ def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Pat
         raise InputError("checkpoint is not set; pass --checkpoint FILE, a model.pt or hi_end_mae_10k.pth")
     load_hi_end_mae(network, checkpoint)
     weights = network.state_dict()
-    content: Mapping[str, Any] = weights
     if form == "official":
-        content = {"state_dict": to_official(weights, network.vit.patch_size)}
+        weights = to_official(weights, network.vit.patch_size)
     elif form == "monai_vit":
-        content = to_monai_vit(weights)
+        weights = to_monai_vit(weights)
+    nested = form == "official" and target.suffix != SAFETENSORS
     with atomic_write(target, "give another --output") as unfinished:
-        save_tensors(content, unfinished)
-    print(f"{target}: {len(content.get('state_dict', content))} tensors written as {form}", flush=True)
+        save_tensors({"state_dict": weights} if nested else weights, unfinished)
+    print(f"{target}: {len(weights)} tensors written as {form}", flush=True)

@@ -31,7 +31,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +112,8 @@ def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
         For each case id its entry; nothing where there is no manifest.
 
     Raises:
-        InputError: a line is no JSON object with an `id`.
+        InputError: a line is no JSON object with an `id`, or the id leads out of the store, where files of it would be
+            read and, by `exclude`, removed.
     """
     file = Path(prepared_dir) / _MANIFEST
     if not file.is_file():
@@ -125,6 +126,12 @@ def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
             entries[entry["id"]] = entry
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{file}: line {number} is no entry; delete the line and prepare again") from None
+        path = PurePath(str(entry["id"]))
+        if not isinstance(entry["id"], str) or path.is_absolute() or path.drive or not path.parts or ".." in path.parts:
+            raise InputError(
+                f"{file}: line {number}: the id {entry['id']!r} leads out of the store; delete the line, and use stores "
+                "of people whom you trust"
+            )
     return entries
 
 

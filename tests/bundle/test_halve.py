@@ -45,6 +45,13 @@ def test_weights_and_record_are_written_together(model: Path, capsys: pytest.Cap
     assert f"{file}: 1 tensors, 0.0 MB in place of 0.0 MB" in capsys.readouterr().out
 
 
+def test_safetensors_are_written_with_the_record(model: Path) -> None:
+    file = model.parents[1] / "weights" / "small.safetensors"
+    halve(model, file)
+    assert read_record(file) == {**RECORD, "weights_sha256": file_digest(file)}
+    torch.testing.assert_close(read_weights(file), read_weights(model), atol=1e-7, rtol=2**-11)
+
+
 @pytest.mark.parametrize("output", ["models/model.pt", "models/../models/model.pt", "weights/small.pth", "weights"])
 def test_the_model_itself_and_other_endings_are_refused(output: str, model: Path) -> None:
     before = model.read_bytes()

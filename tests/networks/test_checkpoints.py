@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -12,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow, download_large_files
 from monai.networks.nets import ViT
 from torch import Tensor, nn
 
+from shared_networks.datasets.record import save_tensors
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.networks.checkpoints import (
     LoadReport,
+    WeightsLoader,
     check_weights,
     convert_weights,
     half_precision,
@@ -203,7 +207,7 @@ def test_unreadable_checkpoint_is_named(damage, tmp_path):
     )
     with pytest.raises(InputError) as error:
         read_weights(file)
-    assert str(error.value).startswith(f"{file}: not a readable PyTorch checkpoint (")
+    assert str(error.value).startswith(f"{file}: not a readable checkpoint (")
     assert "Download or train it again" in str(error.value)
 
 
@@ -222,7 +226,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     file = save({**tiny_mae().state_dict(), "config": Intruder(touched)}, tmp_path)
     with pytest.raises(InputError) as error:
         read_weights(file)
-    assert str(error.value).startswith(f"{file}: not a readable PyTorch checkpoint (UnpicklingError)")
+    assert str(error.value).startswith(f"{file}: not a readable checkpoint (UnpicklingError)")
     assert not touched.exists()
     assert "weights_only" not in str(error.value)  # torch's own text advises to switch the protection off
     torch.load(file, weights_only=False)
@@ -606,6 +610,47 @@ def test_exported_encoder_is_monais_vit(channels, tmp_path):
         torch.testing.assert_close(layers[n], feature, rtol=1e-9, atol=1e-9)
     assert (with_cls[:, 1:] - tokens).abs().max() > 1e-3  # the difference that the docstring tells
     assert_same_weights(to_monai_vit(segmenter.float().state_dict()), torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("form", ["model", "official", "monai_vit"])
+def test_safetensors_hold_the_same_weights(form: str, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = tiny_mae().state_dict()
+    file = tmp_path / f"{form}.safetensors"
+    convert_weights(tiny_mae(), save(source, tmp_path), file, form)
+    official, encoder = to_official(source, PATCH), to_monai_vit(source)
+    written = {"model": source, "official": official, "monai_vit": encoder}[form]
+    assert_same_weights(safetensors.load_file(file), written)
+    assert_same_weights(read_weights(file), encoder if form == "monai_vit" else source)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_evaluator_loads_weights_of_either_form(name: str, tmp_path: Path) -> None:
+    source, network = tiny_segmenter(), tiny_segmenter()
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    file = tmp_path / name
+    save_tensors(half_precision(source.state_dict(), file), file)
+    engine = Engine(lambda engine, batch: None)
+    WeightsLoader(load_path=str(file), load_dict={"model": network}, map_location="cpu").attach(engine)
+    engine.run([0])
+    expected = {name: tensor.half().float() for name, tensor in source.state_dict().items()}
+    assert_same_weights(network.state_dict(), expected)
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
+
+
+def test_safetensors_that_are_damaged_or_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"model\.safetensors: not a readable checkpoint \("):
+        read_weights(file)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: needs a package that is missing: pip install safetensors"
+    ):
+        read_weights(file)
 
 
 def test_conversions_come_back_to_the_same_weights(tmp_path, capsys):

@@ -162,6 +162,15 @@ def test_manifest_survives_a_crash_in_the_middle_of_a_line(tmp_path):
         manifest_entries(tmp_path)
 
 
+@pytest.mark.parametrize("case", ["../victim", "set/../../victim", "/victim", "", ".", 7])
+def test_an_id_that_leads_out_of_the_store_is_refused(tmp_path, case):
+    """A store may come from somebody else; `exclude` removes files of cases."""
+    add_case(tmp_path / "store", "set/a")
+    append_entry(tmp_path / "store", {"id": case})
+    with pytest.raises(InputError, match=rf"line 2: the id {case!r} leads out of the store"):
+        manifest_entries(tmp_path / "store")
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(InputError, match="prepared_dir is not set; pass --prepared_dir"):
         read_manifest("")

@@ -3,40 +3,76 @@
     python serve.py --app APP --studies STUDIES hi_end_mae_btcv_seg_v0.1.0.zip hi_end_mae_flare_seg_v0.1.0.zip
 
 APP is made where it is not there: a copy of MONAI Label's app `monaibundle`, the zips unpacked in its folder `model`.
-An unpacked bundle stays unchanged, as it may have been trained since. Further options go to
+A zip is unpacked only if its files are those of its SHA256SUMS. An unpacked bundle stays unchanged, as it may have been
+trained since. The server listens to this machine alone unless `--host` says otherwise. Further options go to
 `monailabel start_server`: `--port 8000`, `--conf skip_trainers true`. All this can be done by hand:
 
     monailabel apps --download --name monaibundle --output .
     unzip -d monaibundle/model hi_end_mae_btcv_seg_v0.1.0.zip
+    (cd monaibundle/model/hi_end_mae_btcv_seg && sha256sum --check --strict SHA256SUMS)
     monailabel start_server --app monaibundle --studies STUDIES --conf models hi_end_mae_btcv_seg --conf sam2 false
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from zipfile import ZipFile
+from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile, ZipFile
 
 
 def install(bundle: str, app: Path) -> str:
-    """Unpack a release zip into the app, and returns the name of its bundle.
+    """Unpack a release zip into the app, and return the name of its bundle.
 
     Args:
         bundle: the zip, or the name of a bundle that is in the app already.
         app: MONAI Label's app.
+
+    Raises:
+        SystemExit: in one line: there is no such zip or bundle, or the zip is no release or was changed since.
     """
     if (app / "model" / bundle).is_dir():
         return bundle
-    with ZipFile(bundle) as archive:
-        name = archive.namelist()[0].split("/")[0]
-        if (app / "model" / name).exists():
-            print(f"{app / 'model' / name} exists already and stays unchanged", flush=True)
-        else:
-            archive.extractall(app / "model")
+    try:
+        with ZipFile(bundle) as archive:
+            name = check_release(archive)
+            if (app / "model" / name).exists():
+                print(f"{app / 'model' / name} exists already and stays unchanged", flush=True)
+            else:
+                archive.extractall(app / "model")
+    except (OSError, BadZipFile, ValueError) as error:
+        raise SystemExit(f"error: {bundle}: {error}") from None
+    return name
+
+
+def check_release(archive: ZipFile) -> str:
+    """Compare the files of a release zip with its checksums, and return the name of its one folder.
+
+    Raises:
+        ValueError: an entry lies elsewhere, there are no checksums, or a file is changed, missing or not listed.
+    """
+    entries = [entry for entry in archive.namelist() if not entry.endswith("/")]
+    name = entries[0].split("/")[0] if entries else ""
+    for entry in entries:
+        parts = PurePosixPath(entry).parts
+        if len(parts) < 2 or parts[0] != name or ".." in parts or name in (".", "..") or "\\" in entry:
+            raise ValueError(f"{entry} lies outside of one folder; this is no release, do not unpack it")
+    listed = f"{name}/SHA256SUMS"
+    if listed not in entries:
+        raise ValueError("no SHA256SUMS in it; give a zip that shared_networks.bundle.release made")
+    lines = [line.partition("  ") for line in archive.read(listed).decode().splitlines()]
+    sums = {f"{name}/{path}": digest for digest, _, path in lines}
+    changed = [
+        entry
+        for entry in sorted(sums.keys() | set(entries) - {listed})
+        if entry not in entries or hashlib.sha256(archive.read(entry)).hexdigest() != sums.get(entry)
+    ]
+    if changed:
+        raise ValueError(f"{len(changed)} file(s) not as in SHA256SUMS, such as {changed[0]}; download it again")
     return name
 
 
@@ -75,7 +111,8 @@ def main() -> None:
         shutil.copytree(Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle", own.app)
     names = [install(bundle, own.app) for bundle in own.bundles]
     words = ["--app", str(own.app), "--studies", own.studies, "--conf", "models", ",".join(names)]
-    words += ["--conf", "sam2", "false", *options]  # Segment Anything would be downloaded
+    words += ["--conf", "sam2", "false"]  # Segment Anything would be downloaded
+    words += ["--host", "127.0.0.1", *options]  # the last one counts
     words = [sys.executable, "-m", "monailabel.main", "start_server", *words]
     os.execve(sys.executable, words, environment(os.environ))
 
