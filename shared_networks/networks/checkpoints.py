@@ -39,9 +39,9 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint as a flat state_dict under our names.
 
     Reads our `model.pt` (flat), the published `hi_end_mae_10k.pth` (`{"state_dict": ...}`, names prefixed
-    `module.`), anything of either form, and `.safetensors`. Nothing but tensors is unpickled. Tensors are mapped from the file, page
-    by page as they are used, so that the system can drop them from memory again. Those of half precision become
-    float32.
+    `module.`), anything of either form, and `.safetensors`. Nothing but tensors is unpickled. Tensors are mapped from
+    the file, page by page as they are used, so that the system can drop them from memory again. Those of half
+    precision become float32.
 
     Raises:
         InputError: if there is no such file, or it holds no weights.

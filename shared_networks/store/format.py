@@ -129,8 +129,8 @@ def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
         path = PurePath(str(entry["id"]))
         if not isinstance(entry["id"], str) or path.is_absolute() or path.drive or not path.parts or ".." in path.parts:
             raise InputError(
-                f"{file}: line {number}: the id {entry['id']!r} leads out of the store; delete the line, and use stores "
-                "of people whom you trust"
+                f"{file}: line {number}: the id {entry['id']!r} leads out of the store; delete the line, and use "
+                "stores of people whom you trust"
             )
     return entries
 
