@@ -11,7 +11,9 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ from shared_networks.datasets.scans import (
 from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.inference.sliding_window import scan_grid
+
+Item = dict[str, Any]
+"""A prepared scan, see :class:`Scans`."""
 
 _TORCH_TYPES = ("int8", "uint8", "int16", "int32", "float32")
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
@@ -121,6 +126,9 @@ class Scans(IterableDataset):
 
     Each item has `image`, prepared; `scan`, [C, X, Y, Z] as on file; `name`, of the results; and `stamp`.
 
+    In :meth:`run` the next scan is read and prepared, and the results of the last one are saved, while the network
+    works: each in one thread, and the next scan only where the memory has room for both.
+
     Args:
         data: of :func:`find_scans`, or NIfTI files.
         transform: the preprocessing. A `LoadImaged` at its start is passed over: scans are read, checked to the last
@@ -144,12 +152,15 @@ class Scans(IterableDataset):
     ) -> None:
         self.passed_over: dict[str, str] = getattr(data, "passed_over", {})
         self.data = [scan if isinstance(scan, Source) else file_source(scan) for scan in data]
+        self.names = output_names(self.data)
         self.transform = transform
         self.spacing = spacing
         self.classes = classes
         self.skip = skip
         self.modality = modality
         self.in_channels = in_channels
+        self.reader: ThreadPoolExecutor | None = None
+        self.writer: ThreadPoolExecutor | None = None
         self.start()
 
     def start(self) -> None:
@@ -159,6 +170,8 @@ class Scans(IterableDataset):
         self.done: list[str] = []
         self.next = 0
         self.current: Source | None = None
+        self.ahead: Future[Item | str | None] | None = None
+        self.saving: tuple[Source, Future[Any]] | None = None
 
     def run(self, evaluator: Any) -> None:
         """Have all scans segmented; one that fails, wherever that is, costs itself alone.
@@ -170,71 +183,172 @@ class Scans(IterableDataset):
             InputError: results cannot be written.
         """
         self.start()
-        while self.next < len(self.data):
-            at = self.next
+        with ThreadPoolExecutor(1, "reading") as self.reader, ThreadPoolExecutor(1, "saving") as self.writer:
             try:
-                evaluator.run()
-                if self.next == at:
-                    evaluator.run()  # ignite's engine first ends the run that failed
-            except Exception as error:
-                if self.current is None or is_unwritable(error):
-                    raise
-                self.failed[self.current.files[0]] = reason_of(error)
-                self.current = None
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()  # the next scan may fit
-            if self.next == at:
-                raise RuntimeError(f"the evaluator asks for no scan after {at} of {len(self.data)}")
+                while self.next < len(self.data):
+                    self.run_until_failure(evaluator)
+                self.finish_saving()
+            finally:
+                self.reader = self.writer = None
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def run_until_failure(self, evaluator: Any) -> None:
+        """Have the scans that are left segmented, or those up to the next that fails."""
+        at = self.next
+        try:
+            evaluator.run()
+            if self.next == at:
+                evaluator.run()  # ignite's engine first ends the run that failed
+        except Exception as error:
+            if self.current is None or is_unwritable(error):
+                raise
+            self.failed[self.current.files[0]] = reason_of(error)
+            self.current = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the next scan may fit
+        if self.next == at:
+            raise RuntimeError(f"the evaluator asks for no scan after {at} of {len(self.data)}")
+
+    def __iter__(self) -> Iterator[Item]:
         """Yield what is left to be segmented, in order, with a progress bar over all cases."""
         if self.next >= len(self.data):
             self.start()
-        names = output_names(self.data)
         bar = tqdm(self.data, "segmenting", unit="case", disable=None, initial=self.next)
         while self.next < len(self.data):
             source = self.data[self.next]
+            item = self.take(source)
             self.next += 1
             bar.update()
-            try:
-                stamp = scan_stamp(source)
-                if self.skip is not None and self.skip(names[source.case], stamp):
-                    self.skipped.append(source.case)
-                    continue
-                item = {**self.prepare(source), "name": names[source.case], "stamp": stamp}
-            except (BadScanError, InputError) as error:
-                self.failed[source.files[0]] = str(error)
-                continue
-            except FileNotFoundError as error:
-                self.failed[source.files[0]] = f"no such file, or a broken link: {error.filename}"
-                continue
-            except Exception as error:  # one odd scan must not end the run
-                self.failed[source.files[0]] = reason_of(error)
-                continue
-            self.current = source
-            yield item
-            self.current = None
+            if isinstance(item, str):
+                self.failed[source.files[0]] = item
+            elif item is None:
+                self.skipped.append(source.case)
+            else:
+                self.current = source
+                self.read_ahead()
+                yield item
+                self.current = None
+                if self.saving is None or self.saving[0] is not source:
+                    self.done.append(source.case)
+
+    def take(self, source: Source) -> Item | str | None:
+        """Return the next scan's item, if possible the one that was read ahead; see :meth:`read`."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            with suppress(MemoryError):  # alone it may fit
+                return ahead.result()
+        self.finish_saving()
+        return self.read(source)
+
+    def read_ahead(self) -> None:
+        """Begin to read the next scan, if it fits into the memory beside the current one."""
+        if self.reader is None or self.next >= len(self.data) or self.current is None:
+            return
+        source, free = self.data[self.next], free_memory()
+        needed = [self.memory_needed(scan) for scan in (self.current, source)]
+        if free is None or (None not in needed and sum(filter(None, needed)) < free):
+            self.ahead = self.reader.submit(self.read, source, alone=False)
+
+    def read(self, source: Source, alone: bool = True) -> Item | str | None:
+        """Read and prepare a scan.
+
+        Args:
+            source: the scan.
+            alone: whether no other scan is in memory, so that one that does not fit never will.
+
+        Returns:
+            Its item, the reason why it is of no use, or None if its results exist.
+
+        Raises:
+            MemoryError: it does not fit beside another one.
+        """
+        try:
+            stamp, name = scan_stamp(source), self.names[source.case]
+            if self.skip is not None and self.skip(name, stamp):
+                return None
+            if alone:
+                self.check_memory(source)
+            return {**self.prepare(source), "name": name, "stamp": stamp}
+        except (BadScanError, InputError) as error:
+            return str(error)
+        except FileNotFoundError as error:
+            return f"no such file, or a broken link: {error.filename}"
+        except Exception as error:  # one odd scan must not end the run
+            if isinstance(error, MemoryError) and not alone:
+                raise
+            return reason_of(error)
+
+    def save(self, transform: Callable[[Any], Any], data: Any) -> Any:
+        """Have the results of the current scan saved, in a thread of its own while scans are :meth:`run`.
+
+        Args:
+            transform: that saves them; it is called in the order of the scans, one call at a time.
+            data: of the scan.
+
+        Returns:
+            `data`, unchanged.
+
+        Raises:
+            InputError: results cannot be written, of this scan or the last.
+        """
+        if self.writer is None or self.current is None:
+            return transform(data)
+        self.finish_saving()
+        self.saving = self.current, self.writer.submit(transform, data)
+        return data
+
+    def finish_saving(self) -> None:
+        """Wait until the last results are saved, and note whether they are.
+
+        Raises:
+            InputError: no results can be written, so those after it could not be either.
+        """
+        if self.saving is None:
+            return
+        (source, saving), self.saving = self.saving, None
+        try:
+            saving.result()
+        except Exception as error:
+            if is_unwritable(error):
+                raise
+            self.failed[source.files[0]] = reason_of(error)
+        else:
             self.done.append(source.case)
+
+    def memory_needed(self, source: Source) -> int | None:
+        """Estimate the bytes that a scan takes; None if its header does not say."""
+        try:
+            grid = read_grid(source)
+        except Exception:  # what is wrong with it is said when it is read
+            return None
+        return None if grid is None else memory_estimate(*grid, self.spacing, self.classes)
+
+    def check_memory(self, source: Source) -> None:
+        """Refuse a scan that is too large for the memory.
+
+        Raises:
+            BadScanError: it is.
+        """
+        if (grid := read_grid(source)) is None or (free := free_memory()) is None:
+            return
+        needed = memory_estimate(*grid, self.spacing, self.classes)
+        size = " x ".join(map(str, grid[0]))
+        if needed > free:
+            raise BadScanError(
+                f"{size} voxels need about {needed / 1e9:.1f} GB beside the network, {free / 1e9:.1f} GB are free; "
+                "close other programs, or crop the scan"
+            )
+        if needed > 0.5 * free:
+            logger.warning("%s: %s voxels, about %.1f GB beside the network", source.case, size, needed / 1e9)
 
     def prepare(self, source: Source) -> dict[str, Any]:
         """Read, check and prepare a scan.
 
         Raises:
-            BadScanError: it is of no use, or too large for the memory.
+            BadScanError: it is of no use.
             InputError: its axes are not at right angles.
         """
         if not source.problem and self.in_channels is not None and source.channels != self.in_channels:
             raise BadScanError(channel_problem(source.channels, self.in_channels))
-        if (grid := read_grid(source)) is not None and (free := free_memory()) is not None:
-            needed = memory_estimate(*grid, self.spacing, self.classes)
-            size = " x ".join(map(str, grid[0]))
-            if needed > free:
-                raise BadScanError(
-                    f"{size} voxels need about {needed / 1e9:.1f} GB beside the network, {free / 1e9:.1f} GB are free; "
-                    "close other programs, or crop the scan"
-                )
-            if needed > 0.5 * free:
-                logger.warning("%s: %s voxels, about %.1f GB beside the network", source.case, size, needed / 1e9)
         scan = scan_tensor(read_scan(source, self.modality), source.files[0])
         start = 1 if isinstance(self.transform.transforms[0], LoadImaged) else 0
         item: Any = self.transform({"image": MetaTensor(scan), "scan": scan}, start=start)
@@ -281,3 +395,25 @@ def is_unwritable(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+class SaveInBackground:
+    """Hand results over to :meth:`Scans.save`, so that the network goes on meanwhile.
+
+    Args:
+        transform: that cleans up and saves the results of a scan.
+        scans: whose results these are.
+        inferer: what it found of a scan beside the labels goes along, before it finds the next.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any], scans: Scans, inferer: Any = None) -> None:
+        self.transform, self.scans, self.inferer = transform, scans, inferer
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Save one decollated case, now or while the next is segmented.
+
+        Raises:
+            InputError: results cannot be written, of this scan or the last.
+        """
+        found = getattr(self.inferer, "organ_probability", None)
+        return dict(self.scans.save(self.transform, {**data, "organ_probability": found}))

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import nibabel as nib
@@ -22,7 +23,7 @@ from shared_networks.datasets.record import file_digest
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.files import atomic_write, write_csv
 from shared_networks.inference.predict import is_unwritable, reason_of
-from shared_networks.inference.sliding_window import SlidingWindowLabels
+from shared_networks.inference.sliding_window import organ_value
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class SaveSegmentationd(SaveImaged):
         output_dir: folder of the results, created if need be.
         window: intensities shown as black and as white; `None` takes percentiles, for MR.
         overlay: whether to draw the figure.
-        inferer: with the `organ_probability` of the last scan.
+        organ: name or value of the label whose probability is saved, the `organ_probability` [X, Y, Z] of a case.
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
 
@@ -136,7 +137,7 @@ class SaveSegmentationd(SaveImaged):
         output_dir: str | Path,
         window: Sequence[float] | None = (-175.0, 250.0),
         overlay: bool = True,
-        inferer: SlidingWindowLabels | None = None,
+        organ: str | int | None = None,
         checkpoints: Sequence[str | Path] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -145,10 +146,11 @@ class SaveSegmentationd(SaveImaged):
         self.output_dir = Path(output_dir)
         self.window = window
         self.overlay = overlay
-        self.inferer = inferer
+        self.organ = None if organ is None else organ_value(organ, self.label_names)
         self.checkpoints = [str(file) for file in checkpoints]
         self.settings = dict(settings or {})
         self.volumes: dict[str, dict[str, float]] = {}
+        self.table = Lock()  # cases are saved in one thread, and in another it is seen which are there
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save one decollated case of :class:`Scans`."""
@@ -158,11 +160,11 @@ class SaveSegmentationd(SaveImaged):
         written = [f"{name}_seg.nii.gz"]
         with atomic_write(self.output_dir / written[0]) as part:
             nib.save(label_image(labels, affine, file), part)
-        if self.inferer is not None and self.inferer.organ is not None and self.inferer.organ_probability is not None:
-            organ = self.label_names[self.inferer.organ].replace(" ", "_")
+        if self.organ is not None and (probability := data.get("organ_probability")) is not None:
+            organ = self.label_names[self.organ].replace(" ", "_")
             image = label_image(labels, affine, file)
             image.header.set_data_dtype(np.float32)
-            chances = self.inferer.organ_probability.numpy()
+            chances = probability.numpy()
             written.append(f"{name}_{organ}.nii.gz")
             with atomic_write(self.output_dir / written[-1]) as part:
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
@@ -184,9 +186,10 @@ class SaveSegmentationd(SaveImaged):
 
     def list_volumes(self, name: str, volumes: Mapping[str, float]) -> None:
         """Add a case to the table of volumes."""
-        self.volumes[name] = dict(volumes)
-        rows = [[case, *(ml[organ] for organ in self.label_names[1:])] for case, ml in self.volumes.items()]
-        write_csv(self.output_dir / "volumes_ml.csv", [["case", *self.label_names[1:]], *rows])
+        with self.table:
+            self.volumes[name] = dict(volumes)
+            rows = [[case, *(ml[organ] for organ in self.label_names[1:])] for case, ml in sorted(self.volumes.items())]
+            write_csv(self.output_dir / "volumes_ml.csv", [["case", *self.label_names[1:]], *rows])
 
     def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
         """Write the figure and return its name; a figure that cannot be drawn is said and costs nothing else."""

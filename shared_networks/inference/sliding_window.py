@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
@@ -128,9 +130,15 @@ class SlidingWindowLabels(Inferer):
         else:
             axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
             planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
-            with fast_cpu_inference(network, volume.device):
+            # Planes become labels in a thread of their own, while the network works on the next windows.
+            added: deque[Future[None]] = deque()
+            with fast_cpu_inference(network, volume.device), ThreadPoolExecutor(1, "labels") as labelling:
                 for plane in self._planes(volume, foreground, network, axis, box, args, kwargs):
-                    planes.add(plane)
+                    added.append(labelling.submit(planes.add, plane))
+                    if len(added) > _PLANES:
+                        added.popleft().result()
+                for result in added:
+                    result.result()
             labels = planes.finish()
             if planes.organ_probability is not None:
                 self.organ_probability = planes.on_scan(planes.organ_probability)

@@ -299,8 +299,9 @@ class SaveUncertaintyd(SaveSegmentationd):
     def rank(self, name: str, score: Mapping[str, Any]) -> None:
         """Add a case to the table."""
         mean = score["mean_uncertainty"]
-        self.scores[name] = (math.inf if mean is None else mean), score["predicted_ml"]
-        write_csv(self.output_dir / "uncertainty.csv", ranking_rows(self.scores))
+        with self.table:
+            self.scores[name] = (math.inf if mean is None else mean), score["predicted_ml"]
+            write_csv(self.output_dir / "uncertainty.csv", ranking_rows(self.scores))
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether a map exists of this scan, these weights and settings; if so, rank the case."""
