@@ -6,7 +6,7 @@ scan to the network's grid and back is separable, and neither needs grids of coo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -151,8 +151,10 @@ class LabelPlanes:
         self.last, self.last_organs = plane, organs
         self.count += 1
 
-    def finish(self) -> Tensor:
-        """Return the labels [X, Y, Z] of the whole scan, uint8, or int16 of more than 256 classes."""
+    def label(self, planes: Iterable[LogitPlane | None]) -> Tensor:
+        """Take all planes, and return the labels [X, Y, Z] of the scan, uint8, or int16 of more than 256 classes."""
+        for plane in planes:
+            self.add(plane)
         self.add(None)
         return self.on_scan(self.labels)
 

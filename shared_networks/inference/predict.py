@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor, list_data_collate
+from monai.inferers import Inferer
 from monai.transforms import Compose, LoadImaged
-from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
+from monai.utils import CommonKeys, ImageMetaKey, MetaKeys, SpaceKeys
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ from shared_networks.datasets.scans import (
 )
 from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import InputError, input_error_in
-from shared_networks.inference.sliding_window import scan_grid
+from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, scan_grid
 
 Item = dict[str, Any]
 """A prepared scan, see :class:`Scans`."""
@@ -397,16 +398,39 @@ def is_unwritable(error: BaseException) -> bool:
     return False
 
 
+class LabelLater(Inferer):
+    """Return from a scan once the network has seen it, while the last labels are made.
+
+    What it returns only stands for the labels; :class:`SaveInBackground` waits for them.
+
+    Args:
+        inferer: :class:`shared_networks.inference.sliding_window.SlidingWindowLabels`, or another one, which is called
+            as usual.
+    """
+
+    def __init__(self, inferer: Inferer) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.labels: Future[Labels] | None = None
+
+    def __call__(self, inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """Begin to label a scan."""
+        if not isinstance(self.inferer, SlidingWindowLabels) or getattr(network, "training", False):
+            return self.inferer(inputs, network, *args, **kwargs)
+        self.labels = self.inferer.begin(inputs, network, *args, **kwargs)
+        return inputs[..., :1, :1, :1]
+
+
 class SaveInBackground:
     """Hand results over to :meth:`Scans.save`, so that the network goes on meanwhile.
 
     Args:
         transform: that cleans up and saves the results of a scan.
         scans: whose results these are.
-        inferer: what it found of a scan beside the labels goes along, before it finds the next.
+        inferer: that the evaluator calls.
     """
 
-    def __init__(self, transform: Callable[[Any], Any], scans: Scans, inferer: Any = None) -> None:
+    def __init__(self, transform: Callable[[Any], Any], scans: Scans, inferer: LabelLater) -> None:
         self.transform, self.scans, self.inferer = transform, scans, inferer
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -415,5 +439,13 @@ class SaveInBackground:
         Raises:
             InputError: results cannot be written, of this scan or the last.
         """
-        found = getattr(self.inferer, "organ_probability", None)
-        return dict(self.scans.save(self.transform, {**data, "organ_probability": found}))
+        labels, self.inferer.labels = self.inferer.labels, None
+
+        def save(case: Mapping[Hashable, Any]) -> Any:
+            if labels is None:
+                return self.transform(case)
+            found = labels.result()
+            results = {CommonKeys.PRED: found.labels[0], "organ_probability": found.organ_probability}
+            return self.transform({**case, **results})
+
+        return dict(self.scans.save(save, data))

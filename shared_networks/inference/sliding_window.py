@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import combinations, groupby
+from concurrent.futures import Future
+from itertools import combinations, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared_networks.errors import InputError, not_finite
+from shared_networks.inference.background import consume_in_background
 from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid
 from shared_networks.networks.checkpoints import read_weights
 from shared_networks.networks.cpu import fast_cpu_inference
@@ -27,6 +27,18 @@ from shared_networks.networks.precision import AutocastInferer
 
 Window = tuple[slice, ...]
 Network = Callable[..., Any]
+
+
+class Labels(NamedTuple):
+    """What a scan's windows give.
+
+    Attributes:
+        labels: [1, 1, X, Y, Z] with the scan's affine, uint8, or int16 of more than 256 classes.
+        organ_probability: [X, Y, Z] float16, if it was asked for.
+    """
+
+    labels: MetaTensor
+    organ_probability: Tensor | None
 
 
 class SlidingWindowLabels(Inferer):
@@ -95,9 +107,15 @@ class SlidingWindowLabels(Inferer):
         """Return whether probabilities are summed, and not logits."""
         return len(self.flips) * len(self.ensemble) > 1
 
-    @torch.no_grad()
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> MetaTensor:
-        """Label a scan.
+        """Label a scan; see :meth:`begin`."""
+        found = self.begin(inputs, network, *args, **kwargs).result()
+        self.organ_probability = found.organ_probability
+        return found.labels
+
+    @torch.no_grad()
+    def begin(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Future[Labels]:
+        """Show a scan to the network, and return while the last labels are made.
 
         Args:
             inputs: [1, C, h, w, d] MetaTensor, prepared (0 is the floor of the intensity range), with the affines and
@@ -107,7 +125,7 @@ class SlidingWindowLabels(Inferer):
             kwargs: further ones of the network.
 
         Returns:
-            [1, 1, X, Y, Z] with the scan's affine, uint8, or int16 of more than 256 classes.
+            The labels, or why there are none.
 
         Raises:
             InputError: the scan's axes are not at right angles.
@@ -118,98 +136,120 @@ class SlidingWindowLabels(Inferer):
         short = [max(roi - size, 0) for roi, size in zip(self.roi_size, volume.shape[2:], strict=True)]
         before = [gap // 2 for gap in short]
         volume = F.pad(volume, [pad for b, s in zip(before[::-1], short[::-1], strict=True) for pad in (b, s - b)])
+        volume = volume.contiguous()  # a file's order of axes is another; windows are cut from rows many times faster
         grid = ScanGrid(grid.axes, tuple(p + b for p, b in zip(grid.positions, before, strict=True)))
         foreground = (volume[0] > 0).any(dim=0)
-        self.organ_probability = None
         self.ensemble.start()
         if not foreground.any():
             shape = [grid.shape[axis] for axis in grid.axes]
-            labels = torch.zeros(shape, dtype=torch.uint8)
-            if self.organ is not None:
-                self.organ_probability = torch.zeros(shape, dtype=torch.float16)
-        else:
-            axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
-            planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
-            # Planes become labels in a thread of their own, while the network works on the next windows.
-            added: deque[Future[None]] = deque()
-            with fast_cpu_inference(network, volume.device), ThreadPoolExecutor(1, "labels") as labelling:
-                for plane in self._planes(volume, foreground, network, axis, box, args, kwargs):
-                    added.append(labelling.submit(planes.add, plane))
-                    if len(added) > _PLANES:
-                        added.popleft().result()
-                for result in added:
-                    result.result()
-            labels = planes.finish()
-            if planes.organ_probability is not None:
-                self.organ_probability = planes.on_scan(planes.organ_probability)
-        return with_scan_meta(labels[None, None], inputs)
+            probability = None if self.organ is None else torch.zeros(shape, dtype=torch.float16)
+            labels = with_scan_meta(torch.zeros(shape, dtype=torch.uint8)[None, None], inputs)
+            done: Future[Labels] = Future()
+            done.set_result(Labels(labels, probability))
+            return done
+        axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
+        planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
+        groups = self._groups(volume, foreground, axis)
+
+        def label(outputs: Iterator[tuple[Window, Tensor]]) -> Labels:
+            finished = self._planes(volume, groups, outputs, axis, box)
+            labels = consume_in_background(planes.label, finished, _PLANES).result()
+            chances = planes.organ_probability
+            probability = None if chances is None else planes.on_scan(chances)
+            return Labels(with_scan_meta(labels[None, None], inputs), probability)
+
+        # Windows are summed in one thread and planes labelled in another, while the network is at the next window.
+        with fast_cpu_inference(network, volume.device):
+            outputs = self._outputs(volume, groups, network, args, kwargs)
+            return consume_in_background(label, outputs, _WINDOWS)
+
+    def _groups(self, volume: Tensor, foreground: Tensor, axis: int) -> list[tuple[int, list[Window]]]:
+        """Return where windows start along the axis, in order, and the windows that start there."""
+        windows = sorted(window_slices(volume.shape[2:], self.roi_size, self.overlap), key=lambda w: w[axis].start)
+        windows = [window for window in windows if _is_true_within(foreground, window)]
+        return [(start, list(group)) for start, group in groupby(windows, lambda window: window[axis].start)]
 
     def _planes(
         self,
         volume: Tensor,
-        foreground: Tensor,
-        network: Network,
+        groups: Sequence[tuple[int, Sequence[Window]]],
+        outputs: Iterator[tuple[Window, Tensor]],
         axis: int,
         box: Sequence[tuple[int, int]],
-        args: Any,
-        kwargs: Any,
     ) -> Iterator[LogitPlane | None]:
         """Yield the planes of the box along the axis, each finished; `None` is one that no window was at."""
         size, roi = volume.shape[2:], self.roi_size
         cut = [slice(first, end) for other, (first, end) in enumerate(box) if other != axis]
         weight = compute_importance_map(roi, mode=self.blending, device=volume.device)
-        windows = sorted(window_slices(size, roi, self.overlap), key=lambda window: window[axis].start)
-        windows = [window for window in windows if foreground[window].any()]
-        groups = [(start, list(group)) for start, group in groupby(windows, lambda window: window[axis].start)]
         thick = list(size)
         thick[axis] = roi[axis]
         sums, weights = torch.empty(0), torch.zeros(thick, device=volume.device)
         at = box[axis][0]  # the next plane to yield
-        with tqdm(
-            total=len(windows) * len(self.ensemble), desc="windows", unit="window", leave=False, disable=None
-        ) as bar:
-            for index, (start, group) in enumerate(groups):
-                for window, output in self._outputs(volume, group, network, args, kwargs, bar):
-                    if not len(sums):
-                        sums = torch.zeros((output.shape[0], *thick), device=volume.device)
-                    place = list(window)
-                    place[axis] = slice(0, roi[axis])
-                    target = sums[(slice(None), *place)]
-                    if self.blending == "constant":
-                        target += output
-                    else:
-                        target.addcmul_(output, weight)
-                for window in group:
-                    place = list(window)
-                    place[axis] = slice(0, roi[axis])
-                    weights[tuple(place)] += weight * len(self.ensemble)
-                following = groups[index + 1][0] if index + 1 < len(groups) else size[axis]
-                end = min(following, box[axis][1])
-                for first in range(max(at, start), min(end, start + roi[axis]), _PLANES):
-                    last = min(first + _PLANES, end, start + roi[axis])
-                    yield from _cut_planes(sums, weights, axis, slice(first - start, last - start), cut)
-                yield from (None for _ in range(start + roi[axis], end))
-                at = max(at, end)
-                _advance(sums, axis + 1, following - start)
-                _advance(weights, axis, following - start)
+        for index, (start, group) in enumerate(groups):
+            for window, output in islice(outputs, len(group) * len(self.ensemble)):
+                if not len(sums):
+                    sums = torch.zeros((output.shape[0], *thick), device=volume.device)
+                place = list(window)
+                place[axis] = slice(0, roi[axis])
+                target = sums[(slice(None), *place)]
+                finite(output)
+                if self.blending == "constant":
+                    target += output
+                else:
+                    target.addcmul_(output, weight)
+            for window in group:
+                place = list(window)
+                place[axis] = slice(0, roi[axis])
+                weights[tuple(place)] += weight * len(self.ensemble)
+            following = groups[index + 1][0] if index + 1 < len(groups) else size[axis]
+            end = min(following, box[axis][1])
+            for first in range(max(at, start), min(end, start + roi[axis]), _PLANES):
+                last = min(first + _PLANES, end, start + roi[axis])
+                yield from _cut_planes(sums, weights, axis, slice(first - start, last - start), cut)
+            yield from (None for _ in range(start + roi[axis], end))
+            at = max(at, end)
+            _advance(sums, axis + 1, following - start)
+            _advance(weights, axis, following - start)
 
     def _outputs(
-        self, volume: Tensor, group: Sequence[Window], network: Network, args: Any, kwargs: Any, bar: Any
+        self,
+        volume: Tensor,
+        groups: Sequence[tuple[int, Sequence[Window]]],
+        network: Network,
+        args: Any,
+        kwargs: Any,
     ) -> Iterator[tuple[Window, Tensor]]:
-        """Yield what each network makes of each window, [C, *roi_size]: logits, or the flips' mean probabilities."""
-        for _ in self.ensemble.in_turn(network):
-            for first in range(0, len(group), self.sw_batch_size):
-                some = group[first : first + self.sw_batch_size]
-                batch = torch.stack([volume[0][(slice(None), *window)] for window in some])
-                total: Any = 0
-                for flip in self.flips:
-                    dims = [axis + 2 for axis in flip]
-                    # torch copies even where there is nothing to flip
-                    output = finite(self.predict(batch.flip(dims) if flip else batch, network, *args, **kwargs).float())
-                    output = output.flip(dims) if flip else output
-                    total = total + output.softmax(1) / len(self.flips) if self.averages_probabilities else output
-                yield from zip(some, total, strict=True)
-                bar.update(len(some))
+        """Yield what each network makes of each window, [C, *roi_size]: logits, or the flips' mean probabilities.
+
+        Group by group, all networks of a group one after the other.
+        """
+        total = sum(len(group) for _, group in groups) * len(self.ensemble)
+        with tqdm(total=total, desc="windows", unit="window", leave=False, disable=None) as bar:
+            for _, group in groups:
+                for _ in self.ensemble.in_turn(network):
+                    for first in range(0, len(group), self.sw_batch_size):
+                        some = group[first : first + self.sw_batch_size]
+                        batches = [volume[(slice(None), slice(None), *window)] for window in some]
+                        batch = torch.cat(batches) if len(some) > 1 else batches[0]
+                        yield from zip(some, self._predict(batch, network, args, kwargs), strict=True)
+                        bar.update(len(some))
+
+    def _predict(self, batch: Tensor, network: Network, args: Any, kwargs: Any) -> Tensor:
+        """Return logits [B, C, *roi_size] of a batch of windows, or the flips' mean probabilities."""
+        total: Any = 0
+        for flip in self.flips:
+            dims = [axis + 2 for axis in flip]
+            # torch copies even where there is nothing to flip
+            output = self.predict(batch.flip(dims) if flip else batch, network, *args, **kwargs).float()
+            output = output.flip(dims) if flip else output
+            total = total + output.softmax(1) / len(self.flips) if self.averages_probabilities else output
+        return total
+
+
+def _is_true_within(mask: Tensor, window: Window) -> bool:
+    """Return whether any voxel of a window is true; mostly its middle is, which takes no time to see."""
+    middle = tuple((part.start + part.stop) // 2 for part in window)
+    return bool(mask[middle]) or bool(mask[window].any())
 
 
 def finite(output: Tensor) -> Tensor:
@@ -223,7 +263,8 @@ def finite(output: Tensor) -> Tensor:
     return output
 
 
-_PLANES = 16  # turned at a time, so that they fit a processor's cache
+_PLANES = 16  # turned at a time, so that they fit a processor's cache; as many wait to be labelled
+_WINDOWS = 2  # whose logits wait to be summed
 
 
 def _cut_planes(sums: Tensor, weights: Tensor, axis: int, span: slice, cut: Sequence[slice]) -> Iterator[LogitPlane]:

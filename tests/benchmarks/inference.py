@@ -89,9 +89,8 @@ class StandIn(nn.Module):
         return out
 
 
-def stock(file: Path, folder: Path, network: nn.Module, marks: dict[str, float]) -> None:
-    """MONAI's transforms and inferer, as the model zoo's bundles chain them."""
-    from monai.inferers import SlidingWindowInferer
+def stock_chain(folder: Path) -> tuple[Any, Any]:
+    """MONAI's transforms before and after the network, as the model zoo's bundles chain them."""
     from monai.transforms import (
         Activationsd,
         AsDiscreted,
@@ -135,10 +134,18 @@ def stock(file: Path, folder: Path, network: nn.Module, marks: dict[str, float])
             ),
         ]
     )
-    batch: Any = next(iter(DataLoader(Dataset([{keys: str(file)}], before), batch_size=1)))
+    return before, after
+
+
+def stock(file: Path, folder: Path, network: nn.Module, marks: dict[str, float]) -> None:
+    """MONAI's chain with MONAI's inferer."""
+    from monai.inferers import SlidingWindowInferer
+
+    before, after = stock_chain(folder)
+    batch: Any = next(iter(DataLoader(Dataset([{"image": str(file)}], before), batch_size=1)))
     marks["prepared"] = time.perf_counter()
     with torch.no_grad():
-        batch["pred"] = SlidingWindowInferer(ROI, 1, 0.5)(batch[keys], network)
+        batch["pred"] = SlidingWindowInferer(ROI, 1, 0.5)(batch["image"], network)
     marks["windows"] = time.perf_counter()
     for item in decollate_batch(batch):
         after(item)

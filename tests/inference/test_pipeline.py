@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader, MetaTensor
+from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
 from torch import nn
@@ -19,35 +20,39 @@ from torch import nn
 from shared_networks.datasets.scans import Source
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.inference import predict
-from shared_networks.inference.predict import SaveInBackground, Scans, one_case
+from shared_networks.inference.predict import LabelLater, SaveInBackground, Scans, one_case
 from shared_networks.inference.save import SaveSegmentationd
+from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, with_scan_meta
 from tests.inference.test_predict import NAMES, hounsfield, scans, write
 
 SHAPE = (14, 9, 11)
 PATIENCE = 60  # seconds; what does not overlap fails after it
 
 
-class Above(Inferer):
-    """Labels what is above -175 HU liver, its probability the scan's own first voxel, once `before` has returned."""
+class Above(SlidingWindowLabels):
+    """Labels what is above -175 HU liver, with a probability of the scan's own, once `before` has returned."""
 
     def __init__(self, before: Callable[[str], None] = lambda name: None) -> None:
+        super().__init__((8, 8, 8), organ="liver", label_names=NAMES)
         self.before = before
-        self.organ_probability: torch.Tensor | None = None
 
-    def __call__(self, inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
+    def begin(self, inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Future[Labels]:
         name = Path(inputs.meta["filename_or_obj"][0]).name[0]
         self.before(name)
-        self.organ_probability = torch.full(inputs.shape[2:], ord(name) / 128, dtype=torch.float16)
-        return MetaTensor((inputs > 0).to(torch.uint8).as_tensor(), meta=inputs.meta)
+        probability = torch.full(inputs.shape[2:], ord(name) / 128, dtype=torch.float16)
+        found: Future[Labels] = Future()
+        found.set_result(Labels(with_scan_meta((inputs > 0).to(torch.uint8).as_tensor(), inputs), probability))
+        return found
 
 
 def evaluator(data: Scans, transform: Callable[[Any], Any], inferer: Inferer) -> SupervisedEvaluator:
+    later = LabelLater(inferer)
     return SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(data, batch_size=1, num_workers=0, collate_fn=one_case),
         network=nn.Identity(),
-        inferer=inferer,
-        postprocessing=SaveInBackground(transform, data, inferer),
+        inferer=later,
+        postprocessing=SaveInBackground(transform, data, later),
     )
 
 
@@ -102,8 +107,8 @@ def test_results_are_each_scan_s_own(folder: Path, tmp_path: Path) -> None:
         return saver(case)
 
     class Slow(Above):
-        def __call__(self, inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
-            found = super().__call__(inputs, network)
+        def begin(self, inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Future[Labels]:
+            found = super().begin(inputs, network)
             released[Path(inputs.meta["filename_or_obj"][0]).name[0]].set()
             return found
 
@@ -194,3 +199,37 @@ def test_scan_that_runs_out_of_memory_beside_another_is_read_again_alone(
     data = scans(folder)
     data.run(evaluator(data, lambda case: case, Above()))
     assert data.done == [f"in/{name}" for name in "abcd"] and tried == list("abbcd")
+
+
+class Bands(nn.Module):
+    """Three classes by intensity; NaN for a window with a voxel at the ceiling of the intensity range."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits = torch.cat([0.5 - image, image - 0.5, 0.2 - (image - 0.5).abs()], dim=1) * 9
+        return logits * (float("nan") if image.max() > 0.999 else 1)
+
+
+def test_labels_made_later_are_those_of_the_inferer(folder: Path) -> None:
+    """A scan of which the network makes NaN fails alone, although that is found when the next one is on its way."""
+    bad = hounsfield(SHAPE, seed=9).clip(max=200)
+    bad[5, 4, 3] = 900
+    write(folder / "b.nii.gz", bad)
+    for name in "acd":
+        write(folder / f"{name}.nii.gz", hounsfield(SHAPE, seed=ord(name)).clip(max=200))
+    inferer = SlidingWindowLabels((8, 8, 8), organ="liver", label_names=NAMES)
+    saved: dict[str, Any] = {}
+    data = scans(folder)
+    run = evaluator(data, lambda case: saved.update({case["name"]: case}), inferer)
+    run.network = Bands()
+    data.run(run)
+    assert data.done == [f"in/{name}" for name in "acd"]
+    assert list(data.failed) == [str(folder / "b.nii.gz")] and "the network's output" in str(data.failed)
+    data.start()
+    for item in data:
+        if item["name"] != "b":
+            batch = one_case([item])
+            expected = inferer(batch["image"], Bands())[0]
+            found = saved[item["name"]]
+            assert torch.equal(found["pred"].as_tensor(), expected.as_tensor()) and len(expected.unique()) == 3
+            np.testing.assert_array_equal(found["pred"].affine, expected.affine)
+            assert torch.equal(found["organ_probability"], inferer.organ_probability)
