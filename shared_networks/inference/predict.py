@@ -37,6 +37,7 @@ from shared_networks.datasets.scans import (
 )
 from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import InputError, input_error_in
+from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, scan_grid
 
 Item = dict[str, Any]
@@ -77,6 +78,14 @@ def scan_stamp(source: Source) -> str:
     stats = [os.stat(file) for file in source.files]
     size, time = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
     return f"{source.files[0]}: {len(stats)} file(s), {size} bytes, changed {time}"
+
+
+def scan_size(source: Source) -> int:
+    """Return the bytes of a scan's files; 0 where they cannot be found, which is said when they are read."""
+    try:
+        return sum(os.stat(file).st_size for file in source.files)
+    except OSError:
+        return 0
 
 
 def memory_estimate(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float], classes: int) -> int:
@@ -139,6 +148,7 @@ class Scans(IterableDataset):
         skip: whether results of a name and stamp are there already.
         modality: `CT`, whose values must be Hounsfield units, or `MR`; `None` accepts either.
         in_channels: files that the network takes of each scan.
+        ranks: the processes that share the scans; by default this one has them all.
     """
 
     def __init__(
@@ -150,6 +160,7 @@ class Scans(IterableDataset):
         skip: Callable[[str, str], bool] | None = None,
         modality: str | None = "CT",
         in_channels: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.passed_over: dict[str, str] = getattr(data, "passed_over", {})
         self.data = [scan if isinstance(scan, Source) else file_source(scan) for scan in data]
@@ -160,6 +171,7 @@ class Scans(IterableDataset):
         self.skip = skip
         self.modality = modality
         self.in_channels = in_channels
+        self.ranks = ranks or Ranks()
         self.reader: ThreadPoolExecutor | None = None
         self.writer: ThreadPoolExecutor | None = None
         self.start()
@@ -169,7 +181,9 @@ class Scans(IterableDataset):
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
         self.done: list[str] = []
-        self.next = 0
+        self.taken = 0
+        self.order: Iterator[int] | None = None
+        self.upcoming: Source | None = None
         self.current: Source | None = None
         self.ahead: Future[Item | str | None] | None = None
         self.saving: tuple[Source, Future[Any]] | None = None
@@ -186,7 +200,7 @@ class Scans(IterableDataset):
         self.start()
         with ThreadPoolExecutor(1, "reading") as self.reader, ThreadPoolExecutor(1, "saving") as self.writer:
             try:
-                while self.next < len(self.data):
+                while self.has_more():
                     self.run_until_failure(evaluator)
                 self.finish_saving()
             finally:
@@ -194,10 +208,10 @@ class Scans(IterableDataset):
 
     def run_until_failure(self, evaluator: Any) -> None:
         """Have the scans that are left segmented, or those up to the next that fails."""
-        at = self.next
+        at = self.taken
         try:
             evaluator.run()
-            if self.next == at:
+            if self.taken == at:
                 evaluator.run()  # ignite's engine first ends the run that failed
         except Exception as error:
             if self.current is None or is_unwritable(error):
@@ -206,18 +220,31 @@ class Scans(IterableDataset):
             self.current = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the next scan may fit
-        if self.next == at:
+        if self.taken == at:
             raise RuntimeError(f"the evaluator asks for no scan after {at} of {len(self.data)}")
+
+    def has_more(self) -> bool:
+        """Return whether a scan is left for this process, which is then the upcoming one."""
+        if self.order is None:
+            self.order = self.ranks.deal([scan_size(source) if self.ranks.size > 1 else 0 for source in self.data])
+            self.advance()
+        return self.upcoming is not None
+
+    def advance(self) -> None:
+        """Go on to the next scan of this process."""
+        index = None if self.order is None else next(self.order, None)
+        self.upcoming = None if index is None else self.data[index]
 
     def __iter__(self) -> Iterator[Item]:
         """Yield what is left to be segmented, in order, with a progress bar over all cases."""
-        if self.next >= len(self.data):
+        if not self.has_more():
             self.start()
-        bar = tqdm(self.data, "segmenting", unit="case", disable=None, initial=self.next)
-        while self.next < len(self.data):
-            source = self.data[self.next]
+        bar = tqdm(self.data, "segmenting", unit="case", disable=None, initial=self.taken)
+        while self.has_more():
+            source: Any = self.upcoming
             item = self.take(source)
-            self.next += 1
+            self.taken += 1
+            self.advance()
             bar.update()
             if isinstance(item, str):
                 self.failed[source.files[0]] = item
@@ -242,9 +269,9 @@ class Scans(IterableDataset):
 
     def read_ahead(self) -> None:
         """Begin to read the next scan, if it fits into the memory beside the current one."""
-        if self.reader is None or self.next >= len(self.data) or self.current is None:
+        source, free = self.upcoming, free_memory()
+        if self.reader is None or source is None or self.current is None:
             return
-        source, free = self.data[self.next], free_memory()
         needed = [self.memory_needed(scan) for scan in (self.current, source)]
         if free is None or (None not in needed and sum(filter(None, needed)) < free):
             self.ahead = self.reader.submit(self.read, source, alone=False)
@@ -359,20 +386,25 @@ class Scans(IterableDataset):
         return item
 
     def report(self) -> None:
-        """Say what was done.
+        """Say what was done, of all processes in the first.
 
         Raises:
             InputError: a line for each scan that could not be segmented.
         """
+        found = self.ranks.gather("report", [len(self.done), len(self.skipped), self.failed])
+        if not found:
+            return
+        done, skipped = (sum(counts) for counts in list(zip(*found, strict=True))[:2])
+        failed = {file: reason for _, _, reasons in found for file, reason in reasons.items()}
         for path, reason in self.passed_over.items():
             logger.warning("%s: passed over: %s", path, reason)
         print(
-            f"{len(self.done)} segmented, {len(self.skipped)} there already, {len(self.failed)} failed, "
-            f"{len(self.passed_over)} passed over",
+            f"{done} segmented, {skipped} there already, {len(failed)} failed, {len(self.passed_over)} passed over",
             flush=True,
         )
-        if self.failed:
-            lines = [f"{file}: {reason}" for file, reason in self.failed.items()]
+        if failed:
+            order = [source.files[0] for source in self.data]
+            lines = [f"{file}: {failed[file]}" for file in sorted(failed, key=order.index)]
             raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not segmented:", *lines]))
 
 

@@ -23,6 +23,7 @@ from shared_networks.datasets.record import file_digest
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.files import atomic_write, write_csv
 from shared_networks.inference.predict import is_unwritable, reason_of
+from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import organ_value
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class SaveSegmentationd(SaveImaged):
         organ: name or value of the label whose probability is saved, the `organ_probability` [X, Y, Z] of a case.
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
+        ranks: the processes that share the scans, whose first writes the table; by default this one alone.
 
     Raises:
         InputError: on call, if a file cannot be written.
@@ -140,8 +142,10 @@ class SaveSegmentationd(SaveImaged):
         organ: str | int | None = None,
         checkpoints: Sequence[str | Path] = (),
         settings: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         MapTransform.__init__(self, keys)
+        self.ranks = ranks or Ranks()
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
         self.window = window
@@ -185,11 +189,22 @@ class SaveSegmentationd(SaveImaged):
         return dict(data)
 
     def list_volumes(self, name: str, volumes: Mapping[str, float]) -> None:
-        """Add a case to the table of volumes."""
+        """Add a case to the table of volumes, which this process writes if it is the only one."""
         with self.table:
             self.volumes[name] = dict(volumes)
-            rows = [[case, *(ml[organ] for organ in self.label_names[1:])] for case, ml in sorted(self.volumes.items())]
-            write_csv(self.output_dir / "volumes_ml.csv", [["case", *self.label_names[1:]], *rows])
+            if self.ranks.size == 1:
+                self.write_volumes(self.volumes)
+
+    def write_volumes(self, volumes: Mapping[str, Mapping[str, float]]) -> None:
+        """Write the table of volumes."""
+        rows = [[case, *(ml[organ] for organ in self.label_names[1:])] for case, ml in sorted(volumes.items())]
+        write_csv(self.output_dir / "volumes_ml.csv", [["case", *self.label_names[1:]], *rows])
+
+    def finish(self) -> None:
+        """Write the table of the cases of all processes, in the first of several."""
+        found = self.ranks.gather("volumes", self.volumes) if self.ranks.size > 1 else []
+        if any(found):
+            self.write_volumes({name: volumes for part in found for name, volumes in part.items()})
 
     def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
         """Write the figure and return its name; a figure that cannot be drawn is said and costs nothing else."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write, write_csv, write_json
+from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.save import SaveSegmentationd, label_image
 from shared_networks.inference.sliding_window import CheckpointEnsemble, finite, scan_grid
 from shared_networks.networks.cpu import fast_cpu_inference
@@ -257,6 +258,7 @@ class SaveUncertaintyd(SaveSegmentationd):
         output_dir: folder of the results, created if need be.
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
+        ranks: as of :class:`shared_networks.inference.save.SaveSegmentationd`.
 
     Raises:
         InputError: on call, if a file cannot be written or the scan's axes are not at right angles.
@@ -269,8 +271,11 @@ class SaveUncertaintyd(SaveSegmentationd):
         output_dir: str | Path,
         checkpoints: Sequence[str | Path] = (),
         settings: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(keys, label_names=(), output_dir=output_dir, checkpoints=checkpoints, settings=settings)
+        super().__init__(
+            keys, label_names=(), output_dir=output_dir, checkpoints=checkpoints, settings=settings, ranks=ranks
+        )
         self.scores: dict[str, tuple[float, float]] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -301,7 +306,15 @@ class SaveUncertaintyd(SaveSegmentationd):
         mean = score["mean_uncertainty"]
         with self.table:
             self.scores[name] = (math.inf if mean is None else mean), score["predicted_ml"]
-            write_csv(self.output_dir / "uncertainty.csv", ranking_rows(self.scores))
+            if self.ranks.size == 1:
+                write_csv(self.output_dir / "uncertainty.csv", ranking_rows(self.scores))
+
+    def finish(self) -> None:
+        """Rank the cases of all processes, in the first of several."""
+        found = self.ranks.gather("scores", self.scores) if self.ranks.size > 1 else []
+        if any(found):
+            scores = {name: (mean, ml) for part in found for name, (mean, ml) in part.items()}
+            write_csv(self.output_dir / "uncertainty.csv", ranking_rows(scores))
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether a map exists of this scan, these weights and settings; if so, rank the case."""

@@ -81,7 +81,7 @@ class Ours:
         else:
             self.scans.start()
             self.evaluator.run()
-        assert not self.scans.failed and self.scans.next == len(self.scans.data), self.scans.failed
+        assert not self.scans.failed and self.scans.taken == len(self.scans.data), self.scans.failed
         return (time.perf_counter() - start) / len(self.scans.data)
 
 

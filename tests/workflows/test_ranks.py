@@ -1,0 +1,123 @@
+"""A folder of scans shared by several processes, as torchrun starts them: the results of one, each scan done once."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from shared_networks.synthetic.phantom import write_dataset
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.integration
+
+BUNDLE = ROOT / "hi_end_mae_btcv_seg"
+SCANS = 5
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five scans, and one of which nothing can be read."""
+    folder = tmp_path_factory.mktemp("scans")
+    write_dataset(folder / "data", train=0, test=SCANS, seed=4, voxel_mm=6.0)
+    files = sorted((folder / "data" / "imagesTs").iterdir())
+    (files[0].parent / "test_broken_0000.nii.gz").write_bytes(b"no scan")
+    return files[0].parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parser = ConfigParser()
+    parser.read_config([BUNDLE / "configs" / f"{name}.json" for name in ("inference", "tiny")])
+    parser["bundle_root"] = str(BUNDLE)
+    torch.manual_seed(0)
+    network = parser.get_parsed_content("network_def")
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    file = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(network.state_dict(), file)
+    return file
+
+
+def command(scans: Path, weights: Path, out: Path, processes: int = 1, *overlays: str) -> list[str]:
+    names = ["inference", *overlays, *(["multi_gpu"] if processes > 1 else []), "tiny"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    files = repr([f"configs/{name}.json" for name in names])
+    options = ["--dataset_dir", scans, "--checkpoint", weights, "--output_dir", out]
+    words = [sys.executable, "-W", "ignore", *start, "-m", "monai.bundle", "run", "--config_file", files, *options]
+    return [str(word) for word in words]
+
+
+def run(words: list[str], status: int) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=BUNDLE, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(scans: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of them."""
+    out = tmp_path_factory.mktemp("alone")
+    assert f"{SCANS} segmented, 0 there already, 1 failed" in run(command(scans, weights, out), 1)
+    return out
+
+
+def assert_same_results(out: Path, expected: Path) -> None:
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in expected.iterdir())
+    for file in expected.glob("*_seg.nii.gz"):
+        found = nib.load(out / file.name)
+        np.testing.assert_array_equal(found.dataobj, nib.load(file).dataobj)
+        np.testing.assert_array_equal(found.affine, nib.load(file).affine)
+    for file in expected.glob("*.csv"):
+        assert list(csv.reader((out / file.name).open())) == list(csv.reader(file.open()))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_scans(processes: int, scans: Path, weights: Path, alone: Path, tmp_path: Path) -> None:
+    """With one report, and the bad scan as its only failure; a second time nothing is left to do."""
+    shown = run(command(scans, weights, tmp_path, processes), 1)
+    assert shown.count(" segmented, ") == 1
+    assert f"{SCANS} segmented, 0 there already, 1 failed, 0 passed over" in shown
+    assert shown.count("1 of 6 scan(s) not segmented:") == 1 and "test_broken_0000.nii.gz: " in shown
+    assert_same_results(tmp_path, alone)
+    (tmp_path / "volumes_ml.csv").unlink()
+    assert f"0 segmented, {SCANS} there already, 1 failed" in run(command(scans, weights, tmp_path, processes), 1)
+    assert_same_results(tmp_path, alone)
+
+
+def test_killed_job_started_again_does_what_is_missing(scans: Path, weights: Path, alone: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = command(scans, weights, tmp_path, 2)
+    job = subprocess.Popen(words, cwd=BUNDLE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob("*_seg.json")) and job.poll() is None:
+            time.sleep(0.05)
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.wait(60)
+    before = len(list(tmp_path.glob("*_seg.json")))
+    assert before >= 1
+    shown = run(words, 1)
+    assert f"{SCANS - before} segmented, {before} there already, 1 failed" in shown
+    assert_same_results(tmp_path, alone)
+
+
+def test_uncertainty_ranks_the_scans_of_all(scans: Path, weights: Path, tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    shutil.copytree(scans, good, ignore=shutil.ignore_patterns("*broken*"))
+    for processes in (1, 2):
+        run(command(good, weights, tmp_path / str(processes), processes, "uncertainty"), 0)
+    tables = [(tmp_path / str(processes) / "uncertainty.csv").read_text() for processes in (1, 2)]
+    assert tables[0] == tables[1] and tables[0].count("\n") == SCANS + 1
