@@ -88,7 +88,7 @@ class WeightsLoader(CheckpointLoader):
             super().__call__(engine)
             return
         (network,) = self.load_dict.values()
-        network.load_state_dict(read_weights(self.load_path))
+        getattr(network, "module", network).load_state_dict(read_weights(self.load_path))  # also within DDP
         self.logger.info(f"Restored all variables from {self.load_path}")
 
 

@@ -50,8 +50,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def command(scans: Path, weights: Path, out: Path, processes: int = 1, *overlays: str) -> list[str]:
-    names = ["inference", *overlays, *(["multi_gpu"] if processes > 1 else []), "tiny"]
+def command(scans: Path, weights: Path, out: Path, processes: int = 1, configs: str = "inference") -> list[str]:
+    names = [*configs.split(), *(["multi_gpu"] if processes > 1 else []), "tiny"]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     files = repr([f"configs/{name}.json" for name in names])
     options = ["--dataset_dir", scans, "--checkpoint", weights, "--output_dir", out]
@@ -118,6 +118,26 @@ def test_uncertainty_ranks_the_scans_of_all(scans: Path, weights: Path, tmp_path
     good = tmp_path / "good"
     shutil.copytree(scans, good, ignore=shutil.ignore_patterns("*broken*"))
     for processes in (1, 2):
-        run(command(good, weights, tmp_path / str(processes), processes, "uncertainty"), 0)
+        run(command(good, weights, tmp_path / str(processes), processes, "inference uncertainty"), 0)
     tables = [(tmp_path / str(processes) / "uncertainty.csv").read_text() for processes in (1, 2)]
     assert tables[0] == tables[1] and tables[0].count("\n") == SCANS + 1
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_evaluation_is_that_of_one_process_to_the_last_digit(
+    processes: int, scans: Path, weights: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for part in ("imagesTs", "labelsTs"):
+        shutil.copytree(scans.parent / part, data / part, ignore=shutil.ignore_patterns("*broken*"))
+    for part, kind in (
+        ("imagesTr", "imagesTs"),
+        ("labelsTr", "labelsTs"),
+    ):  # training needs a case, evaluation does not
+        shutil.copytree(data / kind, data / part, ignore=shutil.ignore_patterns("*_00[1-9]*"))
+    for number in (1, processes):
+        run(command(data, weights, tmp_path / str(number), number, "train evaluate"), 0)
+    one, several = tmp_path / "1", tmp_path / str(processes)
+    assert sorted(file.name for file in several.iterdir()) == sorted(file.name for file in one.iterdir())
+    for name in ("dice.csv", "metrics.csv"):
+        assert (several / name).read_bytes() == (one / name).read_bytes()
