@@ -22,7 +22,7 @@ from shared_networks.errors import InputError, not_finite
 from shared_networks.inference.background import consume_in_background
 from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid
 from shared_networks.networks.checkpoints import read_weights
-from shared_networks.networks.cpu import fast_cpu_inference
+from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.precision import AutocastInferer
 
 Window = tuple[slice, ...]
@@ -159,7 +159,7 @@ class SlidingWindowLabels(Inferer):
             return Labels(with_scan_meta(labels[None, None], inputs), probability)
 
         # Windows are summed in one thread and planes labelled in another, while the network is at the next window.
-        with fast_cpu_inference(network, volume.device):
+        with fast_cpu(network, volume.device):
             outputs = self._outputs(volume, groups, network, args, kwargs)
             return consume_in_background(label, outputs, _WINDOWS)
 

@@ -45,12 +45,12 @@ def resample_linear(volume: Tensor, positions: Sequence[Tensor]) -> Tensor:
     """
     # By planes along Z, whatever the memory order: results to the last bit then depend on the values alone. A file's
     # planes lie in one piece; other orders are copied, as reading a plane would touch the whole volume.
-    order, source = (2, 1, 0), volume.permute(3, 0, 2, 1)
+    source = volume.permute(3, 0, 2, 1)
     if volume.stride(3) < max(volume.stride()[1:]):
         source = source.contiguous()
     sizes = source.shape[0], *source.shape[2:]
     device = volume.device
-    planes, rows, columns = (Axis.at(positions[a].to(device), n) for a, n in zip(order, sizes, strict=True))
+    planes, rows, columns = (Axis.at(p.to(device), n) for p, n in zip(reversed(positions), sizes, strict=True))
     row_above, column_above = (
         (axis.lower + 1).clamp(max=n - 1) for axis, n in zip((rows, columns), sizes[1:], strict=True)
     )
