@@ -44,7 +44,6 @@ LEVELS = 65535
 _BLOCK = (8, 8, 32)
 _PAGE = 4096
 RUN_AGAIN = "make room and run again, which goes on"
-_MANIFEST = "manifest.jsonl"
 _PREPARE = "python -m monai.bundle run --config_file configs/prepare.json --dataset_dir FOLDER --prepared_dir"
 
 
@@ -103,6 +102,11 @@ def volume_file(prepared_dir: str | Path, case: str) -> Path:
     return Path(prepared_dir) / "cases" / f"{case}.npy"
 
 
+def manifest_file(prepared_dir: str | Path) -> Path:
+    """Return the file of a store's manifest."""
+    return Path(prepared_dir) / "manifest.jsonl"
+
+
 def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
     """Read the manifest of a store.
 
@@ -115,10 +119,13 @@ def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
         InputError: a line is no JSON object with an `id`, or the id leads out of the store, where files of it would be
             read and, by `exclude`, removed.
     """
-    file = Path(prepared_dir) / _MANIFEST
-    if not file.is_file():
-        return {}
-    *lines, _ = file.read_bytes().split(b"\n")
+    file = manifest_file(prepared_dir)
+    return parse_entries(file, file.read_bytes()) if file.is_file() else {}
+
+
+def parse_entries(file: Path, content: bytes) -> dict[str, dict[str, Any]]:
+    """Read the lines of a manifest; see :func:`manifest_entries`."""
+    *lines, _ = content.split(b"\n")
     entries = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -138,7 +145,7 @@ def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
 def append_entry(prepared_dir: str | Path, entry: Mapping[str, Any]) -> None:
     """Add a line to the manifest; it is on the disk when this returns."""
     line = json.dumps(entry).encode() + b"\n"
-    with (Path(prepared_dir) / _MANIFEST).open("a+b") as stream:
+    with manifest_file(prepared_dir).open("a+b") as stream:
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":  # what a crash left of a line must not spoil this one
@@ -151,7 +158,7 @@ def append_entry(prepared_dir: str | Path, entry: Mapping[str, Any]) -> None:
 
 def write_manifest(prepared_dir: str | Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Write a manifest anew, sorted by id; it is there as a whole or the old one stays."""
-    file = Path(prepared_dir) / _MANIFEST
+    file = manifest_file(prepared_dir)
     with atomic_write(file, RUN_AGAIN) as unfinished, unfinished.open("w") as stream:
         stream.writelines(json.dumps(entries[case]) + "\n" for case in sorted(entries))
 
@@ -169,7 +176,7 @@ def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:
         raise InputError(f"prepared_dir is not set; pass --prepared_dir FOLDER, made by {_PREPARE} FOLDER")
     entries = manifest_entries(prepared_dir)
     if not entries:
-        raise InputError(f"{Path(prepared_dir) / _MANIFEST}: no prepared case; make some: {_PREPARE} {prepared_dir}")
+        raise InputError(f"{manifest_file(prepared_dir)}: no prepared case; make some: {_PREPARE} {prepared_dir}")
     if lost := [case for case, entry in entries.items() if not is_complete(prepared_dir, entry)]:
         listed = ", ".join(sorted(lost)[:10]) + (", ..." if len(lost) > 10 else "")
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,11 +12,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,22 +39,22 @@ from shared_networks.datasets.scans import (
     read_scan,
 )
 from shared_networks.errors import InputError
-from shared_networks.files import UNFINISHED
+from shared_networks.files import atomic_write
 from shared_networks.store.format import (
-    append_entry,
+    RUN_AGAIN,
     centres_file,
     is_complete,
-    manifest_entries,
     volume_bytes,
     volume_file,
     write_array,
-    write_manifest,
     write_volume,
 )
+from shared_networks.store.runs import Entry, Queue, SharedManifest
 from shared_networks.version import __version__
 
 _FORMAT = 1  # to be raised with every change of what is stored, so that old cases are made again
 _CENTRES = 4096
+_POLL = 0.5  # s between two looks for cases that other runs let go of
 _SAMPLE = 1_000_000  # voxels for percentiles
 # Measured on a core of a cloud server, for CTs of 1 to 26 million voxels: 0.7 to 1.7 s each.
 _SECONDS_A_SOURCE_VOXEL = 4e-8
@@ -63,7 +62,6 @@ _SECONDS_A_STORED_VOXEL = 7e-8
 
 logger = logging.getLogger(__name__)
 
-Entry = dict[str, Any]
 Transform = Callable[[dict[str, Any]], Mapping[Any, Any]]
 
 
@@ -128,27 +126,27 @@ def prepare(
     flag_other_channels(sources)
     task = Task(Path(prepared_dir).resolve(), preprocessing, settings, min_size, seed)
     task.prepared_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(task.prepared_dir):
-        _remove_leftovers(task.prepared_dir, f"{UNFINISHED}*")
-        entries = manifest_entries(task.prepared_dir)
+    manifest = SharedManifest(task.prepared_dir)
+    with manifest.locked() as entries:
         left_out = _excluded_cases(sources, entries, names)
-        _remove_cases(task.prepared_dir, entries, left_out & set(entries))
-        wanted = [source for source in sources if source.case not in left_out]
-        if not wanted:
-            raise InputError(f"{exclude}: leaves out all {len(sources)} cases of {dataset_dir}; name fewer")
-        todo = [source for source in wanted if not _is_current(task, source, entries.get(source.case))]
-        print(f"{len(todo)} cases to prepare, {len(wanted) - len(todo)} already done, {len(left_out)} excluded")
-        _check_room(task, todo, entries, max(num_workers, 1))
-        try:
-            failed = _prepare_all(task, todo, entries, num_workers)
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; run again to go on from here") from None
-        write_manifest(task.prepared_dir, entries)
-        known = {path for case in entries for path in _files(task.prepared_dir, case)}
-        _remove_leftovers(task.prepared_dir, "*.npy", known)
-        for path, reason in sources.passed_over.items():
-            logger.warning("%s: passed over: %s", path, reason)
-        _report(task.prepared_dir, entries, failed, len(sources.passed_over))
+    manifest.remove(left_out)
+    manifest.remove_leftovers()
+    wanted = [source for source in sources if source.case not in left_out]
+    if not wanted:
+        raise InputError(f"{exclude}: leaves out all {len(sources)} cases of {dataset_dir}; name fewer")
+    todo = [source for source in wanted if not _is_current(task, source, manifest.entries.get(source.case))]
+    print(f"{len(todo)} cases to prepare, {len(wanted) - len(todo)} already done, {len(left_out)} excluded")
+    _check_room(task, todo, manifest.entries, max(num_workers, 1))
+    try:
+        failed = _prepare_all(task, todo, manifest, num_workers)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; run again to go on from here") from None
+    manifest.remove_leftovers()
+    for path, reason in sources.passed_over.items():
+        logger.warning("%s: passed over: %s", path, reason)
+    with manifest.locked() as entries:
+        manifest.write()
+        _report(task.prepared_dir, entries, wanted, failed, len(sources.passed_over))
     if len(failed) > max_failed * len(wanted):
         raise InputError(
             f"{len(failed)} of {len(wanted)} cases failed, more than the share of {max_failed:g} that may "
@@ -243,43 +241,53 @@ def intensity_statistics(image: NDArray[Any]) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
-def _prepare_all(task: Task, todo: Sequence[Source], entries: dict[str, Entry], num_workers: int) -> dict[str, str]:
-    """Preprocess cases, adds them to `entries` and the manifest as they come, and returns why others failed."""
+def _prepare_all(task: Task, todo: Sequence[Source], manifest: SharedManifest, num_workers: int) -> dict[str, str]:
+    """Preprocess cases, add them to the manifest as they come, and return why others failed."""
     failed = {}
     seconds = 0.5 if sys.stderr.isatty() else 30
-    results = _results(task, [(source, entries.get(source.case)) for source in todo], num_workers)
+    queue = Queue(manifest, todo, lambda source, entry: _is_current(task, source, entry))
     with tqdm(total=len(todo), desc="preparing", unit="case", mininterval=seconds, disable=not todo) as bar:
-        for source, result in results:
-            bar.update()
-            if isinstance(result, dict):
-                append_entry(task.prepared_dir, result)
-                entries[source.case] = result
-                continue
-            failed[source.case] = result
-            if source.case in entries and entries[source.case]["source"] == _origin(source):
-                _remove_cases(task.prepared_dir, entries, {source.case})  # what it was made of is gone
+        try:
+            for source, result in _results(task, queue, num_workers):
+                bar.update()
+                if isinstance(result, dict):
+                    manifest.append(result)
+                elif result is not None:
+                    failed[source.case] = result
+                    known = manifest.entries.get(source.case)
+                    if known and known["source"] == _origin(source):
+                        manifest.remove([source.case])  # what it was made of is gone
+                queue.give_back(source.case)
+        finally:
+            queue.close()
     return failed
 
 
-def _results(
-    task: Task, jobs: Sequence[tuple[Source, Entry | None]], num_workers: int
-) -> Iterator[tuple[Source, Entry | str]]:
-    """Yield entries, or the reasons why there is none, in the order in which they get ready."""
-    if num_workers == 0 or not jobs:
-        yield from ((source, _entry_or_reason(task, source, known)) for source, known in jobs)
+def _results(task: Task, queue: Queue, num_workers: int) -> Iterator[tuple[Source, Entry | str | None]]:
+    """Yield entries, the reasons why there is none, or None if another run made it, in the order they get ready."""
+    if num_workers == 0 or not queue.waiting:
+        while queue.waiting:
+            if (taken := queue.take()) is None:
+                time.sleep(_POLL)
+                continue
+            source, known, done = taken
+            yield source, None if done else _entry_or_reason(task, source, known)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
     pending: dict[Future[Entry | str], Source] = {}
-    waiting = iter(jobs)
-    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), spawn, _start_worker, (task,))
+    pool = ProcessPoolExecutor(min(num_workers, len(queue.waiting)), spawn, _start_worker, (task,))
     try:
-        while True:
-            # Few at a time, so that an interruption has little to take back.
-            while len(pending) < 2 * num_workers and (job := next(waiting, None)):
-                pending[pool.submit(_work, *job)] = job[0]
-            if not pending:
-                return
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        while queue.waiting or pending:
+            # Few at a time, so that an interruption has little to take back, and other runs find enough.
+            while len(pending) < 2 * num_workers and (taken := queue.take()):
+                source, known, done = taken
+                if done:
+                    yield source, None
+                else:
+                    pending[pool.submit(_work, source, known)] = source
+            if not pending:  # other runs are at all that is left: they finish it, or are killed and let go of it
+                time.sleep(_POLL)
+            for future in wait(pending, timeout=_POLL, return_when=FIRST_COMPLETED).done:
                 result = future.result()
                 yield pending.pop(future), result
     except BrokenProcessPool:
@@ -395,8 +403,17 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[str, str], passed_over: int) -> None:
-    """Print how much is in the store, what is there twice and what failed, and writes the latter to failed.txt."""
+def _report(
+    prepared_dir: Path,
+    entries: Mapping[str, Entry],
+    wanted: Sequence[Source],
+    failed: Mapping[str, str],
+    passed_over: int,
+) -> None:
+    """Print how much is in the store, what is there twice and what failed, and note the latter in failed.txt.
+
+    What other runs noted there stays, unless this run tried it again or it has been prepared.
+    """
     cases_of: dict[str, list[str]] = {}
     for case, entry in entries.items():
         cases_of.setdefault(entry["sha256"], []).append(case)
@@ -404,7 +421,11 @@ def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[st
         if len(cases) > 1:
             logger.warning("the same scan under several ids: %s; exclude all but one", ", ".join(sorted(cases)))
     lines = [f"{case}\t{failed[case]}" for case in sorted(failed)]
-    (prepared_dir / "failed.txt").write_text("".join(f"{line}\n" for line in lines))
+    note, own = prepared_dir / "failed.txt", {source.case for source in wanted}
+    earlier = note.read_text().splitlines() if note.is_file() else []
+    others = [line for line in earlier if (case := line.split("\t")[0]) not in own and case not in entries]
+    with atomic_write(note, RUN_AGAIN) as file:
+        file.write_text("".join(f"{line}\n" for line in sorted([*others, *lines])))
     size = sum(volume_bytes(entry["shape"]) for entry in entries.values())
     source = sum(entry["bytes"] for entry in entries.values())
     if lines:
@@ -413,38 +434,6 @@ def _report(prepared_dir: Path, entries: Mapping[str, Entry], failed: Mapping[st
         f"{len(entries)} cases in {prepared_dir}, {_gigabytes(size)} from {_gigabytes(source)} of scans; "
         f"{len(failed)} failed, {passed_over} passed over"
     )
-
-
-@contextmanager
-def _lock(prepared_dir: Path) -> Iterator[None]:
-    with (prepared_dir / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{prepared_dir}: another process is preparing into it; wait for its end") from None
-        yield
-
-
-def _remove_leftovers(prepared_dir: Path, pattern: str, keep: set[Path] | frozenset[Path] = frozenset()) -> None:
-    for path in (prepared_dir / "cases").rglob(pattern):
-        if path not in keep:
-            path.unlink()
-
-
-def _remove_cases(prepared_dir: Path, entries: dict[str, Entry], cases: set[str]) -> None:
-    if not cases:
-        return
-    for case in cases:
-        del entries[case]
-    write_manifest(prepared_dir, entries)
-    for case in cases:
-        for path in _files(prepared_dir, case):
-            path.unlink(missing_ok=True)
-
-
-def _files(prepared_dir: Path, case: str) -> tuple[Path, Path]:
-    file = volume_file(prepared_dir, case)
-    return file, centres_file(file)
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
