@@ -260,7 +260,7 @@ def open_volume(file: str | Path, shape: Sequence[int]) -> Iterator[Volume]:
         InputError: the file is missing, unreadable or not of this shape; also if that shows only inside the block.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY)
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # else Windows changes line ends
         try:
             if (size := os.fstat(descriptor).st_size) != volume_bytes(shape):
                 raise InputError(f"{file}: {size} bytes are not {volume_bytes(shape)}; prepare again")
@@ -277,11 +277,22 @@ def open_volume(file: str | Path, shape: Sequence[int]) -> Iterator[Volume]:
         ) from None
 
 
+def _read_at(descriptor: int, buffer: Any, offset: int) -> int:
+    """Read into a buffer from an offset; returns how many bytes the system gave."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows: no descriptor is shared by threads, so two calls do as well
+    room = memoryview(buffer).cast("B")
+    given = os.read(descriptor, len(room))
+    room[: len(given)] = given
+    return len(given)
+
+
 def _read_on(volume: Volume, run: NDArray[np.uint16], offset: int, count: int) -> None:
     """Fill the rest of a run of blocks that begins at an offset, of which the system gave `count` bytes at first."""
     rest: Any = run.reshape(-1).view(np.uint8)
     while count < len(rest):
-        if not (more := os.preadv(volume.descriptor, [rest[count:]], offset + count)):
+        if not (more := _read_at(volume.descriptor, rest[count:], offset + count)):
             end = f"{volume.file}: ends at byte {offset + count}"
             raise InputError(f"{end}, {len(rest) - count} short: it was cut while it was read; prepare again")
         count += more
@@ -317,7 +328,7 @@ def read_box(volume: Volume, start: Sequence[int], size: Sequence[int]) -> NDArr
     blocks = np.empty((volume.channels, h1 - h0, w1 - w0, d1 - d0, *_BLOCK), "<u2")
     # Read and not mapped: faults of mapped pages take longer, above all at one crop a volume.
     for run, offset in zip(blocks.reshape(-1, d1 - d0, *_BLOCK), _runs(volume, ranges), strict=True):
-        if (count := os.preadv(volume.descriptor, [run], offset)) < run.nbytes:
+        if (count := _read_at(volume.descriptor, run, offset)) < run.nbytes:
             _read_on(volume, run, offset, count)
     # 32 voxels as one item of 64 bytes: half the time of copying them one by one.
     runs = blocks.view("V64")[..., 0].transpose(0, 1, 4, 2, 5, 3)

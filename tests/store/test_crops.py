@@ -49,6 +49,16 @@ def add_case(root: Path, case: str = "set/a", shape: tuple[int, ...] = SHAPE, **
     return item
 
 
+@pytest.fixture(params=["preadv", "lseek"], autouse=True)
+def reading(request, monkeypatch):
+    """Windows has no preadv, and neither call for the disk ahead of time."""
+    if request.param == "lseek":
+        for name in ("preadv", "posix_fadvise"):
+            monkeypatch.delattr(os, name, raising=False)
+    elif not hasattr(os, "preadv"):
+        pytest.skip("this system has no preadv")
+
+
 @pytest.mark.parametrize("shape", [SHAPE, (1, 8, 8, 32), (1, 1, 1, 1)])
 def test_a_volume_comes_back_to_half_a_step(tmp_path, shape):
     file = tmp_path / "a.npy"
