@@ -20,7 +20,7 @@ from tqdm import tqdm
 from shared_networks.errors import InputError, not_finite
 from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid
 from shared_networks.networks.checkpoints import read_weights
-from shared_networks.networks.cpu import fast_cpu_inference
+from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.precision import AutocastInferer
 
 Window = tuple[slice, ...]
@@ -128,7 +128,7 @@ class SlidingWindowLabels(Inferer):
         else:
             axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
             planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
-            with fast_cpu_inference(network, volume.device):
+            with fast_cpu(network, volume.device):
                 for plane in self._planes(volume, foreground, network, axis, box, args, kwargs):
                     planes.add(plane)
             labels = planes.finish()

@@ -32,7 +32,7 @@ from shared_networks.errors import InputError
 from shared_networks.files import atomic_write, write_csv, write_json
 from shared_networks.inference.save import SaveSegmentationd, label_image
 from shared_networks.inference.sliding_window import CheckpointEnsemble, finite, scan_grid
-from shared_networks.networks.cpu import fast_cpu_inference
+from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.precision import AutocastInferer
 from shared_networks.transforms.spacing import resample_linear
 
@@ -206,7 +206,7 @@ class UncertaintyInferer(SlidingWindowInferer):
             [B, 2, H, W, D], both from 0 to 1: the uncertainty, and the share of windows that see an organ there.
         """
         self.ensemble.start()
-        with fast_cpu_inference(network, inputs.device):
+        with fast_cpu(network, inputs.device):
             if self.method != "dropout":
                 return super().__call__(inputs, partial(self.look, network), *args, **kwargs)
             devices = [inputs.device] if inputs.device.type == "cuda" else []

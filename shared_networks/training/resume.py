@@ -33,6 +33,7 @@ from shared_networks.datasets.record import (
 )
 from shared_networks.errors import InputError
 from shared_networks.files import GO_ON, UNFINISHED, atomic_write
+from shared_networks.networks.cpu import fast_cpu
 from shared_networks.training.ema import EMA
 from shared_networks.training.handlers import completes_step
 from shared_networks.training.run_folder import STATES, check_run_folder
@@ -148,10 +149,11 @@ class TrainingRun:
             InputError: as :meth:`start`, or a file cannot be written.
         """
         self.start()
-        if self.unfinished:
-            self.trainer.run()
-        if self.unvalidated:
-            self.evaluator.run(self.trainer.state.max_epochs)
+        with fast_cpu(self.network, torch.device(self.trainer.state.device)):
+            if self.unfinished:
+                self.trainer.run()
+            if self.unvalidated:
+                self.evaluator.run(self.trainer.state.max_epochs)
         self.finish()
 
     def start(self) -> None:

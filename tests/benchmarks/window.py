@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from shared_networks.datasets.cases import find_images
 from shared_networks.datasets.pairs import find_labels, pair_cases
 from shared_networks.networks import vit
-from shared_networks.networks.cpu import fast_cpu_inference
+from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.unetr import HiEndUNETR
 from tests.benchmarks.pretrain_step import plain_attention, resident, summary
 
@@ -195,12 +195,12 @@ def stage_seconds(network: nn.Module, device: torch.device) -> Iterator[dict[str
 def run(variant: Variant, network: nn.Module, image: Tensor) -> tuple[dict[str, float], Tensor]:
     """Seconds of a window (`all`) and of its stages, and its logits.
 
-    It is the second window under one autocast and one :func:`fast_cpu_inference`, as all but the first of a scan are:
+    It is the second window under one autocast and one :func:`fast_cpu`, as all but the first of a scan are:
     weights are rounded once, and memory is there.
     """
     mixed = variant.dtype != torch.float32
     autocast = torch.autocast(image.device.type, variant.dtype) if mixed else nullcontext()
-    fast = fast_cpu_inference(network, image.device) if variant.network == "ours" else nullcontext()
+    fast = fast_cpu(network, image.device) if variant.network == "ours" else nullcontext()
     with torch.no_grad(), autocast, fast:
         network(image)
         with stage_seconds(network, image.device) as stages:

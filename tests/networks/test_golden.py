@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared_networks.networks.cpu import fast_cpu_inference
+from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.hi_end_mae import HiEndMAE, restore_intensities
 from shared_networks.networks.official import OFFICIAL_PREFIX, from_official, official_names
 from shared_networks.networks.unetr import HiEndUNETR
@@ -135,7 +135,7 @@ def test_fast_inference_gives_the_published_logits(vector: dict[str, Any]) -> No
     network = HiEndUNETR(**current_names(vector["config"])).eval()
     network.load_state_dict(vector["state_dict"], strict=True)
     image = formula_image(vector["config"], vector["image_coefficients"])
-    with torch.no_grad(), fast_cpu_inference(network, image.device):
+    with torch.no_grad(), fast_cpu(network, image.device):
         logits = network(image)
     assert_close(logits[:, :, ::8, ::8, ::8], vector["logits_strided_8"], "logits")
     assert_close(logits.mean(), torch.tensor(vector["logits_mean"]), "logits mean")
