@@ -19,6 +19,7 @@ from shared_networks.networks.vit import (
     SelfAttention,
     TransformerBlock,
     ViTEncoder,
+    attend_to_neighbours,
     gather_tokens,
     grid_size,
     init_linear,
@@ -133,6 +134,30 @@ class HierarchicalDecoder(nn.Module):
         return self.head(self.norm(y))
 
 
+def start_locally(network: HiEndMAE) -> None:
+    """Initialise a network so that its decoder looks at the neighbours of each patch from the first step on.
+
+    With the published start a short training predicts the same for every patch: thousands of steps pass before a head
+    finds out which tokens lie beside its own. Here the decoder's first block begins there, see
+    :func:`attend_to_neighbours`. So that it is not drowned, visible patches come into the decoder at a third of their
+    size, and all other blocks start as small as GPT-2's (Radford et al., 2019): the last layer of each branch is
+    divided by the root of the number of branches.
+
+    Args:
+        network: just made; its weights are changed.
+    """
+    decoder = network.decoder
+    with torch.no_grad():
+        for part in (network.vit, decoder):
+            last = [m for name, m in part.named_modules() if name.endswith(("out_proj", "mlp.linear2"))]
+            for layer in last:
+                layer.weight /= math.sqrt(len(last))
+        first = decoder.blocks[0].attn if len(decoder.blocks) else decoder.cross_blocks[0].self_attn
+        attend_to_neighbours(first, decoder.position_embeddings)
+        nn.init.xavier_uniform_(first.out_proj.weight)
+        decoder.decoder_embeds[-1].weight *= 0.3
+
+
 class HiEndMAE(nn.Module):
     """The pre-training network: an image in, the reconstruction of its masked patches out.
 
@@ -150,6 +175,7 @@ class HiEndMAE(nn.Module):
         decoder_num_heads: decoder attention heads.
         decoder_self_layers: plain decoder blocks before the cross blocks.
         out_indices: zero-based encoder blocks that the decoder reads, ascending; none makes a plain masked autoencoder.
+        local_init: start by looking at the neighbours of each patch, see :func:`start_locally`.
         mask_ratio: share of the patches masked, above 0 and below 1.
         use_checkpoint: recompute blocks in the backward pass to save memory.
 
@@ -172,6 +198,7 @@ class HiEndMAE(nn.Module):
         decoder_self_layers: int = 2,
         out_indices: Sequence[int] = (3, 6, 9),
         mask_ratio: float = 0.75,
+        local_init: bool = False,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
@@ -204,6 +231,8 @@ class HiEndMAE(nn.Module):
             mlp_ratio=mlp_ratio,
             use_checkpoint=use_checkpoint,
         )
+        if local_init:
+            start_locally(self)
 
     def num_visible(self, length: int) -> int:
         """Return V, the number of visible patches of `length`: int(L * (1 - mask ratio)).

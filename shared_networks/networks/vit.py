@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_networks.errors import InputError
 
+_SHARPNESS = 12.0  # logit of a neighbour, without the norm: it gets some 0.8 of the attention
+
 
 def grid_size(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
     """Return the number of patches along each axis.
@@ -380,6 +382,46 @@ def init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def attend_to_neighbours(attention: SelfAttention, positions: Tensor) -> None:
+    """Initialise queries and keys so that each head looks at the token next to its own along one axis.
+
+    The six heads of a token look at its six neighbours, further ones at the same again: what a convolution of 3^3 does
+    (S. d'Ascoli et al., "ConViT: Improving vision transformers with soft convolutional inductive biases", ICML 2021).
+    Keys are positions, and queries positions moved by one token: as sines and cosines, a rotation. Their product falls
+    with the distance to the neighbour.
+
+    Args:
+        attention: of normalised tokens that are E wide; E is a multiple of 6.
+        positions: their :func:`sincos_positions`, `[1, L, E]`.
+
+    Raises:
+        InputError: a head is narrower than the six numbers that tell a place.
+    """
+    width = attention.qkv.weight.shape[1]
+    size, axis_width = width // attention.num_heads, width // 6
+    if size < 6:
+        raise InputError(f"a head of {size} channels cannot look at a neighbour; give {axis_width} heads or fewer.")
+    pairs = [min((size // 2 + 2 - turn) // 3, axis_width) for turn in range(3)]  # of sine and cosine
+    angles = (10000.0 ** (-torch.arange(axis_width, dtype=torch.float64) / axis_width)).tolist()  # of one token
+    query, key = torch.zeros(width, width), torch.zeros(width, width)
+    for head in range(attention.num_heads):
+        row = head * size
+        for turn, count in enumerate(pairs):  # the first axis is the head's own
+            for index in range(count):
+                sine = 2 * ((head // 2 + turn) % 3) * axis_width + index
+                cosine = sine + axis_width
+                angle = angles[index] * (1 - 2 * (head % 2)) if turn == 0 else 0.0
+                query[row, sine], query[row, cosine] = math.cos(angle), math.sin(angle)
+                query[row + 1, cosine], query[row + 1, sine] = math.cos(angle), -math.sin(angle)
+                key[row, sine] = key[row + 1, cosine] = 1.0
+                row += 2
+    weight = math.sqrt(_SHARPNESS / sum(pairs) * math.sqrt(size)) * torch.cat([query, key])
+    deviation, mean = torch.std_mean(positions, dim=-1, correction=0)
+    with torch.no_grad():
+        attention.qkv.weight[: 2 * width] = weight
+        attention.qkv.bias[: 2 * width] = weight.sum(dim=1) * (mean / deviation).mean()  # which the norm took off
 
 
 def recompute(block: nn.Module, *inputs: Tensor) -> Tensor:

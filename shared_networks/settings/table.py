@@ -123,6 +123,7 @@ SETTINGS: dict[str, Kind] = {
     "network_def#mlp_ratio": POSITIVE,
     "network_def#out_indices": list_of(NOT_NEGATIVE, "a list of block indices, such as [3,6,9]", distinct=True),
     "network_def#mask_ratio": number("a number above 0 and below 1", lambda x: 0 < x < 1),
+    "network_def#local_init": FLAG,
     "network_def#dropout": BELOW_ONE,
     "network_def#use_checkpoint": FLAG,
 }

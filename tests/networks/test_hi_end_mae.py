@@ -302,3 +302,23 @@ def test_restored_patches_have_the_true_mean_and_deviation():
 def test_restoring_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match=r"image size \(4, 9, 16\) is not divisible by patch size \(2, 3, 5\)"):
         restore_intensities(torch.zeros(1, 1, *SIZE), torch.zeros(1, 1, *SIZE), (2, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("self_layers", "first"), [(1, "decoder.blocks.0.attn"), (0, "decoder.cross_blocks.0.self_attn")]
+)
+def test_local_init_starts_with_small_branches_but_for_the_first_block(self_layers: int, first: str) -> None:
+    usual, local = (tiny(decoder_self_layers=self_layers, local_init=flag).state_dict() for flag in (False, True))
+    branches = {"vit": 8, "decoder": 2 * self_layers + 6}  # each block's attentions and MLP
+    assert usual.keys() == local.keys()
+    for name, weight in usual.items():
+        if name.startswith(first):
+            assert torch.equal(weight, local[name]) == name.endswith("out_proj.bias"), name
+        elif name.endswith(("out_proj.weight", "linear2.weight")):
+            torch.testing.assert_close(local[name], weight / branches[name.split(".")[0]] ** 0.5)
+        elif name == "decoder.decoder_embeds.2.weight":
+            torch.testing.assert_close(local[name], 0.3 * weight)
+        else:
+            assert torch.equal(weight, local[name]), name
+    own = usual[f"{first}.out_proj.weight"]
+    assert local[f"{first}.out_proj.weight"].std().item() == pytest.approx(own.std().item(), rel=0.2)

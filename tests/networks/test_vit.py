@@ -5,17 +5,20 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
-from torch import Tensor
+from torch import Tensor, nn
 
+from shared_networks.errors import InputError
 from shared_networks.networks.vit import (
     CrossAttention,
     SelfAttention,
     TransformerBlock,
     ViTEncoder,
     attend,
+    attend_to_neighbours,
     attention_maps,
     gather_tokens,
     grid_size,
@@ -253,6 +256,34 @@ def test_linears_start_xavier_uniform_with_zero_biases():
         elif "position" not in name:
             bound = math.sqrt(6 / sum(parameter.shape))
             assert 0.95 * bound < parameter.abs().max() <= bound, name
+
+
+@pytest.mark.parametrize(("width", "heads"), [(528, 16), (96, 6), (192, 6)])
+def test_heads_start_at_the_neighbours_of_a_token(width: int, heads: int) -> None:
+    grid, positions = (7, 8, 9), sincos_positions((7, 8, 9), width)
+    attention = SelfAttention(width, heads)
+    values = attention.qkv.weight[2 * width :].clone()
+    attend_to_neighbours(attention, positions)
+    weights = attention.weights(nn.functional.layer_norm(positions, [width]))[0]
+    steps = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
+    for head, place in product(range(heads), product(*(range(1, n - 1) for n in grid))):
+        token, neighbour = (int(np.ravel_multi_index(p, grid)) for p in (place, np.add(place, steps[head % 6])))
+        assert weights[head, token].argmax() == neighbour and weights[head, token, neighbour] > 0.5
+    assert torch.equal(attention.qkv.weight[2 * width :], values)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(24, 2), (18, 3), (48, 8)])
+def test_neighbours_start_for_narrow_heads(width: int, heads: int) -> None:
+    attention = SelfAttention(width, heads)
+    attend_to_neighbours(attention, sincos_positions((2, 3, 4), width))
+    queries, keys = attention.qkv.weight.detach()[: 2 * width].chunk(2)
+    torch.testing.assert_close(queries.norm(dim=1), keys.norm(dim=1))  # queries are rotated keys
+    assert (queries.norm(dim=1) > 0).sum() == heads * (width // heads // 2 * 2)
+
+
+def test_neighbours_need_heads_of_three_axes() -> None:
+    with pytest.raises(InputError, match="a head of 4 channels cannot look at a neighbour; give 4 heads or fewer"):
+        attend_to_neighbours(SelfAttention(24, 6), sincos_positions((2, 2, 2), 24))
 
 
 def test_dropout_acts_in_training_only():
