@@ -29,7 +29,8 @@ def image(*size: int) -> torch.Tensor:
 
 def test_norm_is_exact_over_many_voxels() -> None:
     x = 2 * torch.randn(1, 8, 64, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
-    found = ChannelsLastInstanceNorm(1e-5)(x)
+    with torch.no_grad():
+        found = ChannelsLastInstanceNorm(1e-5)(x)
     expected = nn.functional.instance_norm(x.double())
     assert (found - expected).abs().max() < 1e-5
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
@@ -64,6 +65,14 @@ def test_gradients_are_those_of_the_plain_network(batch: int) -> None:
     for found, truth, near, rough in zip(exact, expected, rounded, usual, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5)
         assert (near - truth).norm() <= 1.5 * (rough - truth).norm() + 1e-4  # as far off as bfloat16 is without
+
+
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_training_keeps_the_usual_order_in_float32(dtype: torch.dtype, last: bool) -> None:
+    block = nn.Sequential(nn.Conv3d(4, 4, 1), nn.InstanceNorm3d(4)).to(dtype)
+    with fast_cpu(block, CPU):
+        result = block(image(2, 4, 5, 6, 7).to(dtype))
+    assert result.is_contiguous(memory_format=torch.channels_last_3d) == last
 
 
 def test_weights_loaded_inside_the_block_count() -> None:
