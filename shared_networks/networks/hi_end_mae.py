@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.networks.blocks import MLPBlock
@@ -146,10 +147,10 @@ def start_locally(network: HiEndMAE) -> None:
     Args:
         network: just made; its weights are changed.
     """
-    decoder = network.decoder
+    decoder: Any = network.decoder
     with torch.no_grad():
         for part in (network.vit, decoder):
-            last = [m for name, m in part.named_modules() if name.endswith(("out_proj", "mlp.linear2"))]
+            last: list[Any] = [m for name, m in part.named_modules() if name.endswith(("out_proj", "mlp.linear2"))]
             for layer in last:
                 layer.weight /= math.sqrt(len(last))
         first = decoder.blocks[0].attn if len(decoder.blocks) else decoder.cross_blocks[0].self_attn

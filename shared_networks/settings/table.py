@@ -79,6 +79,7 @@ SETTINGS: dict[str, Kind] = {
     "num_samples": COUNT,
     "max_grad_norm": optional(POSITIVE),
     "learning_rate": POSITIVE,
+    "muon": FLAG,
     "background_weight": AMOUNT,
     "flip_axes": AXES,
     "resume": FLAG,
