@@ -30,9 +30,7 @@ def step(network: HiEndMAE, optimizer: torch.optim.Optimizer, image: Tensor, dty
     optimizer.step()
 
 
-def measured_peak(
-    settings: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> int:
+def measured_peak(settings: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
     """Most bytes at once: by PyTorch's own count on a GPU, by following each tensor of a real step on a CPU."""
 
     def peak(live: LiveBytes | None) -> int:

@@ -20,7 +20,7 @@ from shared_networks.training.host_copy import HostCopy
 from tests.conftest import ROOT
 
 WARM_UP = 3  # iterations in which libraries and optimisers set themselves up
-PRINTED = 10  # the iteration whose loss is printed
+PRINTED = 10  # each so many iterations the loss is printed
 READERS = ("_local_scalar_dense", "nonzero", "equal", "masked_select")  # what a GPU would be waited for
 
 
@@ -75,7 +75,9 @@ def waits(flow: ConfigWorkflow, device: torch.device) -> dict[int, list[str]]:
 
     def shown(message: Warning | str, _kind: Any, file: str, line: int, *_: Any) -> None:
         if "synchroniz" in str(message):
-            found[trainer.state.iteration].append(f"{file}:{line}: {message}\n{''.join(traceback.format_stack()[-14:])}")
+            found[trainer.state.iteration].append(
+                f"{file}:{line}: {message}\n{''.join(traceback.format_stack()[-14:])}"
+            )
 
     trainer.add_event_handler(Events.ITERATION_STARTED, start)
     # Validation begins with the epoch's end, and the run's own handlers are attached after these: they end with it.
@@ -87,22 +89,22 @@ def waits(flow: ConfigWorkflow, device: torch.device) -> dict[int, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "shared_networks.training.muon.Muon"])
 @pytest.mark.parametrize(
-    ("bundle", "known"),
+    ("bundle", "optimizer", "known"),
     [
-        ("hi_end_mae_pretrain", 0),
-        ("hi_end_mae_btcv_seg", 1),  # MONAI's Dice loss looks whether a class weight is below 0
+        ("hi_end_mae_pretrain", "torch.optim.AdamW", 0),
+        ("hi_end_mae_pretrain", "shared_networks.training.muon.Muon", 0),
+        ("hi_end_mae_btcv_seg", "torch.optim.AdamW", 1),  # MONAI's Dice loss looks whether a class weight is below 0
     ],
 )
 def test_an_iteration_waits_for_nothing(
-    datasets: dict[str, Path], tmp_path: Path, device: torch.device, bundle: str, known: int, optimizer: str
+    datasets: dict[str, Path], tmp_path: Path, device: torch.device, bundle: str, optimizer: str, known: int
 ) -> None:
-    settings: dict[str, Any] = {"val_interval": 99, "num_samples": 2, "warmup_epochs": 1, "amp": True}
+    settings: dict[str, Any] = {"epochs": 5, "val_interval": 99, "num_samples": 1, "warmup_epochs": 1, "amp": True}
     if known:
-        settings |= {"epochs": 12, "split#val_fraction": 0.4, "split#test_fraction": 0.0, "pretrained_encoder": ""}
+        settings |= {"split#val_fraction": 0.4, "split#test_fraction": 0.0, "pretrained_encoder": ""}
     else:
-        settings |= {"epochs": 6, "val_fraction": 0.3, "batch_size": 1}
+        settings |= {"val_fraction": 0.3, "batch_size": 1}
     flow = ConfigWorkflow(
         config_file=[str(ROOT / bundle / "configs" / name) for name in ("train.json", "tiny.json")],
         logging_file=False,
@@ -115,8 +117,8 @@ def test_an_iteration_waits_for_nothing(
     )
     flow.initialize()
     found = waits(flow, device)
-    assert PRINTED in found
+    assert max(found) >= PRINTED
     for iteration in range(WARM_UP, max(found) + 1):
-        allowed = known + (iteration == PRINTED)
+        allowed = known + (iteration % PRINTED == 0)
         places = found[iteration]
         assert len(places) <= allowed, f"iteration {iteration}: {len(places)} waits, the last {places[-1]}"
