@@ -5,6 +5,8 @@
 #   ./runtests.sh integration     bundles, commands and several processes
 #   ./runtests.sh -m slow         the slow ones: the whole quickstart
 #   ./runtests.sh --monailabel    two bundles in MONAI Label's own server, which gets an environment of its own
+#   ./runtests.sh --gpu           what a GPU can disprove, on one CUDA device
+#   ./runtests.sh --gpu --device cpu   the same tests without a GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -17,6 +19,7 @@ case ${1:-} in
         PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
             .venv-monailabel/bin/pip install --quiet --disable-pip-version-check --requirement "$pins"
         set -- tests/monai_label "${@:2}" ;;
+    --gpu) set -- tests/gpu "${@:2}" ;;
     unit) set -- -m "not slow and not integration" "${@:2}" ;;
     integration) set -- -m "integration and not slow" "${@:2}" ;;
     "")

@@ -288,7 +288,10 @@ class HiEndMAE(nn.Module):
         grid = self.vit.patch_grid(image)
         shape = [image.shape[0], grid[0] * grid[1] * grid[2]]
         if ids_shuffle is None:
-            ids_shuffle = self.shuffle(shape[0], shape[1]).to(image.device)
+            ids_shuffle = self.shuffle(shape[0], shape[1])
+            if not torch.jit.is_scripting() and image.is_cuda and not torch.compiler.is_compiling():
+                ids_shuffle = ids_shuffle.pin_memory()  # else the copy waits for the GPU
+            ids_shuffle = ids_shuffle.to(image.device, non_blocking=image.is_cuda)
         elif list(ids_shuffle.shape) != shape:
             raise ValueError(f"ids_shuffle of shape {list(ids_shuffle.shape)} is not [B, L] = {shape}.")
         latent, features = self.encode(image, ids_shuffle)

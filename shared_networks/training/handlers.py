@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shared_networks.errors import InputError
-from shared_networks.training.monitors import TrainingMonitor
+from shared_networks.training.host_copy import HostCopies, before_saving
+from shared_networks.training.monitors import TrainingMonitor, process_count
 from shared_networks.training.sampler import derived_seed
 
 
@@ -40,7 +41,9 @@ class TrainingHandlers:
     """Attach to a trainer what every training here needs, in the order in which it has to act.
 
     These are the schedule, stepped every iteration; :class:`SeedIterations`; :class:`ReduceOnStep`;
-    :class:`StopOnNonFinite`; :class:`ClipGradients`; and :class:`shared_networks.training.monitors.TrainingMonitor`.
+    :class:`ClipGradients`; :class:`StopOnNonFinite`; :class:`KeepLoss`; and
+    :class:`shared_networks.training.monitors.TrainingMonitor`. They come before the handlers that validate, so that
+    weights are checked before they are.
 
     Args:
         network: bare network (not wrapped for several GPUs).
@@ -62,8 +65,9 @@ class TrainingHandlers:
             LrScheduleHandler(lr_scheduler, print_lr=False, epoch_level=False),
             SeedIterations(seed),
             ReduceOnStep(),
-            StopOnNonFinite(),
             ClipGradients(network, max_grad_norm),
+            StopOnNonFinite(),
+            KeepLoss(),
             TrainingMonitor(optimizer),
         ]
 
@@ -107,7 +111,7 @@ class ClipGradients:
 
     def __init__(self, network: nn.Module, max_norm: float | None = None) -> None:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.max_norm = math.inf if max_norm is None else max_norm
+        self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI trainer."""
@@ -119,7 +123,10 @@ class ClipGradients:
             return
         if engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
-        engine.state.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        engine.state.grad_norm = nn.utils.get_total_norm(gradients)
+        if self.max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, engine.state.grad_norm)
 
 
 class ReduceOnStep:
@@ -146,26 +153,83 @@ def completes_step(engine: Any) -> bool:
 
 
 class StopOnNonFinite:
-    """Stop training before a loss that is no number reaches the weights, and names the cases of the batch."""
+    """Stop training when the loss, or the gradient of a step, is no number, and name the cases of the batch.
+
+    On the CPU it stops before the step. On a GPU it is told of a number some iterations later
+    (:class:`shared_networks.training.host_copy.HostCopies`), so that host and GPU need not wait for each other, and the
+    weights in memory may be lost by then. Nothing of them reaches a file: whoever validates or saves has all numbers
+    read first, up to the last iteration's.
+
+    Gradients are those of all processes, so that a process stops, too, whose own loss is finite. With a gradient scaler
+    they may be infinite: it leaves out such a step.
+    """
+
+    def __init__(self) -> None:
+        self.copies = HostCopies()
+        self.cases: list[str] = []
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a MONAI trainer."""
+        """Attach to a MONAI trainer, after :class:`ClipGradients` and before what validates or saves."""
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.check_gradient)
+        before_saving(engine, self.read_all)
 
     def __call__(self, engine: Any) -> None:
         """Check the loss.
 
         Raises:
-            InputError: it is NaN or infinite.
+            InputError: it is NaN or infinite, or an earlier one is, or an earlier gradient.
         """
-        loss = engine.state.output["loss"]
-        if not torch.isfinite(loss):
-            names = list(dict.fromkeys(batch_cases(engine.state.batch)))
-            raise InputError(
-                f"the loss is {loss.item()} in iteration {engine.state.iteration} (epoch {engine.state.epoch}), with "
-                f"the cases {', '.join(names)}: look at these, or lower --learning_rate, or set --max_grad_norm 1 or "
-                "--amp False; --resume True goes on from the last saved state"
-            )
+        names = batch_cases(engine.state.batch)
+        self.cases += names
+        self.check(engine, engine.state.output["loss"], "loss", names)
+
+    def check_gradient(self, engine: Any) -> None:
+        """Check the norm of the gradient that a step is to take; raise as for a loss."""
+        if not completes_step(engine):
+            return
+        names, self.cases = self.cases, []
+        norm = getattr(engine.state, "grad_norm", None)
+        if norm is not None and engine.scaler is None:
+            self.check(engine, norm, "norm of the gradient", names)
+
+    def check(self, engine: Any, value: Tensor, what: str, names: Sequence[str]) -> None:
+        """Send a number on its way, and look at those that have arrived."""
+        at = f"iteration {engine.state.iteration} (epoch {engine.state.epoch}), with the cases "
+        self.copies.add(value, (what, at + ", ".join(dict.fromkeys(names))))
+        self.look(engine)
+
+    def read_all(self, engine: Any) -> None:
+        """Wait for all numbers that are on their way; raise as for a loss."""
+        self.look(engine, wait=True)
+
+    def look(self, engine: Any, wait: bool = False) -> None:
+        """Raise the error of the first number that is not finite."""
+        for number, (what, at) in self.copies.read(wait):
+            if not math.isfinite(number):
+                others = " of this process; others may name theirs" if process_count() > 1 else ""
+                raise InputError(
+                    f"the {what} is {number} in {at}{others}: look at these, or lower --learning_rate, or set "
+                    "--max_grad_norm 1 or --amp False; --resume True goes on from the last saved state"
+                )
+
+
+class KeepLoss:
+    """Leave of each iteration's output the loss alone, in the form in which MONAI's handlers read it.
+
+    It takes the place of MONAI's decollation (`decollate` is to be false), which reads the loss and so waits for the
+    GPU. The prediction's memory is free for validation.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Drop the rest."""
+        output = engine.state.output
+        if isinstance(output, Mapping):
+            engine.state.output = [{"loss": output["loss"].detach()}]
 
 
 def batch_cases(batch: Mapping[str, Any]) -> Sequence[str]:

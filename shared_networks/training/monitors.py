@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shared_networks.networks.hi_end_mae import HiEndMAE
+from shared_networks.training.host_copy import HostCopies, before_saving
 
 _LOG_INTERVAL = 10  # iterations between two lines on the terminal
 
@@ -44,8 +45,41 @@ class LogHandlers:
             return
         loss: dict[str, Any] = {"tag_name": self.loss_name, "output_transform": from_engine(["loss"], first=True)}
         StatsHandler(iteration_log=lambda _, iteration: iteration % _LOG_INTERVAL == 0, **loss).attach(engine)
-        TensorBoardStatsHandler(log_dir=self.log_dir, **loss).attach(engine)
+        curve = LossCurve(self.loss_name)
+        TensorBoardStatsHandler(log_dir=self.log_dir, iteration_event_writer=curve).attach(engine)
+        before_saving(engine, curve.finish)
         ProgressBar(desc=self.description, disable=None).attach(engine)
+
+
+class LossCurve:
+    """Write each iteration's loss to TensorBoard once the host has it: at once on a CPU, later on a GPU.
+
+    Args:
+        name: of the curve.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.copies = HostCopies()
+        self.writer: Any = None
+
+    def __call__(self, engine: Any, writer: Any) -> None:
+        """Take the loss of an iteration, and write those that have arrived."""
+        self.writer = writer
+        loss = from_engine(["loss"], first=True)(engine.state.output)  # in a tuple, unless the output is a list
+        self.copies.add(torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss), engine.state.iteration)
+        self.write()
+
+    def finish(self, _engine: Any) -> None:
+        """Wait for all losses that are on their way, so that a saved state has its curve."""
+        self.write(wait=True)
+
+    def write(self, wait: bool = False) -> None:
+        """Write losses."""
+        for loss, iteration in self.copies.read(wait):
+            self.writer.add_scalar(self.name, loss, iteration)
+        if self.writer is not None:
+            self.writer.flush()
 
 
 class TrainingMonitor:
@@ -100,12 +134,16 @@ class TrainingMonitor:
     def report(self, engine: Any) -> None:
         """Add the epoch's figures to the metrics."""
         seconds = max(self.ended - self.started, 1e-9)
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         engine.state.metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        engine.state.metrics["crops_per_second"] = processes * self.crops / seconds
+        engine.state.metrics["crops_per_second"] = process_count() * self.crops / seconds
         engine.state.metrics["data_wait"] = self.waited / seconds
         if self.grad_norms:
             engine.state.metrics["grad_norm"] = torch.stack(self.grad_norms).median().item()
+
+
+def process_count() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class FeatureSpread:

@@ -36,6 +36,7 @@ from shared_networks.files import GO_ON, UNFINISHED, atomic_write
 from shared_networks.networks.cpu import fast_cpu
 from shared_networks.training.ema import EMA
 from shared_networks.training.handlers import completes_step
+from shared_networks.training.host_copy import ReadingEvents
 from shared_networks.training.run_folder import STATES, check_run_folder
 from shared_networks.training.sampler import SeededSampler
 
@@ -61,11 +62,17 @@ class SaveBestModel:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        """Save, if the evaluator has just found a new best."""
+        """Save, if the evaluator has just found a new best.
+
+        Raises:
+            InputError: the weights are not finite.
+        """
         state = engine.state
         if state.rank == 0 and state.best_metric_epoch == state.epoch:
             score = {"name": state.key_metric_name, "value": float(state.best_metric), "epoch": state.epoch}
-            write_model(self.network.state_dict(), self.file, {**self.record, "score": score})
+            weights = self.network.state_dict()
+            check_finite(weights, self.file)
+            write_model(weights, self.file, {**self.record, "score": score})
 
 
 class TrainingRun:
@@ -183,6 +190,7 @@ class TrainingRun:
             signal.signal(signal.SIGTERM, self.request_stop)
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.after_iteration)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
+        self.trainer.register_events(*ReadingEvents)
         self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.after_validation)
 
     def remove(self, *files: Path) -> None:
@@ -215,6 +223,7 @@ class TrainingRun:
         """Save the weights as `model.pt` where there was nothing to validate them on."""
         if self.rank == 0 and not self.unfinished and self.evaluator.state.best_metric_epoch == -1:
             weights = getattr(self.ema, "average", None) or self.network.state_dict()
+            check_finite(weights, self.model)
             write_model(weights, self.model, {**self.record, "score": None})
             logger.warning("no validation cases: %s holds the weights at the end of the training", self.model)
 
@@ -268,12 +277,17 @@ class TrainingRun:
         """Write a state, then remove those that are no longer kept. Only rank 0 writes.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: it cannot be written, or a loss or a weight is not finite.
         """
+        self.trainer.fire_event(ReadingEvents.READ_ALL)  # a loss that is NaN is told of with its cases
         self.saved_at = time.monotonic()
         if self.rank != 0:
             return
         at = self.trainer.state
+        file = self.folder / f"state_{at.iteration:09d}.ckpt"
+        check_finite(self.network.state_dict(), file)
+        if self.ema is not None:
+            check_finite(self.ema.average, file)
         content = {
             "iteration": at.iteration,
             "epoch": at.epoch,
@@ -289,7 +303,6 @@ class TrainingRun:
             "record": dict(self.record),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
-        file = self.folder / f"state_{at.iteration:09d}.ckpt"
         with atomic_write(file, GO_ON) as unfinished:
             save_tensors(content, unfinished)
         kept = [*(other for other in self.own if other != file), file]
@@ -364,6 +377,22 @@ class TrainingRun:
                 f"{file}: its optimiser has {len(there)} group(s) of {sum(there)} parameters, here {len(own)} of "
                 f"{sum(own)}; give the --layer_decay and --freeze_encoder that it was trained with"
             )
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Refuse weights that hold NaN or infinity, whatever let them pass: on disk they would be taken for a model.
+
+    Raises:
+        InputError: they do.
+    """
+    floating = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    found = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist() if floating else []
+    if wrong := [name for name, finite in zip(floating, found, strict=True) if not finite]:
+        raise InputError(
+            f"{file}: not written, as {len(wrong)} of {len(floating)} tensors hold NaN or infinity, the first "
+            f"{wrong[0]}; lower --learning_rate, or set --max_grad_norm 1 or --amp False; --resume True goes on from "
+            "the last saved state"
+        )
 
 
 def check_same_network(own: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor], file: Path) -> None:

@@ -8,12 +8,15 @@ import torch
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedTrainer
+from monai.handlers import from_engine
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.networks.precision import AutocastInferer, autocast_type
-from shared_networks.training.handlers import ClipGradients, SeedIterations, StopOnNonFinite, batch_cases
+from shared_networks.training import host_copy
+from shared_networks.training.handlers import ClipGradients, KeepLoss, SeedIterations, StopOnNonFinite, batch_cases
+from shared_networks.training.host_copy import HostCopy
 
 
 def trainer(images: list[Any], *handlers: Any, network: nn.Module | None = None, **kwargs: Any) -> SupervisedTrainer:
@@ -107,6 +110,51 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_case(bad: 
     assert f"the loss is {bad} in iteration 2" in message
     assert "case1" in message and "case0" not in message
     assert torch.isfinite(network.weight).all() and not torch.equal(network.weight, before)
+
+
+class Root(nn.Module):
+    """A network whose gradient at a target of 0 is no number, though its loss is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (self.weight * image).sqrt()
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_cases_of_the_step() -> None:
+    network = Root()
+    images = [torch.tensor([value]) for value in (1.0, 1.0, 1.0, 0.0, 1.0)]
+    handlers = [ClipGradients(network), StopOnNonFinite()]
+    engine = trainer(images, *handlers, network=network, accumulation_steps=2)
+    with pytest.raises(InputError) as caught:
+        engine.run()
+    message = str(input_error_in(caught.value))
+    assert "the norm of the gradient is nan in iteration 4 (epoch 1), with the cases case2, case3: look" in message
+    assert torch.isfinite(network.weight).all()
+
+
+def test_a_late_loss_stops_training_soon_and_names_its_own_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(HostCopy):
+        def arrived(self) -> bool:
+            return False
+
+    monkeypatch.setattr(host_copy, "HostCopy", Late)
+    network = nn.Linear(1, 1)
+    images = [torch.ones(1), torch.tensor([math.nan]), *[torch.ones(1)] * 9]
+    engine = trainer(images, ClipGradients(network), StopOnNonFinite(), network=network)
+    with pytest.raises(InputError, match=r"the loss is nan in iteration 2 .*, with the cases case1: look"):
+        engine.run()
+    assert engine.state.iteration == 4  # while later losses and gradients were on their way
+
+
+def test_the_output_of_an_iteration_is_its_loss_as_monai_reads_it() -> None:
+    engine = trainer([torch.ones(1)], KeepLoss())
+    engine.run()
+    assert isinstance(engine.state.output, list) and engine.state.output[0].keys() == {"loss"}
+    loss = from_engine(["loss"], first=True)(engine.state.output)
+    assert isinstance(loss, Tensor) and loss.ndim == 0 and not loss.requires_grad
 
 
 def test_cases_of_a_batch_are_found_in_either_form() -> None:

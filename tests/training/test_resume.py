@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -24,9 +25,12 @@ from torch import Tensor, nn
 
 from shared_networks.datasets.record import TrainingRecord, read_record, save_tensors, training_record, write_model
 from shared_networks.datasets.splits import Split
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, input_error_in
 from shared_networks.files import GO_ON, atomic_write
+from shared_networks.training import host_copy
 from shared_networks.training.ema import EMA
+from shared_networks.training.handlers import StopOnNonFinite
+from shared_networks.training.host_copy import HostCopy
 from shared_networks.training.resume import SaveBestModel, TrainingRun
 from shared_networks.training.run_folder import check_run_folder
 from shared_networks.training.sampler import SeededSampler
@@ -154,6 +158,7 @@ def training(
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
         train_handlers=[
+            *kwargs.pop("handlers", ()),
             LrScheduleHandler(schedule, print_lr=False, epoch_level=False),
             ValidationHandler(interval=val, validator=evaluator, epoch_level=True),
         ],
@@ -215,6 +220,88 @@ def sigterm_as_before() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+def spoil(state: TrainingRun, place: int) -> None:
+    """One of the cases is NaN; the others are finite."""
+    cases: Any = state.trainer.data_loader.dataset.data.data
+    for number, case in enumerate(cases):
+        case["case"] = f"case{number}"
+    cases[place]["image"] = torch.tensor([math.nan])
+
+
+def third_batch() -> tuple[int, int]:
+    """A case of the third of four batches of the first epoch, and one of the fourth."""
+    sampler = SeededSampler(range(8), num_replicas=1, rank=0, seed=0)
+    sampler.set_epoch(1)
+    order = [draw.case for draw in sampler]
+    return order[5], order[6]
+
+
+class Late(HostCopy):
+    """A copy that has never arrived, as from the slowest GPU: its value comes only to who waits."""
+
+    def arrived(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("copy", [HostCopy, Late])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("every_minutes", [0.0, 15.0])
+def test_weights_of_a_loss_that_is_no_number_reach_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: type, accumulation_steps: int, every_minutes: float
+) -> None:
+    monkeypatch.setattr(host_copy, "HostCopy", copy)
+    bad, other = third_batch()
+    state = training(
+        tmp_path,
+        cases=8,
+        keep=9,
+        every_minutes=every_minutes,
+        accumulation_steps=accumulation_steps,
+        handlers=[StopOnNonFinite()],
+    )
+    spoil(state, bad)
+    with pytest.raises(InputError) as caught:
+        state.run()
+    error = str(input_error_in(caught.value))
+    assert "the loss is nan in iteration 3 (epoch 1)" in error
+    assert f"case{bad}" in error and f"case{other}" not in error
+    files = list((tmp_path / "state").glob("*")) if (tmp_path / "state").exists() else []
+    assert {file.name for file in files} <= {"state_000000001.ckpt", "state_000000002.ckpt"}
+    for file in files:
+        assert all(t.isfinite().all() for t in torch.load(file, weights_only=True)["network"].values())
+    assert (len(files) > 0) == (every_minutes == 0)
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_a_stop_by_signal_saves_nothing_of_a_loss_that_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "HostCopy", Late)
+    state = training(tmp_path, cases=8, handlers=[StopOnNonFinite()])
+    spoil(state, third_batch()[0])
+    stop_after(state, 3)
+    with pytest.raises(InputError, match="in iteration 3"):
+        state.run()
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path, bad: float) -> None:
+    state = training(tmp_path)
+    state.start()
+    with torch.no_grad():
+        state.network.weight.fill_(bad)
+    with pytest.raises(InputError, match=r"state_000000000.ckpt: not written, as 1 of 2 tensors hold NaN or infinity"):
+        state.save()
+    with pytest.raises(InputError, match=r"model.pt: not written, .* the first weight; lower --learning_rate"):
+        state.evaluator.run(1)
+    state.trainer.state.iteration = 6
+    state.evaluator.state.best_metric_epoch = -1
+    with pytest.raises(InputError, match=r"model.pt: not written"):
+        state.finish()
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def names(folder: Path) -> list[str]:
