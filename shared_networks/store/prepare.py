@@ -355,7 +355,7 @@ def _excluded_cases(sources: Sequence[Source], entries: Mapping[str, Entry], nam
     return {case for cases in found.values() for case in cases}
 
 
-def _is_current(task: Task, source: Source, entry: Entry | None) -> bool:
+def _is_current(task: Task, source: Source, entry: Mapping[str, Any] | None) -> bool:
     if entry is None or entry["source"] != _origin(source) or not _fits(task, entry):
         return False
     try:
@@ -365,7 +365,7 @@ def _is_current(task: Task, source: Source, entry: Entry | None) -> bool:
     return all(entry[name] == value for name, value in stat.items())
 
 
-def _fits(task: Task, entry: Entry) -> bool:
+def _fits(task: Task, entry: Mapping[str, Any]) -> bool:
     return entry["settings_hash"] == _settings_hash(task.settings) and is_complete(task.prepared_dir, entry)
 
 
