@@ -64,6 +64,12 @@ def unpatchify(patches: Tensor, grid: list[int], patch_size: list[int]) -> Tenso
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, -1, h * i, w * j, d * k)
 
 
+def position_frequencies(hidden_size: int) -> Tensor:
+    """Return the radians a token of an axis's sines and cosines, 10000^(-m / (E / 6)): `[E / 6]` float64."""
+    width = hidden_size // 6
+    return 10000.0 ** (-torch.arange(width, dtype=torch.float64) / width)
+
+
 def sincos_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
     """Compute the fixed 3D sine-cosine position table.
 
@@ -84,8 +90,7 @@ def sincos_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
         raise InputError(
             f"hidden size {hidden_size} is not divisible by 6, as sine-cosine positions in 3D need; give a multiple."
         )
-    width = hidden_size // 6
-    frequencies = 10000.0 ** (-torch.arange(width, dtype=torch.float64) / width)
+    frequencies = position_frequencies(hidden_size)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequencies for axis in axes]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
@@ -404,7 +409,7 @@ def attend_to_neighbours(attention: SelfAttention, positions: Tensor) -> None:
     if size < 6:
         raise InputError(f"a head of {size} channels cannot look at a neighbour; give {axis_width} heads or fewer.")
     pairs = [min((size // 2 + 2 - turn) // 3, axis_width) for turn in range(3)]  # of sine and cosine
-    angles = (10000.0 ** (-torch.arange(axis_width, dtype=torch.float64) / axis_width)).tolist()  # of one token
+    angles = position_frequencies(width).tolist()
     query, key = torch.zeros(width, width), torch.zeros(width, width)
     for head in range(attention.num_heads):
         row = head * size
