@@ -141,7 +141,7 @@ def start_locally(network: HiEndMAE) -> None:
     With the published start a short training predicts the same for every patch: thousands of steps pass before a head
     finds out which tokens lie beside its own. Here the decoder's first block begins there, see
     :func:`attend_to_neighbours`. So that it is not drowned, visible patches come into the decoder at a third of their
-    size, and all other blocks start as small as GPT-2's (Radford et al., 2019): the last layer of each branch is
+    size, and all other branches start as small as GPT-2's (Radford et al., 2019): the last layer of each branch is
     divided by the root of the number of branches.
 
     Args:
@@ -149,13 +149,13 @@ def start_locally(network: HiEndMAE) -> None:
     """
     decoder: Any = network.decoder
     with torch.no_grad():
+        first = decoder.blocks[0].attn if len(decoder.blocks) else decoder.cross_blocks[0].self_attn
+        attend_to_neighbours(first, decoder.position_embeddings)
         for part in (network.vit, decoder):
             last: list[Any] = [m for name, m in part.named_modules() if name.endswith(("out_proj", "mlp.linear2"))]
             for layer in last:
-                layer.weight /= math.sqrt(len(last))
-        first = decoder.blocks[0].attn if len(decoder.blocks) else decoder.cross_blocks[0].self_attn
-        attend_to_neighbours(first, decoder.position_embeddings)
-        nn.init.xavier_uniform_(first.out_proj.weight)
+                if layer is not first.out_proj:
+                    layer.weight /= math.sqrt(len(last))
         decoder.decoder_embeds[-1].weight *= 0.3
 
 

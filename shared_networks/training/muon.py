@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,20 @@ class Muon(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and is_matrix(parameter):
-                    self.step_matrix(parameter, group)
-                    gradients.append((parameter, parameter.grad))
-                    parameter.grad = None  # AdamW leaves out what has none
+        matrices = [
+            (parameter, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and is_matrix(parameter)
+        ]
+        updates = [self.advance(parameter, group["momentum"]) for parameter, group in matrices]
+        for (parameter, group), update in zip(matrices, orthogonalise_all(updates), strict=True):
+            size = 0.2 * math.sqrt(max(update.shape))
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+        gradients = [(parameter, parameter.grad) for parameter, _ in matrices]
+        for parameter, _ in matrices:
+            parameter.grad = None  # AdamW leaves out what has none
         try:
             super().step()
         finally:
@@ -54,19 +61,16 @@ class Muon(AdamW):
                 parameter.grad = gradient
         return loss
 
-    def step_matrix(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Step one matrix of a group."""
+    def advance(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Bring a matrix's momentum up to date and return where it leads, `[out, rest]`."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)  # AdamW asks every state for it when it loads
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
-        state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(state["momentum_buffer"], group["momentum"]).flatten(1)
-        size = 0.2 * math.sqrt(max(update.shape))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(orthogonalise(update).view_as(parameter), alpha=-group["lr"] * size)
+        state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum_buffer"], momentum).flatten(1)
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -74,22 +78,33 @@ def is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) >= _SMALLEST
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Move the singular values of a matrix close to 1, to between 0.7 and 1.2, by Newton-Schulz iterations.
+def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Orthogonalise matrices `[rows, columns]` of any sizes; those of one size in one go, as most are small."""
+    results: dict[int, Tensor] = {}
+    sizes = [(matrix.shape, matrix.device, matrix.dtype) for matrix in matrices]
+    for size in dict.fromkeys(sizes):
+        places = [place for place, other in enumerate(sizes) if other == size]
+        together = orthogonalise(torch.stack([matrices[place] for place in places]))
+        results.update(zip(places, together, strict=True))
+    return [results[place] for place in range(len(matrices))]
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Move the singular values of matrices close to 1, to between 0.7 and 1.2, by Newton-Schulz iterations.
 
     Args:
-        matrix: `[rows, columns]`.
+        matrices: `[..., rows, columns]`.
 
     Returns:
-        `[rows, columns]` in the matrix's type; computed in bfloat16 where the processor multiplies it faster.
+        `[..., rows, columns]` in the matrices' type; computed in bfloat16 where the processor multiplies it faster.
     """
     a, b, c = _COEFFICIENTS
-    fast = matrix.is_cuda or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    x = matrix.to(torch.bfloat16 if fast else torch.float32)
-    if wide := x.shape[0] > x.shape[1]:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+    fast = matrices.is_cuda or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    x = matrices.to(torch.bfloat16 if fast else torch.float32)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.T if wide else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
