@@ -13,15 +13,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", help="where tests/gpu computes: cuda, cuda:1 or cpu")
 
 
+def asked_for(config: pytest.Config) -> bool:
+    """Return whether the command names these tests."""
+    return any("tests/gpu" in str(argument) for argument in config.args)
+
+
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     """Leave these tests out unless they are asked for by name."""
-    return None if any("tests/gpu" in str(argument) for argument in config.args) else True
+    return None if asked_for(config) else True
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse a device that is missing: tests that were skipped would look like tests that passed."""
-    name = config.getoption("--device", None)  # None where these tests were not asked for
-    if name is None or name == "cpu":
+    if not asked_for(config) or (name := config.getoption("--device")) == "cpu":
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not str(name).startswith("cuda") or (torch.device(name).index or 0) >= count:
