@@ -35,11 +35,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-size=small encoder=$root/hi_end_mae_pretrain/weights/small.pt segmenter=$root/$bundle/weights/small.pt
-if [ ! -f "$encoder" ] || [ ! -f "$segmenter" ]; then
-    [ -z "$own" ] || fail "--segment: no weights ship with $bundle yet; train some, with --data FOLDER"
-    size=tiny
-fi
+encoder=$root/hi_end_mae_pretrain/weights/small.pt segmenter=$root/$bundle/weights/small.pt
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 step "environment"
@@ -47,7 +43,7 @@ step "environment"
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 python=$root/.venv/bin/python
 run() { # run BUNDLE CONFIGS OPTIONS...
-    (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "[$2,'configs/$size.json']" "${@:3}")
+    (cd "$root/$1" && "$python" -W ignore -m monai.bundle run --config_file "[$2,'configs/small.json']" "${@:3}")
 }
 label_set=${bundle#hi_end_mae_} label_set=${label_set%_seg}
 phantoms() { "$python" -m shared_networks.synthetic.phantom --label_set "$label_set" --out "$@"; }
@@ -55,39 +51,33 @@ phantoms() { "$python" -m shared_networks.synthetic.phantom --label_set "$label_
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 SECONDS=0
 
-if [ $size = small ]; then
-    step "segmentation with the weights that ship"
-    rm -rf "$out/shipped"
-    [ -n "$own" ] || phantoms "$out/shipped" --train 0 --test 1 --seed 1
-    run "$bundle" "'configs/inference.json'" --dataset_dir "${own:-$out/shipped}" --output_dir "$out/shipped"
-    step "done"
-    echo "labels:          $out/shipped/*_seg.nii.gz"
-    echo "pictures:        $out/shipped/*_overlay.png"
-    echo "volumes in ml:   $out/shipped/volumes_ml.csv"
-    cat "$out/shipped/volumes_ml.csv"
-    [ -z "$own" ] || exit 0
-    cases=(--train 8 --test 2) epochs=${epochs:-4}
-    pretraining=(--init_weights "$encoder" --epochs 2 --warmup_epochs 1 --num_samples 2 --learning_rate 0.0001)
-    tuning=(--init_weights "$segmenter" --warmup_epochs 1 --num_samples 1 --learning_rate 0.0001)
-else
-    echo "No weights ship with $bundle yet: tiny networks are trained from scratch."
-    cases=(--train 16 --test 4)
-    pretraining=(--init_weights "")
-    tuning=(--pretrained_encoder "$out/hi_end_mae_pretrain/model.pt")
-fi
-[ -z "$epochs" ] || tuning+=(--epochs "$epochs" --val_interval "$(((epochs + 2) / 3))")
+step "segmentation with the weights that ship"
+rm -rf "$out/shipped"
+[ -n "$own" ] || phantoms "$out/shipped" --train 0 --test 1 --seed 1
+run "$bundle" "'configs/inference.json'" --dataset_dir "${own:-$out/shipped}" --output_dir "$out/shipped"
+step "done"
+echo "labels:          $out/shipped/*_seg.nii.gz"
+echo "pictures:        $out/shipped/*_overlay.png"
+echo "volumes in ml:   $out/shipped/volumes_ml.csv"
+cat "$out/shipped/volumes_ml.csv"
+[ -z "$own" ] || exit 0
+
+epochs=${epochs:-4}
+tuning=(--init_weights "$segmenter" --warmup_epochs 1 --num_samples 1 --learning_rate 0.0001
+    --epochs "$epochs" --val_interval "$(((epochs + 2) / 3))")
 finer=(${spacing:+--spacing "$spacing"})
 
 if [ -z "$data" ]; then
     step "synthetic CTs"
     data=$out/data
-    phantoms "$data" "${cases[@]}"
+    phantoms "$data" --train 8 --test 2
 fi
 scans=$data
 [ -d "$data/imagesTs" ] || scans=$data/imagesTr
 
 step "pre-training without labels"
-run hi_end_mae_pretrain "'configs/train.json'" "${pretraining[@]}" "${finer[@]}" --overwrite True \
+run hi_end_mae_pretrain "'configs/train.json'" --init_weights "$encoder" --epochs 2 --warmup_epochs 1 --num_samples 2 \
+    --learning_rate 0.0001 "${finer[@]}" --overwrite True \
     --dataset_dir "$data" --ckpt_dir "$out/hi_end_mae_pretrain" --output_dir "$out/hi_end_mae_pretrain"
 run hi_end_mae_pretrain "'configs/inference.json'" "${finer[@]}" \
     --dataset_dir "$scans" --checkpoint "$out/hi_end_mae_pretrain/model.pt" --output_dir "$out"

@@ -11,7 +11,15 @@ from typing import Any
 from monai.utils import ensure_tuple
 
 from shared_networks.datasets.lists import read_list
-from shared_networks.datasets.pairs import Image, UnpairedError, case_name, dataset_folder, find_labels, pair_cases
+from shared_networks.datasets.pairs import (
+    Image,
+    UnpairedError,
+    case_name,
+    dataset_folder,
+    find_labels,
+    has_files,
+    pair_cases,
+)
 from shared_networks.datasets.scans import find_scans, flag_other_channels
 from shared_networks.errors import InputError
 
@@ -66,6 +74,7 @@ def find_cases(
     check: Callable[[list[dict[str, Any]]], Any] | None = None,
     images: Sequence[Image] | None = None,
     labels: Sequence[str] | None = None,
+    trains: bool = True,
 ) -> list[dict[str, Any]]:
     """Find the labelled cases of a data set.
 
@@ -76,6 +85,7 @@ def find_cases(
             where files are without partner, so that all problems are listed at once.
         images: files in place of those in `dataset_dir`, whatever their names.
         labels: the label of each, in the same order.
+        trains: whether there must be cases to train on; a report can be of a data set that has `imagesTs` alone.
 
     Returns:
         `{"image": image, "label": label}`, and `part` where a list says that it is for validation or test.
@@ -90,12 +100,18 @@ def find_cases(
             return []
         elif Path(dataset_dir).suffix == ".json":
             cases = read_list(dataset_dir)
+        elif not trains and has_files(dataset_folder(dataset_dir) / "labelsTs") and not _has_training(dataset_dir):
+            return []
         else:
             cases = pair_cases(find_images(dataset_folder(dataset_dir)), find_labels(dataset_dir))
     except UnpairedError as error:
         problems = [*error.problems, *_problems_of(error.pairs, check)]
         raise InputError("\n".join([f"{dataset_dir}: {len(problems)} problem(s):", *problems])) from None
     return named_apart(cases, dataset_dir)
+
+
+def _has_training(dataset_dir: str | Path) -> bool:
+    return any(has_files(dataset_folder(dataset_dir) / folder) for folder in ("imagesTr", "labelsTr"))
 
 
 def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[dict[str, Any]]:

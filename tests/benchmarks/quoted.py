@@ -160,13 +160,6 @@ def step_line() -> str:
     return f"{in_float32} times as fast as the authors' code in float32, and {in_bfloat16} times in bfloat16"
 
 
-def window_line() -> str:
-    """The segmenters' cards': a window against the authors' network."""
-    found = ranges()
-    in_float32, in_bfloat16 = (found[f"window of 96³, {kind}"] for kind in ("float32", "bfloat16"))
-    return f"{in_float32} times as fast as the authors' network in float32, and {in_bfloat16} times in bfloat16"
-
-
 def memory_line() -> str:
     """The guide's to inference: peak memory by slices."""
     rows = figures("Inference chain without the network")["rows"]
@@ -205,7 +198,6 @@ def main() -> None:
         machines_table(),
         crops_line(),
         step_line(),
-        window_line(),
         memory_line(),
         *transfer_tables(),
         *ablation_tables(),

@@ -294,6 +294,17 @@ def test_two_cases_of_one_name_are_refused_as_results_are_named_after_them(tmp_p
     assert line == f"{tmp_path}/a/ct.nii, {tmp_path}/a/ct.nii.gz: all are the case ct; name each apart"
 
 
+def test_a_report_needs_no_case_that_trains(tmp_path):
+    touch(tmp_path, "imagesTs/a_0000.nii.gz", "labelsTs/a.nii.gz")
+    assert find_cases(tmp_path, trains=False) == []
+    assert [case["image"] for case in report_cases(tmp_path, [])] == [f"{tmp_path}/imagesTs/a_0000.nii.gz"]
+    with pytest.raises(InputError, match="labelsTr: no such folder"):
+        find_cases(tmp_path)
+    touch(tmp_path, "labelsTr/b.nii.gz")  # a training set that lost its images is not passed over
+    with pytest.raises(InputError, match=r"2 problem\(s\)"):
+        find_cases(tmp_path, trains=False)
+
+
 def test_no_folder_is_no_case():
     assert find_cases("") == find_cases(None) == []
 

@@ -21,13 +21,12 @@ import pytest
 import requests
 from scipy.spatial.transform import Rotation
 
-from shared_networks.synthetic.phantom import phantom_case, write_dataset
+from shared_networks.synthetic.phantom import phantom_case
 
 from ..conftest import ROOT
 
 PYTHON = ROOT / ".venv-monailabel" / "bin" / "python"
 BTCV, FLARE = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"
-TINY = "['configs/train.json','configs/tiny.json']"
 LABELLED = ("first", "second")
 LATER = ("third", "fourth")  # labels come over REST
 SCANS = {"lps": ("LPS", (0, 0, 0)), "oblique": ("PIR", (20, -10, 15))}
@@ -130,17 +129,12 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def releases(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The segmenters' release zips, small: BTCV's without weights, FLARE22's with some as float16, hardly trained."""
+def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The segmenters' release zips: BTCV's tiny and without weights, FLARE22's with the small ones that ship."""
     folder = tmp_path_factory.mktemp("releases")
-    write_dataset(folder / "flare", label_set="flare", train=2, test=0, seed=3, voxel_mm=6.0)
-    few = ["--epochs", "1", "--num_samples", "1", "--dataset_dir", folder / "flare", "--pretrained_encoder", ""]
-    process([sys.executable, "-m", "monai.bundle", "run", "--config_file", TINY, *few], clone / FLARE)
-    halve = ["-m", "shared_networks.bundle.halve", "--checkpoint", clone / FLARE / "models" / "model.pt"]
-    process([sys.executable, *halve, "--output", folder / "small.pt"], ROOT)
-    for bundle, weights in ((BTCV, ""), (FLARE, folder / "small.pt")):
+    for bundle, overlay in ((BTCV, "tiny"), (FLARE, "small")):
         release = [sys.executable, "-m", "shared_networks.bundle.release", "--output_dir", folder, "--bundle", bundle]
-        process([*release, "--overlay", "tiny", *(["--weights", weights] if weights else [])], ROOT)
+        process([*release, "--overlay", overlay], ROOT)
     return sorted(folder.glob("*.zip"))
 
 

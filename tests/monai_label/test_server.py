@@ -22,7 +22,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from shared_networks.synthetic.tissues import label_names
 from shared_networks.version import __version__
 
-from .conftest import BTCV, FLARE, LATER, SCANS, Server, bundle_run, read
+from .conftest import BTCV, FLARE, LABELLED, LATER, SCANS, Server, bundle_run, read
 
 NAMES = {BTCV: label_names("btcv"), FLARE: label_names("flare")}
 
@@ -87,6 +87,16 @@ def test_info_lists_what_can_be_done(server: Server) -> None:
     assert info["datastore"]["total"] == 6
     assert info["datastore"]["completed"] == 2
     assert server.infer(BTCV, "lps").status_code == 500
+
+
+def test_the_weights_that_ship_label_at_once(server: Server, studies: Path, tmp_path: Path) -> None:
+    found, _ = segmented(server, FLARE, LABELLED[0], tmp_path / "first.nii.gz")
+    truth, _ = read(studies / "labels" / "final" / f"{LABELLED[0]}.nii.gz")
+    both, either = np.zeros(2), np.zeros(2)
+    for n, organ in enumerate(("liver", "spleen")):
+        ours, theirs = found == NAMES[FLARE].index(organ), truth == NAMES[BTCV].index(organ)
+        both[n], either[n] = 2 * (ours & theirs).sum(), ours.sum() + theirs.sum()
+    assert (both / either > 0.8).all(), both / either
 
 
 def test_training_without_weights_says_that_it_needs_an_encoder(server: Server) -> None:

@@ -313,12 +313,10 @@ def test_local_init_starts_with_small_branches_but_for_the_first_block(self_laye
     assert usual.keys() == local.keys()
     for name, weight in usual.items():
         if name.startswith(first):
-            assert torch.equal(weight, local[name]) == name.endswith("out_proj.bias"), name
+            assert torch.equal(weight, local[name]) == ("out_proj" in name), name
         elif name.endswith(("out_proj.weight", "linear2.weight")):
             torch.testing.assert_close(local[name], weight / branches[name.split(".")[0]] ** 0.5)
         elif name == "decoder.decoder_embeds.2.weight":
             torch.testing.assert_close(local[name], 0.3 * weight)
         else:
             assert torch.equal(weight, local[name]), name
-    own = usual[f"{first}.out_proj.weight"]
-    assert local[f"{first}.out_proj.weight"].std().item() == pytest.approx(own.std().item(), rel=0.2)

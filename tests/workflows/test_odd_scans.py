@@ -235,7 +235,7 @@ def test_each_failure_costs_its_scan_alone_and_all_is_counted(
     (data / "odd.mha").write_bytes(b"x")
     flow = workflow(data, out)
     infer = flow.parser.get_parsed_content("inferer")
-    draw, label = saving.overlay_figure, type(infer).__call__
+    draw, label = saving.overlay_figure, type(infer).begin
 
     def fails_on_c(image: np.ndarray, *args: Any, title: str, **kwargs: Any) -> Any:
         if title == "c":
@@ -248,7 +248,7 @@ def test_each_failure_costs_its_scan_alone_and_all_is_counted(
         return label(self, inputs, *args, **kwargs)
 
     monkeypatch.setattr(saving, "overlay_figure", fails_on_c)
-    monkeypatch.setattr(type(infer), "__call__", fails_on_e)
+    monkeypatch.setattr(type(infer), "begin", fails_on_e)
     with pytest.raises(RuntimeError) as caught:
         flow.run()
     lines = {Path(line.partition(": ")[0]).name: line for line in str(input_error_in(caught.value)).splitlines()[1:]}

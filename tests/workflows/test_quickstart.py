@@ -41,15 +41,16 @@ def test_quickstart_on_synthetic_scans() -> None:
     assert (OUT / "hi_end_mae_pretrain" / "model.pt").is_file()
     assert (OUT / "hi_end_mae_btcv_seg" / "model.pt").is_file()
     assert_labels_on_grid(OUT / "data" / "imagesTs", "*.nii.gz")
-    for case in ("test_000", "test_003"):
+    for case in ("test_000", "test_001"):
         assert (OUT / f"{case}_overlay.png").is_file()
         assert (OUT / f"{case}_reconstruction.png").is_file()
         evaluated = (OUT / f"{case}_overlay.png").stat().st_mtime_ns  # truth beside prediction, from the evaluation
         assert evaluated < (OUT / f"{case}_seg.nii.gz").stat().st_mtime_ns
+    assert len(list((OUT / "shipped").glob("*_seg.nii.gz"))) == 1
     dice = dice_by_case()
-    assert set(dice) == {"test_000", "test_001", "test_002", "test_003", "mean"}
+    assert set(dice) == {"test_000", "test_001", "mean"}
     assert dice["mean"]["liver"] > 0.8, dice["mean"]  # cases never seen; a chain that breaks anywhere stays near 0
-    assert dice["mean"]["mean"] > 0.2, dice["mean"]
+    assert dice["mean"]["mean"] > 0.6, dice["mean"]
 
 
 @pytest.mark.slow
