@@ -114,6 +114,33 @@ def test_killed_job_started_again_does_what_is_missing(scans: Path, weights: Pat
     assert_same_results(tmp_path, alone)
 
 
+@pytest.mark.slow
+def test_two_thousand_scans_with_a_break(weights: Path, tmp_path: Path) -> None:
+    """Small ones, ten of which cannot be read; the job is stopped half way and started again."""
+    data, out, count, bad = tmp_path / "data", tmp_path / "out", 2000, 10
+    data.mkdir()
+    for number in range(count):
+        body = np.random.default_rng(number).choice(np.array([-1000, -100, 40, 300], np.int16), (10, 9, 8))
+        nib.save(nib.Nifti1Image(body, np.diag([-6.0, 6, 8, 1])), data / f"s{number:04d}.nii.gz")
+    for number in range(0, count, count // bad):
+        (data / f"s{number:04d}.nii.gz").write_bytes(b"no scan")
+    words = [*command(data, weights, out, 2), "--overlay", "False"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(words, cwd=BUNDLE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while len(list(out.glob("*_seg.json"))) < count // 2 and job.poll() is None:
+            time.sleep(0.5)
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.wait(60)
+    before = len(list(out.glob("*_seg.json")))
+    shown = run(words, 1)
+    assert f"{count - bad - before} segmented, {before} there already, {bad} failed" in shown
+    rows = list(csv.DictReader((out / "volumes_ml.csv").open()))
+    assert [row["case"] for row in rows] == sorted({row["case"] for row in rows}) and len(rows) == count - bad
+    assert len(list(out.glob("*_seg.nii.gz"))) == count - bad
+
+
 def test_uncertainty_ranks_the_scans_of_all(scans: Path, weights: Path, tmp_path: Path) -> None:
     good = tmp_path / "good"
     shutil.copytree(scans, good, ignore=shutil.ignore_patterns("*broken*"))
@@ -130,11 +157,6 @@ def test_evaluation_is_that_of_one_process_to_the_last_digit(
     data = tmp_path / "data"
     for part in ("imagesTs", "labelsTs"):
         shutil.copytree(scans.parent / part, data / part, ignore=shutil.ignore_patterns("*broken*"))
-    for part, kind in (
-        ("imagesTr", "imagesTs"),
-        ("labelsTr", "labelsTs"),
-    ):  # training needs a case, evaluation does not
-        shutil.copytree(data / kind, data / part, ignore=shutil.ignore_patterns("*_00[1-9]*"))
     for number in (1, processes):
         run(command(data, weights, tmp_path / str(number), number, "train evaluate"), 0)
     one, several = tmp_path / "1", tmp_path / str(processes)

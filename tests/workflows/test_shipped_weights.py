@@ -99,9 +99,8 @@ def test_hidden_patches_of_synthetic_cts_never_seen_are_predicted(tmp_path: Path
     (tmp_path / "imagesTs").rename(tmp_path / "imagesTr")
     options = ["--val_fraction", "0.75", "--output_dir", tmp_path / "out"]
     run(PRETRAIN, "train evaluate", "--dataset_dir", tmp_path, *options)
-    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
-    errors = [float(value) for row in rows for name, value in row.items() if name == "val_masked_mse"]
-    assert errors and max(errors) < 0.85, rows  # 1 is the error of the mean of each patch
+    errors = dict(csv.reader((tmp_path / "out" / "metrics.csv").open()))
+    assert 0.2 < float(errors["val_masked_mse"]) < 0.85  # 1 is the error of the mean of each patch
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
