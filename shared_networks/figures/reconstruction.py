@@ -70,7 +70,7 @@ class SaveReconstructiond(MapTransform):
         """Write the figure of one decollated case."""
         keys = (self.image_key, self.mask_key, self.keys[0])
         image = data[self.image_key]
-        case = str(data.get("case") or case_name(source_file(image)))
+        case = str(data.get("name") or data.get("case") or case_name(source_file(image)))
         require_same_grid(data, keys)
         original, mask, reconstruction = (convert_to_numpy(data[key][0]) for key in keys)
         masked = np.where(mask, np.nan, original)

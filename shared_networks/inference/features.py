@@ -99,7 +99,7 @@ class SaveFeaturesd(MapTransform):
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d), as in the network.
         output_dir: folder of the files, created if need be.
         dtype: `float16` or `float32`, of the features in the file.
-        image_key: key of the image [C, H, W, D] that was encoded, whose file names the case.
+        image_key: key of the image [C, H, W, D] that was encoded, whose file names the case, unless `name` does.
 
     Raises:
         InputError: for another dtype; on call, if a feature is not finite, or too large for float16.
@@ -130,7 +130,7 @@ class SaveFeaturesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         """Write the file of one decollated case."""
         image = data[self.image_key]
-        case = case_name(source_file(image))
+        case = str(data.get("name") or case_name(source_file(image)))
         features = {name: convert_to_numpy(volume) for key in self.keys for name, volume in data[key].items()}
         for name, volume in features.items():
             if not np.isfinite(volume).all():

@@ -1,4 +1,4 @@
-"""Segment a folder of scans one by one; a scan that fails costs itself alone.
+"""Have a folder of scans segmented, or read otherwise, one by one; a scan that fails costs itself alone.
 
 What is wrong with a scan costs that scan alone; it is listed at the end.
 """
@@ -149,6 +149,7 @@ class Scans(IterableDataset):
         modality: `CT`, whose values must be Hounsfield units, or `MR`; `None` accepts either.
         in_channels: files that the network takes of each scan.
         ranks: the processes that share the scans; by default this one has them all.
+        verb: what is done to a scan, for the report.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Scans(IterableDataset):
         modality: str | None = "CT",
         in_channels: int | None = None,
         ranks: Ranks | None = None,
+        verb: str = "segmented",
     ) -> None:
         self.passed_over: dict[str, str] = getattr(data, "passed_over", {})
         self.data = [scan if isinstance(scan, Source) else file_source(scan) for scan in data]
@@ -172,6 +174,7 @@ class Scans(IterableDataset):
         self.modality = modality
         self.in_channels = in_channels
         self.ranks = ranks or Ranks()
+        self.verb = verb
         self.reader: ThreadPoolExecutor | None = None
         self.writer: ThreadPoolExecutor | None = None
         self.start()
@@ -239,7 +242,7 @@ class Scans(IterableDataset):
         """Yield what is left to be segmented, in order, with a progress bar over all cases."""
         if not self.has_more():
             self.start()
-        bar = tqdm(self.data, "segmenting", unit="case", disable=None, initial=self.taken)
+        bar = tqdm(self.data, "scans", unit="case", disable=None, initial=self.taken)
         while self.has_more():
             source: Any = self.upcoming
             item = self.take(source)
@@ -295,7 +298,9 @@ class Scans(IterableDataset):
                 return None
             if alone:
                 self.check_memory(source)
-            return {**self.prepare(source), "name": name, "stamp": stamp}
+            item = self.prepare(source)
+            item["image"].meta["name"] = name
+            return {**item, "name": name, "stamp": stamp}
         except (BadScanError, InputError) as error:
             return str(error)
         except FileNotFoundError as error:
@@ -399,13 +404,13 @@ class Scans(IterableDataset):
         for path, reason in self.passed_over.items():
             logger.warning("%s: passed over: %s", path, reason)
         print(
-            f"{done} segmented, {skipped} there already, {len(failed)} failed, {len(self.passed_over)} passed over",
+            f"{done} {self.verb}, {skipped} there already, {len(failed)} failed, {len(self.passed_over)} passed over",
             flush=True,
         )
         if failed:
             order = [source.files[0] for source in self.data]
             lines = [f"{file}: {failed[file]}" for file in sorted(failed, key=order.index)]
-            raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not segmented:", *lines]))
+            raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not {self.verb}:", *lines]))
 
 
 def reason_of(error: BaseException) -> str:

@@ -14,6 +14,11 @@ from shared_networks.errors import not_finite
 from shared_networks.networks.hi_end_mae import restore_intensities
 
 
+def named(meta: Mapping[str, Any], _saver: Any) -> dict[str, Any]:
+    """Name a file by its case, as :class:`monai.transforms.SaveImage` asks for its `output_name_formatter`."""
+    return {"subject": meta["name"], "idx": None}
+
+
 class RestoreReconstructiond(MapTransform):
     """Split a prediction into `reconstruction` and `mask`, both on the image's grid.
 

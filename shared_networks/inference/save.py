@@ -19,9 +19,9 @@ from scipy import ndimage
 from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.pairs import source_file
-from shared_networks.datasets.record import file_digest
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.files import atomic_write, write_csv
+from shared_networks.inference.done import made_with
 from shared_networks.inference.predict import is_unwritable, reason_of
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import organ_value
@@ -221,8 +221,7 @@ class SaveSegmentationd(SaveImaged):
 
     def made_with(self, stamp: str) -> dict[str, Any]:
         """Return all that results depend on: the scan, the weights and the settings."""
-        weights = [f"{file}: {file_digest(file)}" for file in self.checkpoints]
-        return json.loads(json.dumps({"scan": stamp, "weights": weights, **self.settings}, default=str))
+        return made_with(stamp, self.checkpoints, self.settings)
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether results exist of a name, this scan, these weights and settings; if so, list its volumes."""

@@ -487,8 +487,8 @@ def test_pretraining_is_evaluated_and_reconstructs_alone(pretrained: Path, run: 
     assert 0.5 < float(value) < 1.5  # 1 is what the mean of each patch gives
     run(*bundle_run(pretrained, "inference"), "--dataset_dir", data, bundle=pretrained)
     (scan,) = (data / "imagesTs").iterdir()
-    assert_on_grid(pretrained / "outputs" / "test_000_0000_reconstruction.nii.gz", scan, range(-175, 251))
-    mask = assert_on_grid(pretrained / "outputs" / "test_000_0000_mask.nii.gz", scan, range(2))
+    assert_on_grid(pretrained / "outputs" / "test_000_reconstruction.nii.gz", scan, range(-175, 251))
+    mask = assert_on_grid(pretrained / "outputs" / "test_000_mask.nii.gz", scan, range(2))
     assert 0.6 < mask.mean() < 0.9
 
 

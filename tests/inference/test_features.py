@@ -134,12 +134,13 @@ def test_whole_scans_are_encoded_window_by_window(
     )
     flow.initialize()
     flow.run()
-    assert [file.name for file in tmp_path.iterdir()] == ["test_000_features.npz"]
+    assert {file.name for file in tmp_path.iterdir()} == {"test_000_features.npz", "test_000_features.json"}
     with np.load(tmp_path / "test_000_features.npz") as file:
         content = dict(file)
     network: HiEndMAE = flow.parser.get_parsed_content("network_def")
     network.load_state_dict(torch.load(model))
-    image: MetaTensor = flow.parser.get_parsed_content("dataset")[0]["image"]
+    scans = flow.parser.get_parsed_content("dataset")
+    image: MetaTensor = scans.prepare(scans.data[0])["image"]
     sizes = image.shape[1:]
     assert len(set(sizes)) > 1 and content["latent"].shape == (*(size // 12 for size in sizes), 192)
     for corner in product(*(range(0, size, 48) for size in sizes)):

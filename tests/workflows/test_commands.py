@@ -197,8 +197,8 @@ def test_segmentation_is_on_the_input_grid(bundle: str, label_set: str, clone: P
 def test_reconstruction_is_on_the_input_grid(clone: Path, datasets: dict[str, Path]) -> None:
     outputs = clone / "hi_end_mae_pretrain" / "outputs"
     source = nib.load(datasets["btcv"] / "imagesTs" / "test_000_0000.nii.gz")
-    result = nib.load(outputs / "test_000_0000_reconstruction.nii.gz")
-    mask = np.asanyarray(nib.load(outputs / "test_000_0000_mask.nii.gz").dataobj)
+    result = nib.load(outputs / "test_000_reconstruction.nii.gz")
+    mask = np.asanyarray(nib.load(outputs / "test_000_mask.nii.gz").dataobj)
     assert result.shape == mask.shape == source.shape
     np.testing.assert_allclose(result.affine, source.affine, atol=1e-3)
     assert 0.6 < mask.mean() < 0.9  # 75 % of the patches, some beyond the scan

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration
 
-BUNDLE = ROOT / "hi_end_mae_btcv_seg"
+BUNDLE, PRETRAIN = ROOT / "hi_end_mae_btcv_seg", ROOT / "hi_end_mae_pretrain"
 SCANS = 5
 
 
@@ -59,9 +59,9 @@ def command(scans: Path, weights: Path, out: Path, processes: int = 1, configs: 
     return [str(word) for word in words]
 
 
-def run(words: list[str], status: int) -> str:
+def run(words: list[str], status: int, bundle: Path = BUNDLE) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=BUNDLE, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, cwd=bundle, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -139,6 +139,52 @@ def test_two_thousand_scans_with_a_break(weights: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((out / "volumes_ml.csv").open()))
     assert [row["case"] for row in rows] == sorted({row["case"] for row in rows}) and len(rows) == count - bad
     assert len(list(out.glob("*_seg.nii.gz"))) == count - bad
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the pre-training network."""
+    parser = ConfigParser()
+    parser.read_config([PRETRAIN / "configs" / f"{name}.json" for name in ("inference", "tiny")])
+    parser["bundle_root"] = str(PRETRAIN)
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("encoder") / "model.pt"
+    torch.save(parser.get_parsed_content("network_def").state_dict(), file)
+    return file
+
+
+@pytest.mark.parametrize(("configs", "done"), [("inference", "reconstructed"), ("inference features", "encoded")])
+def test_processes_share_reconstructions_and_features(
+    configs: str, done: str, scans: Path, encoder: Path, tmp_path: Path
+) -> None:
+    """The bad scan costs itself alone, and a second time nothing is left to do."""
+    for processes in (1, 2):
+        words = command(scans, encoder, tmp_path / str(processes), processes, configs)
+        assert f"{SCANS} {done}, 0 there already, 1 failed" in run(words, 1, PRETRAIN)
+        assert f"0 {done}, {SCANS} there already, 1 failed" in run(words, 1, PRETRAIN)
+    one, two = (sorted((tmp_path / str(processes)).iterdir()) for processes in (1, 2))
+    assert [file.name for file in one] == [file.name for file in two]
+    assert len(one) == SCANS * (2 if "features" in configs else 4)
+    for expected, found in zip(one, two, strict=True):
+        if expected.suffix == ".npz":
+            for name, values in np.load(expected).items():
+                np.testing.assert_array_equal(np.load(found)[name], values)
+        elif expected.suffix == ".gz":
+            np.testing.assert_array_equal(nib.load(found).dataobj, nib.load(expected).dataobj)
+    other = [*command(scans, encoder, tmp_path / "1", 1, configs), "--amp", "True"]
+    assert f"{SCANS} {done}, 0 there already" in run(other, 1, PRETRAIN)  # of other settings
+
+
+def test_processes_share_attention_maps(scans: Path, encoder: Path, tmp_path: Path) -> None:
+    """Also where a process is left without a scan."""
+    few = tmp_path / "few"
+    shutil.copytree(scans, few, ignore=shutil.ignore_patterns("*broken*", "*_00[2-9]*"))
+    names = []
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        run([*command(few, encoder, out, processes, "inference attention"), "--voxel", "[9,9,9]"], 0, PRETRAIN)
+        names.append(sorted(file.name for file in out.iterdir()))
+    assert names[0] == names[1] and len([name for name in names[0] if name.endswith("_attention.png")]) == 2
 
 
 def test_uncertainty_ranks_the_scans_of_all(scans: Path, weights: Path, tmp_path: Path) -> None:
