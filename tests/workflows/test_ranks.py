@@ -196,13 +196,14 @@ def test_uncertainty_ranks_the_scans_of_all(scans: Path, weights: Path, tmp_path
     assert tables[0] == tables[1] and tables[0].count("\n") == SCANS + 1
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(("processes", "left_out"), [(2, "none"), (3, "none"), (3, "*_00[2-9]*")])
 def test_evaluation_is_that_of_one_process_to_the_last_digit(
-    processes: int, scans: Path, weights: Path, tmp_path: Path
+    processes: int, left_out: str, scans: Path, weights: Path, tmp_path: Path
 ) -> None:
+    """Also where a process is left without a case."""
     data = tmp_path / "data"
     for part in ("imagesTs", "labelsTs"):
-        shutil.copytree(scans.parent / part, data / part, ignore=shutil.ignore_patterns("*broken*"))
+        shutil.copytree(scans.parent / part, data / part, ignore=shutil.ignore_patterns("*broken*", left_out))
     for number in (1, processes):
         run(command(data, weights, tmp_path / str(number), number, "train evaluate"), 0)
     one, several = tmp_path / "1", tmp_path / str(processes)
