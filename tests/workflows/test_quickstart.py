@@ -63,3 +63,16 @@ def test_quickstart_on_ones_own_folder(datasets: dict[str, Path], tmp_path: Path
     assert (OUT / "hi_end_mae_flare_seg" / "model.pt").is_file()
     assert_labels_on_grid(data / "imagesTr", "*.nii.gz")
     assert (OUT / "dice.csv").read_text().startswith("case,liver,right kidney,spleen,")
+
+
+@pytest.mark.slow
+def test_one_ct_is_segmented_with_the_weights_that_ship(datasets: dict[str, Path], tmp_path: Path) -> None:
+    """From the folder in which it lies."""
+    scan = Path(shutil.copy(datasets["btcv"] / "imagesTs" / "test_000_0000.nii.gz", tmp_path / "ct.nii.gz"))
+    subprocess.run([str(ROOT / "quickstart.sh"), "--segment", scan.name], cwd=tmp_path, check=True)
+    names = {"ct_seg.nii.gz", "ct_seg.json", "ct_overlay.png", "volumes_ml.csv"}
+    assert {file.name for file in (OUT / "shipped").iterdir()} == names
+    result = nib.load(OUT / "shipped" / "ct_seg.nii.gz")
+    assert result.shape == nib.load(scan).shape
+    (row,) = csv.DictReader((OUT / "shipped" / "volumes_ml.csv").open())
+    assert row.pop("case") == "ct" and sum(float(ml) for ml in row.values()) > 0
