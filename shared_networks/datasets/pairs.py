@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ def source_file(image: MetaTensor) -> str:
             "after: load it with LoadImaged and keep it a MetaTensor."
         )
     return str(meta[ImageMetaKey.FILENAME_OR_OBJ])
+
+
+def named_case(data: Mapping[Hashable, Any], image_key: str = "image") -> str:
+    """Return how results of loaded data are named: by `name` or `case`, where they have one, else by the image's file.
+
+    Raises:
+        ValueError: if the image does not know its file.
+    """
+    return str(data.get("name") or data.get("case") or case_name(source_file(data[image_key])))
 
 
 class UnpairedError(InputError):

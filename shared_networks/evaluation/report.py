@@ -13,7 +13,7 @@ from ignite.engine import Engine
 from monai.handlers import MetricsSaver
 from monai.utils import ImageMetaKey, string_list_all_gather
 
-from shared_networks.datasets.pairs import case_name, source_file
+from shared_networks.datasets.pairs import named_case
 from shared_networks.datasets.record import model_facts
 from shared_networks.errors import InputError
 from shared_networks.evaluation.metrics import MEASURES, tolerances_of
@@ -82,8 +82,7 @@ class EvaluationReport(MetricsSaver):
             metrics=None,
             metric_details=metric,
             batch_transform=lambda batch: [
-                {ImageMetaKey.FILENAME_OR_OBJ: item.get("case") or case_name(source_file(item[image_key]))}
-                for item in batch
+                {ImageMetaKey.FILENAME_OR_OBJ: named_case(item, image_key)} for item in batch
             ],
         )
         self.organs = list(label_names)[1:]

@@ -18,7 +18,7 @@ from monai.utils import convert_to_numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from shared_networks.datasets.labels import label_colour
-from shared_networks.datasets.pairs import case_name, source_file
+from shared_networks.datasets.pairs import named_case
 from shared_networks.figures.planes import (
     TEXT_COLOUR,
     Plane,
@@ -187,7 +187,7 @@ class SaveOverlayd(MapTransform):
         """Write the figure of one decollated case."""
         maps = [self.keys[0], *([] if self.label_key is None else [self.label_key])]
         image = data[self.image_key]
-        case = str(data.get("case") or case_name(source_file(image)))
+        case = named_case(data, self.image_key)
         require_same_grid(data, [self.image_key, *maps])
         prediction, *truth = (convert_to_numpy(data[key][0]).astype(np.int16) for key in maps)
         figure = overlay_figure(

@@ -14,7 +14,7 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy, ensure_tuple_rep
 from torch.utils.tensorboard import SummaryWriter
 
-from shared_networks.datasets.pairs import case_name, source_file
+from shared_networks.datasets.pairs import named_case
 from shared_networks.figures.planes import add_caption, add_title, draw_panels, orthogonal_planes, require_same_grid
 from shared_networks.files import atomic_write
 from shared_networks.networks.hi_end_mae import restore_intensities
@@ -70,7 +70,7 @@ class SaveReconstructiond(MapTransform):
         """Write the figure of one decollated case."""
         keys = (self.image_key, self.mask_key, self.keys[0])
         image = data[self.image_key]
-        case = str(data.get("name") or data.get("case") or case_name(source_file(image)))
+        case = named_case(data, self.image_key)
         require_same_grid(data, keys)
         original, mask, reconstruction = (convert_to_numpy(data[key][0]) for key in keys)
         masked = np.where(mask, np.nan, original)

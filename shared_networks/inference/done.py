@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shared_networks.datasets.record import file_digest
-from shared_networks.files import atomic_write
+from shared_networks.errors import InputError
+from shared_networks.files import read_json, write_json
 
 
 def made_with(stamp: str, checkpoints: Sequence[str | Path], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,6 +22,15 @@ def made_with(stamp: str, checkpoints: Sequence[str | Path], settings: Mapping[s
     """
     weights = [f"{file}: {file_digest(file)}" for file in checkpoints]
     return dict(json.loads(json.dumps({"scan": stamp, "weights": weights, **settings}, default=str)))
+
+
+def read_note(file: Path) -> dict[str, Any]:
+    """Return what a file says of the results of a scan; nothing if it is missing or cannot be read."""
+    try:
+        content = read_json(file)
+    except InputError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class NoteDone:
@@ -47,17 +57,14 @@ class NoteDone:
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """Note that a case of :class:`shared_networks.inference.predict.Scans` is complete."""
-        content = {"made_with": made_with(data["stamp"], self.checkpoints, self.settings)}
-        with atomic_write(self.output_dir / f"{data['name']}_{self.kind}.json") as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self.file(data["name"]), {"made_with": made_with(data["stamp"], self.checkpoints, self.settings)})
         return data
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether results exist of a name, this scan, these weights and settings."""
-        try:
-            content = json.loads((self.output_dir / f"{name}_{self.kind}.json").read_text())
-        except (OSError, ValueError):
-            return False
-        return content.get("made_with") == made_with(stamp, self.checkpoints, self.settings) and all(
-            (self.output_dir / f"{name}{ending}").is_file() for ending in self.endings
-        )
+        same = read_note(self.file(name)).get("made_with") == made_with(stamp, self.checkpoints, self.settings)
+        return same and all((self.output_dir / f"{name}{ending}").is_file() for ending in self.endings)
+
+    def file(self, name: str) -> Path:
+        """Return the file of the note of a case."""
+        return self.output_dir / f"{name}_{self.kind}.json"

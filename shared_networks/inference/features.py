@@ -13,7 +13,7 @@ from monai.utils import convert_to_numpy, ensure_tuple_rep
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from torch import Tensor, nn
 
-from shared_networks.datasets.pairs import case_name, source_file
+from shared_networks.datasets.pairs import named_case
 from shared_networks.errors import InputError, not_finite
 from shared_networks.files import atomic_write
 from shared_networks.networks.hi_end_mae import HiEndMAE
@@ -130,7 +130,7 @@ class SaveFeaturesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         """Write the file of one decollated case."""
         image = data[self.image_key]
-        case = str(data.get("name") or case_name(source_file(image)))
+        case = named_case(data, self.image_key)
         features = {name: convert_to_numpy(volume) for key in self.keys for name, volume in data[key].items()}
         for name, volume in features.items():
             if not np.isfinite(volume).all():

@@ -21,7 +21,7 @@ from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.pairs import source_file
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.files import atomic_write, write_csv
-from shared_networks.inference.done import made_with
+from shared_networks.inference.done import made_with, read_note
 from shared_networks.inference.predict import is_unwritable, reason_of
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import organ_value
@@ -225,10 +225,7 @@ class SaveSegmentationd(SaveImaged):
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether results exist of a name, this scan, these weights and settings; if so, list its volumes."""
-        try:
-            content = json.loads((self.output_dir / f"{name}_seg.json").read_text())
-        except (OSError, ValueError):
-            return False
+        content = read_note(self.output_dir / f"{name}_seg.json")
         if content.get("made_with") != self.made_with(stamp) or (self.overlay and not content.get("overlay")):
             return False
         if "volumes_ml" not in content or not all((self.output_dir / file).is_file() for file in content["files"]):

@@ -8,7 +8,6 @@ ensembles", NIPS 2017 (several checkpoints).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write, write_csv, write_json
+from shared_networks.inference.done import read_note
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.save import SaveSegmentationd, label_image
 from shared_networks.inference.sliding_window import CheckpointEnsemble, finite, scan_grid
@@ -318,10 +318,7 @@ class SaveUncertaintyd(SaveSegmentationd):
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether a map exists of this scan, these weights and settings; if so, rank the case."""
-        try:
-            content = json.loads((self.output_dir / f"{name}_uncertainty.json").read_text())
-        except (OSError, ValueError):
-            return False
+        content = read_note(self.output_dir / f"{name}_uncertainty.json")
         done = content.get("made_with") == self.made_with(stamp)
         if done := done and (self.output_dir / f"{name}_uncertainty.nii.gz").is_file():
             self.rank(name, content)

@@ -36,13 +36,19 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return files[0].parent
 
 
+def tiny_network(bundle: Path) -> torch.nn.Module:
+    """A bundle's network with weights of seed 0."""
+    parser = ConfigParser()
+    parser.read_config([bundle / "configs" / f"{name}.json" for name in ("inference", "tiny")])
+    parser["bundle_root"] = str(bundle)
+    torch.manual_seed(0)
+    network: torch.nn.Module = parser.get_parsed_content("network_def")
+    return network
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parser = ConfigParser()
-    parser.read_config([BUNDLE / "configs" / f"{name}.json" for name in ("inference", "tiny")])
-    parser["bundle_root"] = str(BUNDLE)
-    torch.manual_seed(0)
-    network = parser.get_parsed_content("network_def")
+    network = tiny_network(BUNDLE)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     file = tmp_path_factory.mktemp("weights") / "model.pt"
@@ -144,12 +150,8 @@ def test_two_thousand_scans_with_a_break(weights: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the pre-training network."""
-    parser = ConfigParser()
-    parser.read_config([PRETRAIN / "configs" / f"{name}.json" for name in ("inference", "tiny")])
-    parser["bundle_root"] = str(PRETRAIN)
-    torch.manual_seed(0)
     file = tmp_path_factory.mktemp("encoder") / "model.pt"
-    torch.save(parser.get_parsed_content("network_def").state_dict(), file)
+    torch.save(tiny_network(PRETRAIN).state_dict(), file)
     return file
 
 
