@@ -121,10 +121,9 @@ def one_case(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Make a batch of a single case, as `monai.data.list_data_collate` does, but without copying its volumes."""
     (item,) = items
     tensors = {name: value for name, value in item.items() if isinstance(value, MetaTensor)}
-    # Only metadata are collated; what they belong to does not matter.
-    batch = list_data_collate(
-        [{**item, **{n: MetaTensor(torch.zeros(1)).copy_meta_from(t) for n, t in tensors.items()}}]
-    )
+    # Only metadata are collated. Their number of axes is the volume's: MONAI notes it and inverts by it.
+    stand_ins = {n: MetaTensor(torch.zeros([1] * t.ndim)).copy_meta_from(t) for n, t in tensors.items()}
+    batch = list_data_collate([{**item, **stand_ins}])
     for name, tensor in tensors.items():
         batch[name] = MetaTensor(tensor.as_tensor()[None]).copy_meta_from(batch[name])
         batch[name].is_batch = True

@@ -9,8 +9,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor, decollate_batch
-from monai.transforms import Compose, EnsureChannelFirstd, Identityd, LoadImaged, SaveImaged, ScaleIntensityRanged
+from monai.data import MetaTensor, decollate_batch, list_data_collate
+from monai.data.meta_tensor import get_spatial_ndim
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    Identityd,
+    LoadImaged,
+    Orientationd,
+    SaveImaged,
+    ScaleIntensityRanged,
+    SpatialPadd,
+    Zoomd,
+)
 
 from shared_networks.datasets.labels import LABEL_COLOURS
 from shared_networks.datasets.scans import Source, find_scans
@@ -100,6 +111,20 @@ def test_batches_of_one_share_memory_and_come_apart_again(tmp_path: Path) -> Non
         np.testing.assert_array_equal(back[name].affine, item[name].affine)
         assert back[name].meta["filename_or_obj"] == item[name].meta["filename_or_obj"]
     assert back["name"] == "a"
+
+
+def test_batches_of_one_are_inverted_as_monais_are(tmp_path: Path) -> None:
+    write(tmp_path / "a.nii.gz")
+    data = scans(tmp_path)
+    chain = [Orientationd("image", axcodes="RAS", labels=None), Zoomd("image", 1.5, keep_size=False)]
+    data.transform = Compose([*PREPARE.transforms, *chain, SpatialPadd("image", (40, 40, 40))])
+    (item,) = data
+    ours, monais = (decollate_batch(collate([item]))[0]["image"] for collate in (one_case, list_data_collate))
+    assert get_spatial_ndim(ours) == get_spatial_ndim(monais) == 3
+    ours, monais = (data.transform.inverse({"image": image})["image"] for image in (ours, monais))
+    np.testing.assert_allclose(ours.affine, AFFINE, atol=1e-5)
+    np.testing.assert_array_equal(ours.affine, monais.affine)
+    np.testing.assert_array_equal(ours.as_tensor(), monais.as_tensor())
 
 
 def tilted() -> np.ndarray:
