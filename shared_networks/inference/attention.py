@@ -17,53 +17,17 @@ from nibabel.affines import apply_affine, voxel_sizes
 from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
-from shared_networks.datasets.nifti import open_nifti
-from shared_networks.datasets.pairs import Image, case_name, find_labels, pair_cases, source_file
+from shared_networks.datasets.nifti import Nifti, grid_problems, read_nifti
+from shared_networks.datasets.pairs import UnpairedError, case_name, find_labels, named_case, pair_cases
+from shared_networks.datasets.scans import BadScanError, Scan, Source
 from shared_networks.errors import InputError
 from shared_networks.figures.attention import attention_figure
 from shared_networks.figures.planes import orthogonal_planes
 from shared_networks.files import atomic_write
 from shared_networks.inference.features import token_affine
+from shared_networks.inference.predict import scan_stamp
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.vit import attention_maps
-
-
-def query_cases(
-    images: Sequence[Image],
-    dataset_dir: str | Path,
-    folder: str,
-    voxel: Sequence[int] | None = None,
-    label: int | None = None,
-) -> list[dict[str, Any]]:
-    """List the scans to look at, paired with their labels where an organ is asked for.
-
-    Args:
-        images: as `find_images` returns them.
-        dataset_dir: the data set they come from.
-        folder: the images' folder; labels are read from the one named alike (`imagesTr`: `labelsTr`).
-        voxel: the place asked for, or
-        label: the organ asked for.
-
-    Returns:
-        For each image `{"image": image}`, with `"label"` where an organ is asked for.
-
-    Raises:
-        InputError: both or neither are asked for, or images and labels do not pair.
-    """
-    if (voxel is None) == (label is None):
-        raise InputError(
-            f'voxel is {voxel} and label is {label}: give exactly one, --voxel "[i,j,k]" in the scan\'s own indices '
-            "or --label N, an organ's value"
-        )
-    if label is None:
-        return [{"image": image} for image in images]
-    labels = folder.replace("images", "labels")
-    if not (Path(dataset_dir) / labels).is_dir():
-        raise InputError(
-            f"{Path(dataset_dir) / labels}: no such folder, so there is no label {label} to look for; give --folder "
-            'imagesTr to read imagesTr and labelsTr, or --voxel "[i,j,k]"'
-        )
-    return pair_cases(images, find_labels(dataset_dir, labels))
 
 
 def organ_voxel(organ: np.ndarray, spacing: Sequence[float]) -> tuple[int, ...]:
@@ -78,42 +42,84 @@ def organ_voxel(organ: np.ndarray, spacing: Sequence[float]) -> tuple[int, ...]:
     return tuple(voxels[distances.argmin()].tolist())
 
 
-def find_queries(
-    cases: Sequence[Mapping[str, Any]], voxel: Sequence[int] | None = None, label: int | None = None
-) -> list[dict[str, Any]]:
-    """Find the voxel asked for in each scan, before the network runs.
+class QueryVoxel:
+    """Find the voxel asked for in a scan: by its indices, or as the one in the middle of an organ.
 
     Args:
-        cases: of :func:`query_cases`, with readable files.
+        scans: that are looked at.
+        dataset_dir: the data set they come from.
+        folder: the scans' folder; labels are read from the one named alike (`imagesTr`: `labelsTr`).
         voxel: indices (i, j, k) in the scan's file, or
         label: the organ's value, whose voxel :func:`organ_voxel` chooses.
 
-    Returns:
-        For each case `{"image": image, "voxel": (i, j, k)}`.
-
     Raises:
-        InputError: a line for each scan that has no such voxel or organ, or the voxel is not three integers.
+        InputError: both or neither are asked for, the voxel is not three integers, or no folder has the labels.
     """
-    if voxel is not None and (len(ensure_tuple(voxel)) != 3 or not all(isinstance(n, int) for n in voxel)):
-        raise InputError(f'voxel is {voxel}: give three integers, --voxel "[i,j,k]"')
-    queries, problems = [], []
-    for case in cases:
-        file = ensure_tuple(case["image"])[0] if label is None else case["label"]
-        scan: Any = open_nifti(file)
-        query = None if voxel is None else tuple(voxel)
-        if query is not None and not all(0 <= n < size for n, size in zip(query, scan.shape[:3], strict=True)):
-            problems.append(f"{file}: voxel {list(query)} is outside its {scan.shape[:3]} voxels; indices count from 0")
-        if label is not None:
-            values = np.asanyarray(scan.dataobj).reshape(scan.shape[:3])
-            present = np.unique(values[values > 0]).astype(int).tolist()
-            if label in present:
-                query = organ_voxel(values == label, voxel_sizes(scan.affine))
-            else:
-                problems.append(f"{file}: no voxel has label {label}; its labels are {present}")
-        queries.append({"image": case["image"], "voxel": query})
-    if problems:
-        raise InputError("\n".join(problems))
-    return queries
+
+    def __init__(
+        self,
+        scans: Sequence[Source],
+        dataset_dir: str | Path,
+        folder: str,
+        voxel: Sequence[int] | None = None,
+        label: int | None = None,
+    ) -> None:
+        if (voxel is None) == (label is None):
+            raise InputError(
+                f'voxel is {voxel} and label is {label}: give exactly one, --voxel "[i,j,k]" in the scan\'s own '
+                "indices or --label N, an organ's value"
+            )
+        if voxel is not None and (len(ensure_tuple(voxel)) != 3 or not all(isinstance(n, int) for n in voxel)):
+            raise InputError(f'voxel is {voxel}: give three integers, --voxel "[i,j,k]"')
+        self.voxel, self.label = voxel, label
+        self.folder = Path(dataset_dir) / folder.replace("images", "labels")
+        self.labels: dict[str, str] = {}
+        if label is None:
+            return
+        if not self.folder.is_dir():
+            raise InputError(
+                f"{self.folder}: no such folder, so there is no label {label} to look for; give --folder imagesTr to "
+                'read imagesTr and labelsTr, or --voxel "[i,j,k]"'
+            )
+        try:
+            pairs = pair_cases([scan.files[0] for scan in scans], find_labels(dataset_dir, self.folder.name))
+        except UnpairedError as error:  # a scan without label costs itself alone
+            pairs = error.pairs
+        self.labels = {pair["image"]: pair["label"] for pair in pairs}
+
+    def __call__(self, source: Source, scan: Scan) -> dict[str, Any]:
+        """Return `voxel`, (i, j, k).
+
+        Raises:
+            BadScanError: the scan has no such voxel or organ, or its label cannot be used.
+        """
+        shape = scan.image.shape[1:]
+        voxel = self.middle(source, scan) if self.voxel is None else tuple(self.voxel)
+        if not all(0 <= n < size for n, size in zip(voxel, shape, strict=True)):
+            raise BadScanError(f"voxel {list(voxel)} is outside its {shape} voxels; indices count from 0")
+        return {"voxel": voxel}
+
+    def middle(self, source: Source, scan: Scan) -> tuple[int, ...]:
+        """Return the voxel in the middle of the organ."""
+        file = self.labels.get(source.files[0])
+        if file is None:
+            raise BadScanError(f"no label in {self.folder}; add {case_name(source.files)}.nii.gz or give --voxel")
+        found = read_nifti(file, is_label=True)
+        image = Nifti([], (scan.image.shape[1:], scan.affine))
+        problems = [f"{file}: {problem}" for problem in found.problems]
+        problems += grid_problems(source.files[0], image, file, found)
+        if problems or found.values is None:
+            raise BadScanError("; ".join(problems))
+        organ = found.values == self.label
+        if not self.label or not organ.any():
+            present = np.unique(found.values[found.values > 0]).astype(int).tolist()
+            raise BadScanError(f"{file}: no voxel has label {self.label}; its labels are {present}")
+        return organ_voxel(organ, voxel_sizes(scan.affine))
+
+    def stamp(self, source: Source) -> str:
+        """Return a text that changes with a scan, or with its label where an organ is asked for."""
+        label = self.labels.get(source.files[0])
+        return scan_stamp(source) + (f"; {scan_stamp(Source('', (label,)))}" if label else "")
 
 
 class QueryWindowd(MapTransform):
@@ -131,6 +137,9 @@ class QueryWindowd(MapTransform):
     Returns:
         The data with the image cropped, `query`, the token's number in row-major (h, w, d) order, and the voxel as
         an array.
+
+    Raises:
+        InputError: on call, if the window holds nothing above the floor of intensities.
     """
 
     def __init__(
@@ -160,6 +169,8 @@ class QueryWindowd(MapTransform):
             start = start.clip(0, np.array(image.shape[1:]) - self.size)
             token = (index - start).clip(0, self.size - 1) // self.patch
             out[key] = SpatialCrop(roi_start=start, roi_end=start + self.size)(image)
+            if not (out[key] > 0).any():
+                raise InputError(f"only air around voxel {voxel.tolist()}; ask for a voxel of the body")
             out["query"] = int(np.ravel_multi_index(token, self.size // self.patch))
         out[self.voxel_key] = voxel
         return out
@@ -241,7 +252,7 @@ def to_scan_grid(tokens: np.ndarray, affine: np.ndarray, scan_affine: np.ndarray
 
 
 class SaveAttentiond(MapTransform):
-    """Write the attention maps of a query on the scan's own grid, with a figure, and return the data as they came.
+    """Write the attention maps of a query in one of :class:`Scans` on its own grid, and a figure of them.
 
     For each map of :class:`QueryAttention` there is `{case}_{map}.nii.gz`, such as `ct_001_cross_block_9.nii.gz`,
     float32, one 3D file each so that any viewer lays it over the scan: a voxel holds the weight of the patch it lies
@@ -253,11 +264,8 @@ class SaveAttentiond(MapTransform):
         patch_size: patch size in voxels, one number or (p_h, p_w, p_d), as in the network.
         output_dir: folder of the files, created if need be.
         window: intensities of the scan shown as black and as white; `None` takes percentiles, for MR.
-        image_key: key of the window [C, H, W, D] that the network saw, whose file is the scan.
+        image_key: key of the window [C, H, W, D] that the network saw.
         voxel_key: key of the query's indices (i, j, k) in the scan.
-
-    Raises:
-        ValueError: on call, if the image does not know its file.
     """
 
     def __init__(
@@ -278,10 +286,8 @@ class SaveAttentiond(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         """Write the files of one decollated case."""
-        image = data[self.image_key]
-        file = source_file(image)
-        scan: Any = open_nifti(file)
-        case, shape, voxel = case_name(file), scan.shape[:3], convert_to_numpy(data[self.voxel_key]).tolist()
+        image, scan = data[self.image_key], convert_to_numpy(data["scan"][0])
+        case, shape, voxel = named_case(data), scan.shape, convert_to_numpy(data[self.voxel_key]).tolist()
         scan_affine = convert_to_numpy(image.meta["original_affine"])  # in mm, whatever the unit of the file
         affine = token_affine(convert_to_numpy(image.affine), self.patch_size)
 
@@ -293,7 +299,7 @@ class SaveAttentiond(MapTransform):
             kind, feature = name.split("_", 1)
             maps.setdefault(kind, {})[feature.replace("_", " ")] = orthogonal_planes(volume, scan_affine, voxel)[0]
         figure = attention_figure(
-            orthogonal_planes(np.asanyarray(scan.dataobj).reshape(shape), scan_affine, voxel)[0],
+            orthogonal_planes(scan, scan_affine, voxel)[0],
             maps,
             self.window,
             f"{case}   voxel {voxel}",

@@ -149,6 +149,8 @@ class Scans(IterableDataset):
         in_channels: files that the network takes of each scan.
         ranks: the processes that share the scans; by default this one has them all.
         verb: what is done to a scan, for the report.
+        more: finds what else the preprocessing needs of a source and its scan.
+        stamp: a text that changes with all that is read of a source.
     """
 
     def __init__(
@@ -162,6 +164,8 @@ class Scans(IterableDataset):
         in_channels: int | None = None,
         ranks: Ranks | None = None,
         verb: str = "segmented",
+        more: Callable[[Source, Scan], Mapping[str, Any]] | None = None,
+        stamp: Callable[[Source], str] = scan_stamp,
     ) -> None:
         self.passed_over: dict[str, str] = getattr(data, "passed_over", {})
         self.data = [scan if isinstance(scan, Source) else file_source(scan) for scan in data]
@@ -174,6 +178,8 @@ class Scans(IterableDataset):
         self.in_channels = in_channels
         self.ranks = ranks or Ranks()
         self.verb = verb
+        self.more = more
+        self.stamp = stamp
         self.reader: ThreadPoolExecutor | None = None
         self.writer: ThreadPoolExecutor | None = None
         self.start()
@@ -292,7 +298,7 @@ class Scans(IterableDataset):
             MemoryError: it does not fit beside another one.
         """
         try:
-            stamp, name = scan_stamp(source), self.names[source.case]
+            stamp, name = self.stamp(source), self.names[source.case]
             if self.skip is not None and self.skip(name, stamp):
                 return None
             if alone:
@@ -381,9 +387,11 @@ class Scans(IterableDataset):
         """
         if not source.problem and self.in_channels is not None and source.channels != self.in_channels:
             raise BadScanError(channel_problem(source.channels, self.in_channels))
-        scan = scan_tensor(read_scan(source, self.modality), source.files[0])
+        read = read_scan(source, self.modality)
+        more = self.more(source, read) if self.more is not None else {}
+        scan = scan_tensor(read, source.files[0])
         start = 1 if isinstance(self.transform.transforms[0], LoadImaged) else 0
-        item: Any = self.transform({"image": MetaTensor(scan), "scan": scan}, start=start)
+        item: Any = self.transform({**more, "image": MetaTensor(scan), "scan": scan}, start=start)
         if not min(item["image"].shape) or not (item["image"] > 0).any():
             raise BadScanError("no voxel is above the floor of the intensity window; is it a CT in HU, or an MR?")
         scan_grid(item["image"][None])

@@ -6,11 +6,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
-
-Case = TypeVar("Case")
 
 _FOR_EVER = timedelta(days=365)  # the last case of another process may take long; torchrun ends all if one fails
 
@@ -47,10 +45,6 @@ class Ranks:
         self.runs += 1  # a run that is started again deals anew
         while (taken := self._shared().add(f"cases {self.runs}", 1) - 1) < len(order):
             yield order[taken]
-
-    def share(self, cases: Sequence[Case]) -> list[Case]:
-        """Return this process' cases of a run that must know beforehand how many it has."""
-        return list(cases[self.rank :: self.size])
 
     def gather(self, name: str, content: Any) -> list[Any]:
         """Give what each process found to the first.

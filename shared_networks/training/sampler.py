@@ -6,7 +6,7 @@ was interrupted continues with the draws that it would have had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,20 @@ class Draw(NamedTuple):
 def derived_seed(*numbers: int) -> int:
     """Mix non-negative numbers, such as (seed, epoch, position), into a seed of 32 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def share_of_cases(dataset: Sized) -> range:
+    """Return the indices of the cases that this process evaluates, so that a mean over processes is one over cases.
+
+    Without a process group these are all. Of fewer cases than processes each process has all: a process without a case
+    would keep the others waiting, and a mean stays the same if all cases count equally often.
+
+    Args:
+        dataset: whose cases are shared, in their order.
+    """
+    several = dist.is_available() and dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    return range(rank, len(dataset), size) if len(dataset) >= size else range(len(dataset))
 
 
 class SeededSampler(DistributedSampler):

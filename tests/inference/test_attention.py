@@ -20,19 +20,21 @@ from nibabel.affines import apply_affine, from_matvec
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from torch import nn
 
+from shared_networks.datasets.pairs import case_name
+from shared_networks.datasets.scans import BadScanError, Source, read_scan
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.figures.attention import attention_figure
 from shared_networks.figures.planes import orthogonal_planes
 from shared_networks.inference.attention import (
     QueryAttention,
+    QueryVoxel,
     QueryWindowd,
-    find_queries,
     organ_voxel,
-    query_cases,
     query_last,
     to_scan_grid,
 )
 from shared_networks.inference.features import token_affine
+from shared_networks.inference.predict import scan_stamp
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.vit import attention_maps
 from tests.conftest import ROOT
@@ -115,44 +117,68 @@ def test_closest_is_meant_in_millimetres() -> None:
     assert organ_voxel(organ, (1, 2, 1)) == (0, 4, 0)
 
 
+def sources(*files: str) -> list[Source]:
+    return [Source(case_name(file), (file,)) for file in files]
+
+
 def test_exactly_one_of_voxel_and_label() -> None:
     for voxel, label in ((None, None), ([1, 2, 3], 6)):
         with pytest.raises(InputError) as error:
-            query_cases(["a.nii"], "data", "imagesTs", voxel, label)
+            QueryVoxel(sources("a.nii"), "data", "imagesTs", voxel, label)
         assert str(error.value).startswith(f"voxel is {voxel} and label is {label}: give exactly one, --voxel")
-    assert query_cases(["a.nii", "b.nii"], "data", "imagesTs", [1, 2, 3]) == [{"image": "a.nii"}, {"image": "b.nii"}]
+    for wrong in ([1, 2], [1, 2, 3.5], 4, "here"):
+        with pytest.raises(InputError) as error:
+            QueryVoxel(sources("a.nii"), "data", "imagesTs", wrong)  # type: ignore[arg-type]
+        assert str(error.value) == f'voxel is {wrong}: give three integers, --voxel "[i,j,k]"'
 
 
 def test_labels_come_from_the_folder_named_alike(tmp_path: Path) -> None:
-    image = save(np.zeros(SHAPE), np.eye(4), tmp_path / "imagesTr" / "ct_1_0000.nii.gz")
+    values = np.random.default_rng(0).normal(size=SHAPE)
+    images = [save(values, np.eye(4), tmp_path / "imagesTr" / f"ct_{n}_0000.nii.gz") for n in (1, 2)]
     label = save(np.zeros(SHAPE), np.eye(4), tmp_path / "labelsTr" / "ct_1.nii.gz")
-    assert query_cases([image], tmp_path, "imagesTr", label=6) == [{"image": image, "label": label}]
+    query = QueryVoxel(sources(*images), tmp_path, "imagesTr", label=6)
+    assert query.labels == {images[0]: label}
+    one, two = sources(*images)
+    with pytest.raises(BadScanError, match=r"no label in .*labelsTr; add ct_2.nii.gz or give --voxel"):
+        query(two, read_scan(two, None))
+    before = query.stamp(one)
+    assert before != scan_stamp(one) and query.stamp(two) == scan_stamp(two)
+    save(np.ones(SHAPE), np.eye(4), Path(label))
+    assert query.stamp(one) != before
     with pytest.raises(InputError, match="labelsTs: no such folder, so there is no label 6 to look for; give --folder"):
-        query_cases([image], tmp_path, "imagesTs", label=6)
+        QueryVoxel([one], tmp_path, "imagesTs", label=6)
 
 
 def test_voxel_of_each_case(tmp_path: Path) -> None:
     shape = shape_of("PIL")
-    image = save(np.zeros(shape), affine_of("PIL"), tmp_path / "ct_1.nii.gz")
+    image = save(np.random.default_rng(0).normal(size=shape), affine_of("PIL"), tmp_path / "imagesTr" / "ct.nii.gz")
     labels = np.zeros((*shape, 1), dtype=np.int16)
     labels[3:6, 7:10, 11:14], labels[20, 2, 2] = 6, 7
-    label = save(labels, affine_of("PIL"), tmp_path / "label.nii.gz")
+    label = save(labels, affine_of("PIL"), tmp_path / "labelsTr" / "ct.nii.gz")
+    (source,) = sources(image)
+    scan = read_scan(source, None)
+
+    def found(**asked: Any) -> Any:
+        return QueryVoxel([source], tmp_path, "imagesTr", **asked)(source, scan)["voxel"]
+
     last = [size - 1 for size in shape]
-    assert find_queries([{"image": [image, "b.nii"]}], last) == [{"image": [image, "b.nii"], "voxel": tuple(last)}]
-    cases = [{"image": image, "label": label}]
-    assert find_queries(cases, label=6) == [{"image": image, "voxel": (4, 8, 12)}]
-    assert find_queries(cases, label=7) == [{"image": image, "voxel": (20, 2, 2)}]
+    assert found(voxel=last) == tuple(last)
+    assert found(label=6) == (4, 8, 12)
+    assert found(label=7) == (20, 2, 2)
     for absent in (0, 8):
-        with pytest.raises(InputError, match=rf"label.nii.gz: no voxel has label {absent}; its labels are \[6, 7\]"):
-            find_queries(cases, label=absent)
+        with pytest.raises(BadScanError) as error:
+            found(label=absent)
+        assert str(error.value) == f"{label}: no voxel has label {absent}; its labels are [6, 7]"
     for outside in ([31, 0, 0], [0, -1, 0]):
-        with pytest.raises(InputError) as error:
-            find_queries(cases, outside)
-        assert str(error.value) == f"{image}: voxel {outside} is outside its {shape} voxels; indices count from 0"
-    for wrong in ([1, 2], [1, 2, 3.5], 4, "here"):
-        with pytest.raises(InputError) as error:
-            find_queries(cases, wrong)  # type: ignore[arg-type]
-        assert str(error.value) == f'voxel is {wrong}: give three integers, --voxel "[i,j,k]"'
+        with pytest.raises(BadScanError) as error:
+            found(voxel=outside)
+        assert str(error.value) == f"voxel {outside} is outside its {shape} voxels; indices count from 0"
+    save(labels[:-1], affine_of("PIL"), Path(label))
+    with pytest.raises(BadScanError, match=rf"{label}: shape .* is not .* as in {image}"):
+        found(label=6)
+    Path(label).write_bytes(b"no label")
+    with pytest.raises(BadScanError, match=f"{label}: cannot be read"):
+        found(label=6)
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS", "PIL"])
@@ -287,13 +313,15 @@ def test_maps_of_an_organ_lie_on_the_scan(model: Path, scan: Path, tmp_path: Pat
     flow = workflow(dataset_dir=str(scan), checkpoint=str(model), output_dir=str(out), folder="imagesTr", label=6)
     flow.initialize()
     flow.run()
-    names = {f"test_000_{name}.nii.gz" for name in MAPS} | {"test_000_attention.png"}
+    names = {f"test_000_{name}.nii.gz" for name in MAPS} | {"test_000_attention.png", "test_000_attention.json"}
     assert {file.name for file in out.iterdir()} == names
 
     source = nib.load(scan / "imagesTr" / "test_000_0000.nii.gz")
     assert nib.aff2axcodes(source.affine) != ("R", "A", "S")
     labels = np.asanyarray(nib.load(scan / "labelsTr" / "test_000.nii.gz").dataobj)
-    data = flow.parser.get_parsed_content("dataset")[0]
+    scans = flow.parser.get_parsed_content("dataset")
+    assert (len(scans.done), scans.failed) == (1, {})
+    data = scans.prepare(scans.data[0])
     voxel = tuple(data["voxel"].tolist())
     assert labels[voxel] == 6
     network: HiEndMAE = flow.parser.get_parsed_content("network_def")
@@ -350,21 +378,42 @@ def test_voxel_of_the_command_line(model: Path, scan: Path, tmp_path: Path, clon
     folder = clone / "hi_end_mae_pretrain"
     refused = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode == 1 and not (tmp_path / "out").exists()
-    assert refused.stderr.splitlines()[-1] == (
-        f"error: {file}: voxel [{shape[0]}, 0, 10] is outside its {shape} voxels; indices count from 0"
-    )
+    assert refused.stderr.splitlines()[-2:] == [
+        "error: 1 of 1 scan(s) not mapped:",
+        f"{file}: voxel [{shape[0]}, 0, 10] is outside its {shape} voxels; indices count from 0",
+    ]
 
 
-def test_wrong_requests_say_so_in_one_line(model: Path, scan: Path) -> None:
+def test_wrong_requests_say_so_in_one_line(model: Path, scan: Path, tmp_path: Path) -> None:
     settings = {"dataset_dir": str(scan), "checkpoint": str(model), "folder": "imagesTr"}
-    label = scan / "labelsTr" / "test_000.nii.gz"
     assert complaint(**settings).startswith("voxel is None and label is None: give exactly one")
     assert complaint(**settings, label=6, voxel=[1, 1, 1]).startswith("voxel is [1, 1, 1] and label is 6: give")
-    assert complaint(**settings, label=200).startswith(f"{label}: no voxel has label 200; its labels are [")
     assert complaint(**settings, voxel=[1, 1]).startswith("voxel is [1, 1]: give three integers")
     assert "none.pt: no trained weights there" in complaint(**{**settings, "checkpoint": "none.pt"}, label=6)
-    label.write_bytes(label.read_bytes()[:-100])
-    assert f"{label}: cannot be read" in complaint(**settings, label=6)  # before its organs are looked for
+
+
+def test_a_scan_that_fails_costs_itself_alone(model: Path, scan: Path, tmp_path: Path) -> None:
+    """And a second time nothing is left to do, until a label changes."""
+    good, other = scan / "labelsTr" / "test_000.nii.gz", scan / "labelsTr" / "other.nii.gz"
+    shutil.copy(scan / "imagesTr" / "test_000_0000.nii.gz", scan / "imagesTr" / "other_0000.nii.gz")
+    other.write_bytes(good.read_bytes()[:-100])
+    settings = {"dataset_dir": str(scan), "checkpoint": str(model), "folder": "imagesTr", "output_dir": str(tmp_path)}
+
+    def run() -> tuple[int, int, list[str]]:
+        flow = workflow(**settings, label=6)
+        flow.initialize()
+        scans = flow.parser.get_parsed_content("dataset")
+        with pytest.raises((RuntimeError, InputError)) as error:
+            flow.run()
+        return len(scans.done), len(scans.skipped), str(input_error_in(error.value)).splitlines()
+
+    done, skipped, said = run()
+    assert (done, skipped, said[0]) == (1, 0, "1 of 2 scan(s) not mapped:")
+    assert said[1].startswith(f"{scan / 'imagesTr' / 'other_0000.nii.gz'}: {other}: cannot be read")
+    assert run()[:2] == (0, 1)
+    labels = nib.load(good)
+    nib.save(nib.Nifti1Image(np.asanyarray(labels.dataobj), labels.affine), good)
+    assert run()[:2] == (1, 0)
 
 
 def test_figure_marks_the_query_and_scales_each_panel() -> None:

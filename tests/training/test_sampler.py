@@ -8,7 +8,7 @@ import pytest
 from monai.data import DataLoader
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
 
-from shared_networks.training.sampler import SeededCacheDataset, SeededSampler, derived_seed
+from shared_networks.training.sampler import SeededCacheDataset, SeededSampler, derived_seed, share_of_cases
 
 
 def sampler(length: int = 5, rank: int = 0, world: int = 1, epoch: int = 1, seed: int = 0) -> SeededSampler:
@@ -45,6 +45,11 @@ def test_no_two_draws_repeat_in_any_epoch_process_or_seed() -> None:
 def test_processes_share_the_cases() -> None:
     shares = [[draw.case for draw in sampler(10, rank=rank, world=2)] for rank in (0, 1)]
     assert Counter(shares[0] + shares[1]) == Counter(range(10))
+
+
+def test_one_process_evaluates_all_cases() -> None:
+    """Of several see tests/workflows/test_ranks.py."""
+    assert list(share_of_cases(range(3))) == [0, 1, 2]
 
 
 def test_start_leaves_out_what_was_done_once() -> None:

@@ -180,11 +180,12 @@ def test_processes_share_reconstructions_and_features(
 def test_processes_share_attention_maps(scans: Path, encoder: Path, tmp_path: Path) -> None:
     """Also where a process is left without a scan."""
     few = tmp_path / "few"
-    shutil.copytree(scans, few, ignore=shutil.ignore_patterns("*broken*", "*_00[2-9]*"))
+    shutil.copytree(scans, few, ignore=shutil.ignore_patterns("*_00[2-9]*"))
     names = []
     for processes in (1, 3):
         out = tmp_path / str(processes)
-        run([*command(few, encoder, out, processes, "inference attention"), "--voxel", "[9,9,9]"], 0, PRETRAIN)
+        words = [*command(few, encoder, out, processes, "inference attention"), "--voxel", "[9,9,9]"]
+        assert "2 mapped, 0 there already, 1 failed" in run(words, 1, PRETRAIN)
         names.append(sorted(file.name for file in out.iterdir()))
     assert names[0] == names[1] and len([name for name in names[0] if name.endswith("_attention.png")]) == 2
 
@@ -212,3 +213,18 @@ def test_evaluation_is_that_of_one_process_to_the_last_digit(
     assert sorted(file.name for file in several.iterdir()) == sorted(file.name for file in one.iterdir())
     for name in ("dice.csv", "metrics.csv"):
         assert (several / name).read_bytes() == (one / name).read_bytes()
+
+
+@pytest.mark.parametrize(("processes", "left_out"), [(2, "none"), (3, "*_00[2-9]*")])
+def test_masked_error_is_that_of_one_process_to_the_last_digit(
+    processes: int, left_out: str, scans: Path, encoder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scans, data, ignore=shutil.ignore_patterns("*broken*", left_out))
+    errors = []
+    for number in (1, processes):
+        out = tmp_path / str(number)
+        words = command(data, encoder, out, number, "train evaluate")
+        run([*words, "--val_fraction", "0.99", "--num_workers", "0"], 0, PRETRAIN)
+        errors.append((out / "metrics.csv").read_text())
+    assert errors[0] == errors[1] and errors[0].startswith("val_masked_mse")
