@@ -11,6 +11,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+# Files of tests side by side, on two cores and no more: full-size networks take several GB.
+side_by_side="-n 2 --dist loadfile"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 case ${1:-} in
     --monailabel)
         pins=$PWD/shared_networks/bundle/monai_label/requirements.txt
@@ -20,10 +23,11 @@ case ${1:-} in
             .venv-monailabel/bin/pip install --quiet --disable-pip-version-check --requirement "$pins"
         set -- tests/monai_label "${@:2}" ;;
     --gpu) set -- tests/gpu "${@:2}" ;;
-    unit) set -- -m "not slow and not integration" "${@:2}" ;;
-    integration) set -- -m "integration and not slow" "${@:2}" ;;
+    unit) set -- $side_by_side -m "not slow and not integration" "${@:2}" ;;
+    integration) set -- $side_by_side -m "integration and not slow" "${@:2}" ;;
+    -m) set -- $side_by_side "$@" ;;
     "")
-        .venv/bin/python -m pytest -m "not slow and not integration"
-        set -- -m "integration and not slow" ;;
+        .venv/bin/python -m pytest $side_by_side -m "not slow and not integration"
+        set -- $side_by_side -m "integration and not slow" ;;
 esac
 exec .venv/bin/python -m pytest "$@"
