@@ -384,7 +384,7 @@ def test_voxel_of_the_command_line(model: Path, scan: Path, tmp_path: Path, clon
     ]
 
 
-def test_wrong_requests_say_so_in_one_line(model: Path, scan: Path, tmp_path: Path) -> None:
+def test_wrong_requests_say_so_in_one_line(model: Path, scan: Path) -> None:
     settings = {"dataset_dir": str(scan), "checkpoint": str(model), "folder": "imagesTr"}
     assert complaint(**settings).startswith("voxel is None and label is None: give exactly one")
     assert complaint(**settings, label=6, voxel=[1, 1, 1]).startswith("voxel is [1, 1, 1] and label is 6: give")
