@@ -57,9 +57,9 @@ rm -rf "$out/shipped"
 run "$bundle" "'configs/inference.json'" --dataset_dir "${own:-$out/shipped}" --output_dir "$out/shipped"
 step "done"
 echo "labels:          $out/shipped/*_seg.nii.gz"
-echo "pictures:        $out/shipped/*_overlay.png"
-echo "volumes in ml:   $out/shipped/volumes_ml.csv"
-cat "$out/shipped/volumes_ml.csv"
+echo "pictures:        $out/shipped/*_overlay.png $out/shipped/*_preview.png"
+echo "statistics:      $out/shipped/statistics.csv"
+cut -d , -f 1-3 "$out/shipped/statistics.csv"
 [ -z "$own" ] || exit 0
 
 epochs=${epochs:-4}

@@ -108,7 +108,7 @@ def overlay_figure(
         entries = {value: f"{dice[value]:.2f}  {name}" for value, name in entries.items()}
         title += f"   mean Dice {np.mean(list(dice.values())):.2f}" if dice else ""
     add_title(figure, title)
-    _add_legend(figure, panels[0][-1], "organ" if truth is None else "Dice and organ", entries)
+    add_legend(figure, panels[0][-1], "organ" if truth is None else "Dice and organ", entries)
     return figure
 
 
@@ -122,7 +122,7 @@ def _draw_labels(panel: Axes, plane: Plane, num_labels: int) -> None:
         panel.contour(columns, rows, organ, levels=[0.5], colors=[label_colour(int(value))], linewidths=0.9)
 
 
-def _add_legend(figure: Figure, beside: Axes, heading: str, entries: Mapping[int, str]) -> None:
+def add_legend(figure: Figure, beside: Axes, heading: str, entries: Mapping[int, str]) -> None:
     """Write a line for every label value at the right of a panel."""
     corner = beside.get_position()
     legend = figure.legend(

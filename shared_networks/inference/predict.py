@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -130,6 +131,16 @@ def one_case(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+class Totals(NamedTuple):
+    """What was done to the scans of a run: when it began, how many, and why not the others, by file."""
+
+    started: datetime
+    done: int
+    skipped: int
+    failed: dict[str, str]
+    passed_over: dict[str, str]
+
+
 class Scans(IterableDataset):
     """The scans of a folder, prepared one by one; what cannot be segmented is passed over and noted.
 
@@ -195,6 +206,8 @@ class Scans(IterableDataset):
         self.current: Source | None = None
         self.ahead: Future[Item | str | None] | None = None
         self.saving: tuple[Source, Future[Any]] | None = None
+        self.gathered: Totals | Literal["not yet"] | None = "not yet"
+        self.started = datetime.now(timezone.utc)
 
     def run(self, evaluator: Any) -> None:
         """Have all scans segmented; one that fails, wherever that is, costs itself alone.
@@ -397,26 +410,38 @@ class Scans(IterableDataset):
         scan_grid(item["image"][None])
         return item
 
+    def totals(self) -> Totals | None:
+        """Return what all processes have done, in the first; `None` in the others, which must all ask once."""
+        if self.gathered == "not yet":
+            found = self.ranks.gather("report", [len(self.done), len(self.skipped), self.failed])
+            self.gathered = self.sum_up(found) if found else None
+        return self.gathered
+
+    def sum_up(self, found: Sequence[tuple[int, int, dict[str, str]]]) -> Totals:
+        """Add up numbers of scans done and skipped, and the reasons by file, of each process."""
+        done, skipped = (sum(counts) for counts in list(zip(*found, strict=True))[:2])
+        reasons = {file: reason for _, _, failed in found for file, reason in failed.items()}
+        files = [source.files[0] for source in self.data]
+        failed = {file: reasons[file] for file in files if file in reasons}
+        return Totals(self.started, done, skipped, failed, self.passed_over)
+
     def report(self) -> None:
         """Say what was done, of all processes in the first.
 
         Raises:
             InputError: a line for each scan that could not be segmented.
         """
-        found = self.ranks.gather("report", [len(self.done), len(self.skipped), self.failed])
-        if not found:
+        if (totals := self.totals()) is None:
             return
-        done, skipped = (sum(counts) for counts in list(zip(*found, strict=True))[:2])
-        failed = {file: reason for _, _, reasons in found for file, reason in reasons.items()}
-        for path, reason in self.passed_over.items():
+        _, done, skipped, failed, passed_over = totals
+        for path, reason in passed_over.items():
             logger.warning("%s: passed over: %s", path, reason)
         print(
-            f"{done} {self.verb}, {skipped} there already, {len(failed)} failed, {len(self.passed_over)} passed over",
+            f"{done} {self.verb}, {skipped} there already, {len(failed)} failed, {len(passed_over)} passed over",
             flush=True,
         )
         if failed:
-            order = [source.files[0] for source in self.data]
-            lines = [f"{file}: {failed[file]}" for file in sorted(failed, key=order.index)]
+            lines = [f"{file}: {reason}" for file, reason in failed.items()]
             raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not {self.verb}:", *lines]))
 
 

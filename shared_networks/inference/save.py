@@ -20,11 +20,14 @@ from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.pairs import source_file
 from shared_networks.figures.overlay import overlay_figure
-from shared_networks.files import atomic_write, write_csv
+from shared_networks.figures.preview import preview_figure
+from shared_networks.files import atomic_write, write_csv, write_json
 from shared_networks.inference.done import made_with, read_note
-from shared_networks.inference.predict import is_unwritable, reason_of
+from shared_networks.inference.predict import Scans, is_unwritable, reason_of
 from shared_networks.inference.ranks import Ranks
+from shared_networks.inference.run_report import run_report, say_looks
 from shared_networks.inference.sliding_window import organ_value
+from shared_networks.inference.statistics import Row, findings, organ_statistics, statistics_table
 
 logger = logging.getLogger(__name__)
 
@@ -96,32 +99,20 @@ def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def label_volumes(labels: np.ndarray, affine: np.ndarray, label_names: Sequence[str]) -> dict[str, float]:
-    """Measure the volume of every label but the background, in ml.
-
-    Args:
-        labels: [X, Y, Z] integers.
-        affine: [4, 4], from voxels to mm.
-        label_names: names in order of label value, background first.
-    """
-    counts = sum(np.bincount(plane.ravel(), minlength=len(label_names)) for plane in labels)
-    ml = np.asarray(counts) * abs(np.linalg.det(affine[:3, :3])) / 1000
-    return {name: round(float(ml[value]), 3) for value, name in enumerate(label_names) if value > 0}
-
-
 class SaveSegmentationd(SaveImaged):
-    """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and a look at them as `NAME_overlay.png`.
+    """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and pictures of them.
 
-    `volumes_ml.csv` has the volumes of all cases so far in ml, a row a case, a column a label. With an organ's
-    probability, `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete. It is one of
-    MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
+    The pictures are `NAME_overlay.png`, slices, and `NAME_preview.png`, surfaces. With an organ's probability,
+    `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete. At the end of a run,
+    `statistics.csv` has the organs of all cases, see :func:`shared_networks.inference.statistics.organ_statistics`, and
+    `report.json` what was done. It is one of MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
 
     Args:
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.
         label_names: names in order of label value, background first.
         output_dir: folder of the results, created if need be.
         window: intensities shown as black and as white; `None` takes percentiles, for MR.
-        overlay: whether to draw the figure.
+        overlay: whether to draw the pictures.
         organ: name or value of the label whose probability is saved, the `organ_probability` [X, Y, Z] of a case.
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
@@ -153,7 +144,7 @@ class SaveSegmentationd(SaveImaged):
         self.organ = None if organ is None else organ_value(organ, self.label_names)
         self.checkpoints = [str(file) for file in checkpoints]
         self.settings = dict(settings or {})
-        self.volumes: dict[str, dict[str, float]] = {}
+        self.statistics: dict[str, list[Row]] = {}
         self.table = Lock()  # cases are saved in one thread, and in another it is seen which are there
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -161,6 +152,7 @@ class SaveSegmentationd(SaveImaged):
         name, scan = data["name"], data["scan"]
         labels = convert_to_numpy(data[self.keys[0]][0])
         affine, file = convert_to_numpy(scan.affine), source_file(scan)
+        earlier = self.take_back(name)
         written = [f"{name}_seg.nii.gz"]
         with atomic_write(self.output_dir / written[0]) as part:
             nib.save(label_image(labels, affine, file), part)
@@ -174,61 +166,81 @@ class SaveSegmentationd(SaveImaged):
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
         if self.overlay:
             written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
-        volumes = label_volumes(labels, affine, self.label_names)
+        for old in set(earlier) - set(written):
+            (self.output_dir / old).unlink(missing_ok=True)
+        statistics = organ_statistics(labels, convert_to_numpy(scan[0]), affine, self.label_names)
         content = {
             "scan": file,
             "labels": label_table(self.label_names),
             "files": written,
             "overlay": self.overlay,
-            "volumes_ml": volumes,
+            "statistics": statistics,
             "made_with": self.made_with(data["stamp"]),
         }
         with atomic_write(self.output_dir / f"{name}_seg.json") as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
-        self.list_volumes(name, volumes)
+        self.list_case(name, statistics)
         return dict(data)
 
-    def list_volumes(self, name: str, volumes: Mapping[str, float]) -> None:
-        """Add a case to the table of volumes, which this process writes if it is the only one."""
+    def take_back(self, name: str) -> list[str]:
+        """Declare the earlier results of a case incomplete, which are of other settings; return their files."""
+        sidecar = self.output_dir / f"{name}_seg.json"
+        files = read_note(sidecar).get("files", [])
+        sidecar.unlink(missing_ok=True)
+        return [str(file) for file in files if Path(file).name == file and file.startswith(f"{name}_")]
+
+    def list_case(self, name: str, statistics: list[Row]) -> None:
+        """Add a case to the table of statistics."""
         with self.table:
-            self.volumes[name] = dict(volumes)
-            if self.ranks.size == 1:
-                self.write_volumes(self.volumes)
+            self.statistics[name] = statistics
 
-    def write_volumes(self, volumes: Mapping[str, Mapping[str, float]]) -> None:
-        """Write the table of volumes."""
-        rows = [[case, *(ml[organ] for organ in self.label_names[1:])] for case, ml in sorted(volumes.items())]
-        write_csv(self.output_dir / "volumes_ml.csv", [["case", *self.label_names[1:]], *rows])
+    def finish(self, scans: Scans) -> None:
+        """Write the table and the report of all processes, in the first; name the scans to look at.
 
-    def finish(self) -> None:
-        """Write the table of the cases of all processes, in the first of several."""
-        found = self.ranks.gather("volumes", self.volumes) if self.ranks.size > 1 else []
-        if any(found):
-            self.write_volumes({name: volumes for part in found for name, volumes in part.items()})
+        Args:
+            scans: that were run.
+        """
+        found, totals = self.ranks.gather("statistics", self.statistics), scans.totals()
+        if totals is None:
+            return
+        cases = {name: rows for part in found for name, rows in part.items()}
+        hounsfield = self.settings.get("modality", "CT") == "CT"
+        write_csv(self.output_dir / "statistics.csv", statistics_table(cases, hounsfield))
+        looks = {name: said for name, rows in sorted(cases.items()) if (said := findings(rows))}
+        report = run_report(totals, self.checkpoints, self.settings, self.label_names, looks)
+        write_json(self.output_dir / "report.json", report)
+        say_looks(looks, len(cases), self.output_dir / "report.json")
 
     def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
-        """Write the figure and return its name; a figure that cannot be drawn is said and costs nothing else."""
-        try:
-            figure = overlay_figure(image, labels, affine, self.label_names, window=self.window, title=name)
-            with atomic_write(self.output_dir / f"{name}_overlay.png") as part:
-                figure.savefig(part, bbox_inches="tight")
-        except Exception as error:
-            if is_unwritable(error):
-                raise
-            logger.warning("%s: no picture, as it cannot be drawn (%s)", name, reason_of(error))
-            return []
-        return [f"{name}_overlay.png"]
+        """Draw the pictures and return their names; what cannot be drawn is said and costs nothing else."""
+        drawn = []
+        for kind in ("overlay", "preview"):
+            file = f"{name}_{kind}.png"
+            try:
+                if kind == "overlay":
+                    figure = overlay_figure(image, labels, affine, self.label_names, window=self.window, title=name)
+                else:
+                    figure = preview_figure(image, labels, affine, self.label_names, title=name)
+                with atomic_write(self.output_dir / file) as part:
+                    figure.savefig(part, bbox_inches="tight")
+            except Exception as error:
+                if is_unwritable(error):
+                    raise
+                logger.warning("%s: no picture, as it cannot be drawn (%s)", name, reason_of(error))
+            else:
+                drawn.append(file)
+        return drawn
 
     def made_with(self, stamp: str) -> dict[str, Any]:
         """Return all that results depend on: the scan, the weights and the settings."""
         return made_with(stamp, self.checkpoints, self.settings)
 
     def is_done(self, name: str, stamp: str) -> bool:
-        """Return whether results exist of a name, this scan, these weights and settings; if so, list its volumes."""
+        """Return whether results exist of a name, this scan, these weights and settings; if so, list its organs."""
         content = read_note(self.output_dir / f"{name}_seg.json")
         if content.get("made_with") != self.made_with(stamp) or (self.overlay and not content.get("overlay")):
             return False
-        if "volumes_ml" not in content or not all((self.output_dir / file).is_file() for file in content["files"]):
+        if "statistics" not in content or not all((self.output_dir / file).is_file() for file in content["files"]):
             return False
-        self.list_volumes(name, content["volumes_ml"])
+        self.list_case(name, content["statistics"])
         return True

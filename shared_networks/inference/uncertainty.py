@@ -30,6 +30,7 @@ from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write, write_csv, write_json
 from shared_networks.inference.done import read_note
+from shared_networks.inference.predict import Scans
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.save import SaveSegmentationd, label_image
 from shared_networks.inference.sliding_window import CheckpointEnsemble, finite, scan_grid
@@ -309,7 +310,7 @@ class SaveUncertaintyd(SaveSegmentationd):
             if self.ranks.size == 1:
                 write_csv(self.output_dir / "uncertainty.csv", ranking_rows(self.scores))
 
-    def finish(self) -> None:
+    def finish(self, scans: Scans) -> None:
         """Rank the cases of all processes, in the first of several."""
         found = self.ranks.gather("scores", self.scores) if self.ranks.size > 1 else []
         if any(found):

@@ -118,8 +118,9 @@ def test_results_are_each_scan_s_own(folder: Path, tmp_path: Path) -> None:
         labels, chances = (nib.load(tmp_path / "out" / f"{name}_{kind}.nii.gz") for kind in ("seg", "liver"))
         np.testing.assert_array_equal(labels.dataobj, hounsfield(SHAPE, seed=ord(name)) > -175)
         np.testing.assert_allclose(chances.dataobj, ord(name) / 128, atol=1e-3)
-    rows = (tmp_path / "out" / "volumes_ml.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows] == ["case", *"abcd"]
+    saver.finish(data)
+    rows = (tmp_path / "out" / "statistics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["case", *(name for name in "abcd" for _ in NAMES[1:])]
     data.run(evaluator(data, saver, Above()))
     assert (data.skipped, data.done) == ([f"in/{name}" for name in "abcd"], [])
 

@@ -229,6 +229,7 @@ def saved(folder: Path, out: Path, **settings: Any) -> tuple[Scans, SaveSegmenta
     for item in data:
         (case,) = decollate_batch(one_case([item]))
         saver({**case, "pred": MetaTensor((case["scan"] > 0).to(torch.uint8).as_tensor(), meta=case["scan"].meta)})
+    saver.finish(data)
     return data, saver
 
 
@@ -239,9 +240,11 @@ def test_results_are_complete_and_done_once(tmp_path: Path) -> None:
     assert isinstance(saver, SaveImaged)  # so that MONAI Label leaves it out
     assert sorted(file.name for file in out.iterdir()) == [
         "a_overlay.png",
+        "a_preview.png",
         "a_seg.json",
         "a_seg.nii.gz",
-        "volumes_ml.csv",
+        "report.json",
+        "statistics.csv",
     ]
     labels = nib.load(out / "a_seg.nii.gz")
     np.testing.assert_array_equal(labels.affine, nib.load(scan).affine)
@@ -249,11 +252,11 @@ def test_results_are_complete_and_done_once(tmp_path: Path) -> None:
     sidecar = json.loads((out / "a_seg.json").read_text())
     assert [label["name"] for label in sidecar["labels"]] == NAMES[1:]
     assert data.done == ["in/a"]
-    table = (out / "volumes_ml.csv").read_text()
-    (out / "volumes_ml.csv").unlink()
+    table = (out / "statistics.csv").read_text()
+    (out / "statistics.csv").unlink()
     assert saved(tmp_path / "in", out, overlay=True)[0].skipped == ["in/a"]
-    assert (out / "volumes_ml.csv").read_text() == table
-    del sidecar["volumes_ml"]  # of a version before
+    assert (out / "statistics.csv").read_text() == table
+    del sidecar["statistics"]  # of a version before
     (out / "a_seg.json").write_text(json.dumps(sidecar))
     assert saved(tmp_path / "in", out, overlay=True)[0].done == ["in/a"]
     assert saved(tmp_path / "in", out, overlay=True, settings={"overlap": 0.7})[0].done == ["in/a"]
@@ -267,13 +270,43 @@ def test_volumes_are_in_ml_of_the_scan_s_own_voxels(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / "in" / f"{name}.nii.gz", hounsfield(SHAPE, seed=ord(name)))
     saved(tmp_path / "in", tmp_path / "out", overlay=False)
-    rows = list(csv.reader((tmp_path / "out" / "volumes_ml.csv").open()))
-    assert rows[0] == ["case", *NAMES[1:]]
+    rows = list(csv.DictReader((tmp_path / "out" / "statistics.csv").open()))
+    assert [(row["case"], row["organ"]) for row in rows] == [(case, organ) for case in "ab" for organ in NAMES[1:]]
     voxel = np.prod(np.linalg.norm(AFFINE[:3, :3], axis=0)) / 1000
-    for row, name in zip(rows[1:], ("a", "b"), strict=True):
-        count = int((hounsfield(SHAPE, seed=ord(name)) > 0).sum())
-        assert row[0] == name
-        np.testing.assert_allclose([float(cell) for cell in row[1:]], [count * voxel, 0], atol=1e-3)
+    for case in "ab":
+        values = hounsfield(SHAPE, seed=ord(case))
+        first, second = (row for row in rows if row["case"] == case)
+        np.testing.assert_allclose(float(first["volume_ml"]), (values > 0).sum() * voxel, atol=1e-3)
+        np.testing.assert_allclose(float(first["mean_hu"]), values[values > 0].mean(), atol=0.06)
+        assert (second["volume_ml"], second["mean_hu"], second["pieces"]) == ("0.0", "", "0")
+
+
+def test_a_redone_case_keeps_nothing_of_other_settings(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.nii.gz")
+    out = tmp_path / "out"
+    saved(tmp_path / "in", out, overlay=True)
+    sidecar = json.loads((out / "a_seg.json").read_text())
+    (tmp_path / "a_other.txt").write_text("not a result")
+    sidecar["files"] += ["../a_other.txt", "b_seg.nii.gz"]  # of a file that somebody has changed
+    (out / "a_seg.json").write_text(json.dumps(sidecar))
+    (out / "b_seg.nii.gz").write_text("of another case")
+    saved(tmp_path / "in", out, overlay=False, settings={"overlap": 0.7})
+    assert sorted(file.name for file in out.iterdir()) == [
+        "a_seg.json",
+        "a_seg.nii.gz",
+        "b_seg.nii.gz",
+        "report.json",
+        "statistics.csv",
+    ]
+    assert (tmp_path / "a_other.txt").exists()
+
+
+def test_a_redone_case_that_fails_midway_is_incomplete_also_for_the_old_settings(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.nii.gz", hounsfield((60, 50, 40)))
+    saved(tmp_path / "in", tmp_path / "out", overlay=False)
+    with full_disk(), pytest.raises(InputError, match="cannot be written"):
+        saved(tmp_path / "in", tmp_path / "out", overlay=False, settings={"overlap": 0.7})
+    assert saved(tmp_path / "in", tmp_path / "out", overlay=False)[0].done == ["in/a"]
 
 
 def test_a_dicom_series(tmp_path: Path) -> None:

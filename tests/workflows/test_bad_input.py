@@ -285,7 +285,7 @@ def test_inference_does_the_good_scans_and_lists_the_bad(data: Path, weights: Pa
     assert [name for name, reason in REASONS.items() if not found[f"{folder}/{name}"].startswith(reason)] == []
     done = ["tiny", "train_001", "train_002"]
     results = [f"{name}_seg.{end}" for name in done for end in ("nii.gz", "json")]
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted([*results, "volumes_ml.csv"])
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted([*results, "statistics.csv", "report.json"])
     for name in done:
         scan, labels = (nib.load(f) for f in (folder / f"{name}_0000.nii.gz", tmp_path / "out" / f"{name}_seg.nii.gz"))
         assert labels.shape == scan.shape

@@ -260,11 +260,9 @@ def test_each_failure_costs_its_scan_alone_and_all_is_counted(
     )
     assert "3 segmented, 0 there already, 3 failed, 1 passed over" in capsys.readouterr().out
     written = sorted(file.name for file in out.iterdir())
-    assert written == sorted(
-        ["volumes_ml.csv"]
-        + [f"{name}_{kind}" for name in ("a", "b$1_$2", "c") for kind in ("seg.json", "seg.nii.gz", "overlay.png")
-           if (name, kind) != ("c", "overlay.png")]
-    )  # fmt: skip
+    kinds = ("seg.json", "seg.nii.gz", "overlay.png", "preview.png")
+    results = {f"{name}_{kind}" for name in ("a", "b$1_$2", "c") for kind in kinds}
+    assert written == sorted(results - {"c_overlay.png"} | {"statistics.csv", "report.json"})
 
     monkeypatch.undo()
     (data / "d.nii.gz").unlink()

@@ -70,9 +70,9 @@ def test_one_ct_is_segmented_with_the_weights_that_ship(datasets: dict[str, Path
     """From the folder in which it lies."""
     scan = Path(shutil.copy(datasets["btcv"] / "imagesTs" / "test_000_0000.nii.gz", tmp_path / "ct.nii.gz"))
     subprocess.run([str(ROOT / "quickstart.sh"), "--segment", scan.name], cwd=tmp_path, check=True)
-    names = {"ct_seg.nii.gz", "ct_seg.json", "ct_overlay.png", "volumes_ml.csv"}
+    names = {"ct_seg.nii.gz", "ct_seg.json", "ct_overlay.png", "ct_preview.png", "statistics.csv", "report.json"}
     assert {file.name for file in (OUT / "shipped").iterdir()} == names
     result = nib.load(OUT / "shipped" / "ct_seg.nii.gz")
     assert result.shape == nib.load(scan).shape
-    (row,) = csv.DictReader((OUT / "shipped" / "volumes_ml.csv").open())
-    assert row.pop("case") == "ct" and sum(float(ml) for ml in row.values()) > 0
+    rows = list(csv.DictReader((OUT / "shipped" / "statistics.csv").open()))
+    assert {row["case"] for row in rows} == {"ct"} and sum(float(row["volume_ml"]) for row in rows) > 0

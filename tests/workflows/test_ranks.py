@@ -104,7 +104,7 @@ def test_processes_share_the_scans(processes: int, scans: Path, weights: Path, a
     assert f"{SCANS} segmented, 0 there already, 1 failed, 0 passed over" in shown
     assert shown.count("1 of 6 scan(s) not segmented:") == 1 and "test_broken_0000.nii.gz: " in shown
     assert_same_results(tmp_path, alone)
-    (tmp_path / "volumes_ml.csv").unlink()
+    (tmp_path / "statistics.csv").unlink()
     assert f"0 segmented, {SCANS} there already, 1 failed" in run(command(scans, weights, tmp_path, processes), 1)
     assert_same_results(tmp_path, alone)
 
@@ -148,8 +148,8 @@ def test_two_thousand_scans_with_a_break(weights: Path, tmp_path: Path) -> None:
     before = finished(out)
     shown = run(words, 1)
     assert f"{count - bad - before} segmented, {before} there already, {bad} failed" in shown
-    rows = list(csv.DictReader((out / "volumes_ml.csv").open()))
-    assert [row["case"] for row in rows] == sorted({row["case"] for row in rows}) and len(rows) == count - bad
+    cases = [row["case"] for row in csv.DictReader((out / "statistics.csv").open())]
+    assert cases == sorted(cases) and len(set(cases)) == count - bad
     assert len(list(out.glob("*_seg.nii.gz"))) == count - bad
 
 

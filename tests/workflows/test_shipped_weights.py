@@ -126,8 +126,10 @@ def test_scans_are_segmented_with_them_and_with_others_when_asked(datasets: dict
         nib.load(datasets["btcv"] / "imagesTs/test_000_0000.nii.gz"),
     )
     assert result.shape == scan.shape  # type: ignore[attr-defined]
-    (row,) = csv.DictReader((tmp_path / "volumes_ml.csv").open())
-    assert list(row) == ["case", *label_names("btcv")[1:]]
+    rows = list(csv.DictReader((tmp_path / "statistics.csv").open()))
+    assert [(row["case"], row["organ"]) for row in rows] == [("test_000", name) for name in label_names("btcv")[1:]]
+    (model,) = json.loads((tmp_path / "report.json").read_text())["models"]
+    assert model["file"] == "./weights/small.pt"
     trained = tmp_path / "trained" / "model.pt"
     trained.parent.mkdir()
     for ending in (".pt", ".json"):

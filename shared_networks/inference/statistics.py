@@ -1,0 +1,149 @@
+"""Measure the organs of a label map, and name what deserves a look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.orientations import io_orientation
+from scipy import ndimage
+
+from shared_networks.inference.adult_volumes import ADULT_VOLUMES
+
+Row = dict[str, Any]
+"""An organ's statistics, as :func:`organ_statistics` returns them."""
+
+SCATTERED = 0.05
+"""Share of an organ's volume outside its largest piece from which the pieces are named."""
+
+_SIDES = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
+
+
+def organ_statistics(
+    labels: np.ndarray, image: np.ndarray, affine: np.ndarray, label_names: Sequence[str]
+) -> list[Row]:
+    """Measure every label but the background.
+
+    Args:
+        labels: [X, Y, Z] integers.
+        image: [X, Y, Z] intensities on the same grid, in HU for CT.
+        affine: [4, 4], from voxels to RAS millimetres.
+        label_names: names in order of label value, background first.
+
+    Returns:
+        A row a label, in order of value:
+
+        - `organ`, its name;
+        - `volume_ml`;
+        - `mean`, `std` of its intensities, `None` where the organ was not found;
+        - `pieces`, their number; voxels with a common corner touch;
+        - `largest_piece`, its share of the volume;
+        - `touches_edge`, sides of the patient on which the organ reaches the edge of the scan;
+        - `left_right`, `plausible` or `implausible` with respect to the organ of the other side, `None` without one;
+        - `adult_range_ml`, see :data:`shared_networks.inference.adult_volumes.ADULT_VOLUMES`, `None` where unknown;
+        - `in_adult_range`, `None` where unknown, as for a small organ that the edge of the scan cuts off.
+    """
+    ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    touching = ndimage.generate_binary_structure(3, 3)
+    boxes = ndimage.find_objects(labels, max_label=len(label_names) - 1)
+    rows, centres = [], {}
+    for name, value, box in zip(label_names[1:], range(1, len(label_names)), boxes, strict=True):
+        row: Row = {"organ": name, "volume_ml": 0.0, "mean": None, "std": None, "pieces": 0, "largest_piece": None}
+        row |= {"touches_edge": [], "left_right": None}
+        if box is not None:
+            organ = labels[box] == value
+            found, pieces = ndimage.label(organ, touching)
+            sizes = np.bincount(found.ravel())[1:]
+            values = image[box][organ].astype(np.float64)
+            corner = [part.start for part in box]
+            centres[name] = apply_affine(affine, ndimage.center_of_mass(organ) + np.array(corner))
+            row |= {"volume_ml": round(float(sizes.sum() * ml), 3), "pieces": int(pieces)}
+            row |= {"mean": round(float(values.mean()), 1), "std": round(float(values.std()), 1)}
+            row |= {"largest_piece": round(float(sizes.max() / sizes.sum()), 3)}
+            row |= {"touches_edge": _edges(box, labels.shape, affine)}
+        rows.append(row)
+    for right, left in opposite_organs(label_names):
+        if right in centres and left in centres:
+            plausible = "plausible" if centres[right][0] > centres[left][0] else "implausible"
+            for row in rows:
+                if row["organ"] in (right, left) and row["left_right"] != "implausible":
+                    row["left_right"] = plausible
+    return [{**row, **_against_adults(row)} for row in rows]
+
+
+def opposite_organs(label_names: Sequence[str]) -> list[tuple[str, str]]:
+    """List pairs of an organ on the patient's right and one on the left."""
+    pairs = [(name, name.replace("right", "left", 1)) for name in label_names if name.startswith("right ")]
+    return [pair for pair in [*pairs, ("liver", "spleen")] if set(pair) <= set(label_names)]
+
+
+def _edges(box: tuple[slice, ...], shape: Sequence[int], affine: np.ndarray) -> list[str]:
+    """Sides of the patient, in a fixed order, on which a box reaches the edge of the volume."""
+    found = set()
+    for part, size, (axis, direction) in zip(box, shape, io_orientation(affine), strict=True):
+        low, high = _SIDES[int(axis)][:: int(direction)]
+        found |= {side for side, there in ((low, part.start == 0), (high, part.stop == size)) if there}
+    return [side for pair in _SIDES for side in pair if side in found]
+
+
+def _against_adults(row: Row) -> Row:
+    """Compare a volume with those of adults; of what the edge cuts off only that it is too large can be said."""
+    if (known := ADULT_VOLUMES.get(row["organ"])) is None:
+        return {"adult_range_ml": None, "in_adult_range": None}
+    low, high = known.range_ml
+    inside: bool | None = low <= row["volume_ml"] <= high
+    if row["volume_ml"] < low and (row["touches_edge"] or not row["pieces"]):
+        inside = None
+    return {"adult_range_ml": [low, high], "in_adult_range": inside}
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """Say in words what deserves a look, a line each.
+
+    Organs whose volume is known in adults are whole organs: these are named also if they are missing or cut off.
+    """
+    said = []
+    for row in rows:
+        organ, whole = row["organ"], row["adult_range_ml"] is not None
+        if whole and not row["pieces"]:
+            said.append(f"{organ}: not found")
+        if whole and row["touches_edge"]:
+            said.append(f"{organ}: cut off by the edge of the scan ({', '.join(row['touches_edge'])})")
+        if row["in_adult_range"] is False:
+            low, high = row["adult_range_ml"]
+            side = "below" if row["volume_ml"] < low else "above"
+            said.append(f"{organ}: {row['volume_ml']:.4g} ml, {side} the range of adults, {low:g} to {high:g} ml")
+        if row["pieces"] > 1 and row["largest_piece"] <= 1 - SCATTERED:
+            said.append(f"{organ}: {row['pieces']} pieces, the largest has {100 * row['largest_piece']:.0f} % of it")
+    implausible = [row["organ"] for row in rows if row["left_right"] == "implausible"]
+    for right, left in opposite_organs(["", *(row["organ"] for row in rows)]):
+        if right in implausible and left in implausible:
+            said.append(f"{right} and {left}: left and right look swapped")
+    return said
+
+
+def statistics_table(cases: Mapping[str, Sequence[Row]], hounsfield: bool) -> list[list[Any]]:
+    """Lay out the rows of `statistics.csv`, in order of case and label value; a cell is empty without a value.
+
+    Args:
+        cases: rows of :func:`organ_statistics` by case.
+        hounsfield: whether intensities are in HU, so that their columns say so.
+    """
+    unit = "_hu" if hounsfield else ""
+    names = ["organ", "volume_ml", f"mean{unit}", f"std{unit}", "pieces", "largest_piece", "touches_edge", "left_right"]
+    table: list[list[Any]] = [["case", *names, "adult_range_ml", "in_adult_range"]]
+    for case, rows in sorted(cases.items()):
+        for row in rows:
+            table.append([case, *(_cell(row[name.removesuffix("_hu")]) for name in names)])
+            table[-1] += ["-".join(f"{ml:g}" for ml in row["adult_range_ml"] or ()), _cell(row["in_adult_range"])]
+    return table
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(value)
+    return "" if value is None else value
