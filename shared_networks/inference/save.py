@@ -185,8 +185,10 @@ class SaveSegmentationd(SaveImaged):
     def take_back(self, name: str) -> list[str]:
         """Declare the earlier results of a case incomplete, which are of other settings; return their files."""
         sidecar = self.output_dir / f"{name}_seg.json"
-        files = read_note(sidecar).get("files", [])
-        sidecar.unlink(missing_ok=True)
+        if not (content := read_note(sidecar)):
+            return []
+        files = content.get("files", [])
+        write_json(sidecar, {**content, "made_with": "being redone"})  # it still says that the files are no scans
         return [str(file) for file in files if Path(file).name == file and file.startswith(f"{name}_")]
 
     def list_case(self, name: str, statistics: list[Row]) -> None:

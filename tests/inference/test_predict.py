@@ -306,6 +306,7 @@ def test_a_redone_case_that_fails_midway_is_incomplete_also_for_the_old_settings
     saved(tmp_path / "in", tmp_path / "out", overlay=False)
     with full_disk(), pytest.raises(InputError, match="cannot be written"):
         saved(tmp_path / "in", tmp_path / "out", overlay=False, settings={"overlap": 0.7})
+    assert "made_with" in json.loads((tmp_path / "out" / "a_seg.json").read_text())  # so its labels are no scan
     assert saved(tmp_path / "in", tmp_path / "out", overlay=False)[0].done == ["in/a"]
 
 

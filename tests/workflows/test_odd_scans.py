@@ -281,7 +281,7 @@ def test_results_in_the_folder_that_is_read_are_no_scans(tmp_path: Path, capsys:
         assert f"1 segmented, 0 there already, 0 failed, {2 * again} passed over" in printed
     assert not list(data.glob("*_seg_seg*"))
     content = json.loads((data / "a_seg.json").read_text())
-    assert content["files"] == ["a_seg.nii.gz", "a_liver.nii.gz", "a_overlay.png"]
+    assert content["files"] == ["a_seg.nii.gz", "a_liver.nii.gz", "a_overlay.png", "a_preview.png"]
     (weights,) = content["made_with"]["weights"]
     assert len(weights.rpartition(": ")[2]) == 64  # a digest, and no time
 
