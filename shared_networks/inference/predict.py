@@ -36,7 +36,7 @@ from shared_networks.datasets.scans import (
     read_scan,
 )
 from shared_networks.datasets.validate import channel_problem
-from shared_networks.errors import InputError, input_error_in
+from shared_networks.errors import FailedScansError, InputError, input_error_in
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, scan_grid
 
@@ -401,7 +401,7 @@ class Scans(IterableDataset):
         """Say what was done, of all processes in the first.
 
         Raises:
-            InputError: a line for each scan that could not be segmented.
+            FailedScansError: a line for each scan that could not be segmented.
         """
         found = self.ranks.gather("report", [len(self.done), len(self.skipped), self.failed])
         if not found:
@@ -417,7 +417,8 @@ class Scans(IterableDataset):
         if failed:
             order = [source.files[0] for source in self.data]
             lines = [f"{file}: {failed[file]}" for file in sorted(failed, key=order.index)]
-            raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not {self.verb}:", *lines]))
+            summary = f"{len(lines)} of {len(self.data)} scan(s) not {self.verb}:"
+            raise FailedScansError("\n".join([summary, *lines]), failed)
 
 
 def reason_of(error: BaseException) -> str:
