@@ -18,6 +18,7 @@ from shared_networks.datasets.nifti import read_nifti
 from shared_networks.doors.segment import as_nifti
 from shared_networks.errors import InputError
 from tests.conftest import BUNDLES, ROOT
+from tests.workflows import odd_dicom
 
 Labels = tuple[np.ndarray, np.ndarray]
 
@@ -74,6 +75,16 @@ def test_an_image_with_a_slope_is_stored_as_its_file_is_read(ct: Path, tmp_path:
     assert ours.values.dtype == theirs.values.dtype == np.float32
     np.testing.assert_array_equal(ours.values, theirs.values)
     np.testing.assert_array_equal(ours.grid[1], theirs.grid[1])
+
+
+@pytest.mark.integration
+def test_a_folder_with_one_dicom_series_is_a_scan(tmp_path: Path) -> None:
+    values = odd_dicom.ct()
+    odd_dicom.write_series(tmp_path, values)
+    result = segment(tmp_path)
+    assert result.shape == values.shape
+    np.testing.assert_allclose(nib.affines.voxel_sizes(result.affine), odd_dicom.SPACING)
+    assert nib.aff2axcodes(result.affine) == ("L", "P", "S")
 
 
 @pytest.mark.integration

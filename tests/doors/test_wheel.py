@@ -153,6 +153,6 @@ def test_help_information_and_a_wrong_command(programs: Path, tmp_path: Path) ->
     assert found["version"] == __version__ and list(found["bundles"]) == sorted(BUNDLES)
     assert all(bundle["folder"].startswith(str(programs.parent)) for bundle in found["bundles"].values())
     assert "cpu" in found["devices"]
-    wrong = run([command, "segment", "no.nii.gz"], tmp_path, code=2)
-    assert wrong.stderr.startswith("error: no.nii.gz: no such file or folder")
+    wrong = run([command, "segmnt", "ct.nii.gz"], tmp_path, code=2)
+    assert wrong.stderr.startswith("error: segmnt: is no command; give segment or info")
     assert list(tmp_path.iterdir()) == []
