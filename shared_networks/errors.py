@@ -13,6 +13,18 @@ class InputError(ValueError):
     """Something the user can fix: one or more lines, each naming the file (or setting) and the fix."""
 
 
+class FailedScansError(InputError):
+    """Some scans of a run failed; the others are done.
+
+    Attributes:
+        failed: why, by file.
+    """
+
+    def __init__(self, message: str, failed: dict[str, str]) -> None:
+        super().__init__(message)
+        self.failed = failed
+
+
 def not_finite(what: str) -> InputError:
     """Return the error for a network's output that holds NaN or infinity."""
     return InputError(

@@ -1,4 +1,4 @@
-"""The version of the package, and the check that a bundle and the package that runs are of one release."""
+"""The version of the package, what of a bundle is released, and the check that both are of one release."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from pathlib import Path
 from shared_networks.errors import InputError
 
 __version__ = "0.1.0"
+
+RELEASED_FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*", "weights/[!.]*")
+"""What of a bundle's folder is in zips and in the wheel, beside weights that are given."""
+
+
+def bundle_names(root: Path) -> list[str]:
+    """Return the names of the bundles in a folder, such as a source tree.
+
+    Raises:
+        InputError: it has none.
+    """
+    names = sorted(file.parts[-3] for file in root.glob("*/configs/metadata.json"))
+    if not names:
+        raise InputError(f"{root}: no bundles beside shared_networks; run in a clone of the repository")
+    return names
 
 
 def check_copy(bundle_root: str | Path) -> None:

@@ -27,12 +27,10 @@ from shared_networks.datasets.record import PARTS, SAFETENSORS, read_record, rec
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write
 from shared_networks.networks.checkpoints import check_weights
-from shared_networks.version import __version__
+from shared_networks.version import RELEASED_FILES, __version__, bundle_names
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = "all"
-RELEASED_FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*", "weights/[!.]*")
-"""What of a bundle's folder is released, beside weights that are given."""
 GUIDES = ("data", "inference", "pretraining", "settings", "training")
 """Pages of the repository's `docs` that cards link to. They link to each other alone."""
 
@@ -70,18 +68,6 @@ def release(
         write_release(Path(output_dir), name, bundle_files(root, name, overlay, weights))
         for name in (names if bundle == ALL else [bundle])
     ]
-
-
-def bundle_names(root: Path) -> list[str]:
-    """Return the names of the bundles of a source tree.
-
-    Raises:
-        InputError: it has none.
-    """
-    names = sorted(file.parts[-3] for file in root.glob("*/configs/metadata.json"))
-    if not names:
-        raise InputError(f"{root}: no bundles beside shared_networks; run in a clone of the repository")
-    return names
 
 
 def check_versions(root: Path, names: Sequence[str]) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from shared_networks.bundle.release import ROOT, bundle_names
+from shared_networks.bundle.release import ROOT
 from shared_networks.errors import report_in_one_line
 from shared_networks.files import atomic_write, read_json
 from shared_networks.settings.command_line import call_with_options
 from shared_networks.settings.kinds import PATH, Kind
 from shared_networks.settings.table import SETTINGS
+from shared_networks.version import bundle_names
 
 Row = tuple[str, str, str, str]
 """Setting, default, what it takes and what it means, as Markdown."""

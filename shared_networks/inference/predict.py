@@ -28,16 +28,9 @@ from tqdm import tqdm
 
 from shared_networks.datasets.memory import free_memory
 from shared_networks.datasets.pairs import Image, case_name
-from shared_networks.datasets.scans import (
-    BadScanError,
-    Scan,
-    Source,
-    file_source,
-    read_grid,
-    read_scan,
-)
+from shared_networks.datasets.scans import BadScanError, Scan, Source, file_source, read_grid, read_scan
 from shared_networks.datasets.validate import channel_problem
-from shared_networks.errors import InputError, input_error_in
+from shared_networks.errors import FailedScansError, InputError, input_error_in
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, scan_grid
 
@@ -429,7 +422,7 @@ class Scans(IterableDataset):
         """Say what was done, of all processes in the first.
 
         Raises:
-            InputError: a line for each scan that could not be segmented.
+            FailedScansError: a line for each scan that could not be segmented.
         """
         if (totals := self.totals()) is None:
             return
@@ -442,7 +435,8 @@ class Scans(IterableDataset):
         )
         if failed:
             lines = [f"{file}: {reason}" for file, reason in failed.items()]
-            raise InputError("\n".join([f"{len(lines)} of {len(self.data)} scan(s) not {self.verb}:", *lines]))
+            summary = f"{len(lines)} of {len(self.data)} scan(s) not {self.verb}:"
+            raise FailedScansError("\n".join([summary, *lines]), failed)
 
 
 def reason_of(error: BaseException) -> str:

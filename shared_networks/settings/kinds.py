@@ -105,9 +105,13 @@ def _devices() -> dict[str, int]:
     return {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
 
 
-def _device_names() -> str:
-    names = [f"{kind}:{index}" if kind == "cuda" else kind for kind, n in _devices().items() for index in range(n)]
-    return f"a device of this machine: {', '.join(names)}"
+def device_names() -> list[str]:
+    """Return the devices of this machine, such as `["cpu", "cuda:0"]`."""
+    return [f"{kind}:{index}" if kind == "cuda" else kind for kind, n in _devices().items() for index in range(n)]
+
+
+def _expected_device() -> str:
+    return f"a device of this machine: {', '.join(device_names())}"
 
 
 def number(expected: str, fits: Callable[[float], bool]) -> Kind:
@@ -249,6 +253,6 @@ NAME = Kind(_name, "a name", (str,))
 NAMES = list_of(NAME, "a list of names, such as [case_1,case_2]")
 LABELS = list_of(NAME, "a list of two names or more, such as \"['background','liver']\"", least=2)
 NUMBER_TYPE = Kind(_number_type, "bfloat16, float16 or float32", ())
-DEVICE = Kind(_device, _device_names, (str,))
+DEVICE = Kind(_device, _expected_device, (str,))
 PATCH_SIZE = Kind(_patch, "a whole number of at least 1, or three", (int, list, tuple))
 ORGAN = Kind(_organ, "a label's name or value", (str, int))

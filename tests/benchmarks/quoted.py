@@ -169,6 +169,14 @@ def memory_line() -> str:
     return f"| {peaks} GB | measured, without the network; MONAI's chain took {stock:.0f} GB for {SLICES} |"
 
 
+def fast_line() -> str:
+    """The guide's to inference: what windows without overlap save and cost."""
+    ways = json.loads((RESULTS / "fast.json").read_text())["ways"]
+    (seconds, dice), (fast_seconds, fast_dice) = (ways[way].values() for way in ("default", "fast"))
+    share = f"{fast_seconds / seconds:.2f} of the CPU time"
+    return f"windows do not overlap: {share}, mean Dice {fast_dice:.3f} in place of {dice:.3f} on two synthetic CTs"
+
+
 def tables(header: str) -> list[str]:
     """Those of `transfer.md` that start so."""
     return [block for block in (RESULTS / "transfer.md").read_text().split("\n\n") if block.startswith(header)]
@@ -199,6 +207,7 @@ def main() -> None:
         crops_line(),
         step_line(),
         memory_line(),
+        fast_line(),
         *transfer_tables(),
         *ablation_tables(),
         sep="\n\n",

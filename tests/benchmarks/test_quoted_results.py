@@ -59,6 +59,7 @@ def test_cost_is_what_scaling_prints(capsys: pytest.CaptureFixture[str]) -> None
 def test_cards_and_guides_have_the_figures_of_the_files() -> None:
     assert quoted.step_line() in CARDS["hi_end_mae_pretrain"]
     assert quoted.memory_line() in guide("inference")
+    assert quoted.fast_line() in guide("inference")
 
 
 def test_crops_a_second_have_one_source() -> None:

@@ -72,6 +72,7 @@ OTHER_OPTIONS = {
     "bundle", "label_set", "out",  # shared_networks: relabel and derive, phantom
     "standalone", "nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint",  # torchrun
     "logdir",  # tensorboard
+    "weights", "fast", "json",  # hi-end-mae
 }  # fmt: skip
 
 

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from shared_networks.datasets.record import file_digest
+from shared_networks.doors.inference import SIZES, check_owner, configured, network_size
+from shared_networks.errors import InputError
+from shared_networks.settings.command_line import Given
+from tests.conftest import BUNDLES, ROOT
+
+PRETRAIN, BTCV, FLARE = (ROOT / name for name in BUNDLES)
+
+
+def shipped(bundle: Path) -> Path:
+    return bundle / "weights" / "small.pt"
+
+
+def tiny_weights(folder: Path, **settings: Any) -> Path:
+    """Random weights of a tiny network."""
+    config = ConfigParser()
+    config.read_config([BTCV / "configs" / f"{name}.json" for name in ("inference", "tiny")])
+    config.update({"bundle_root": str(BTCV), "num_classes": 14, **settings})
+    torch.save(config.get_parsed_content("network_def").state_dict(), folder / "model.pt")
+    return folder / "model.pt"
+
+
+def test_sizes_are_overlays_of_both_bundles() -> None:
+    assert [(bundle / "configs" / f"{size}.json").is_file() for bundle in (BTCV, FLARE) for size in SIZES[:2]]
+    assert SIZES == ("small", "tiny", "")
+
+
+def test_the_network_has_the_size_of_the_weights(tmp_path: Path) -> None:
+    assert network_size(BTCV, shipped(BTCV), []) == "small"
+    assert network_size(BTCV, tiny_weights(tmp_path), []) == "tiny"
+
+
+def test_the_network_may_be_one_that_settings_describe(tmp_path: Path) -> None:
+    weights = tiny_weights(tmp_path, **{"network_def#feature_size": 4})
+    assert network_size(BTCV, weights, [Given("network_def#feature_size", 4, 4)]) == "tiny"
+    assert network_size(BTCV, weights, []) == SIZES[0]  # fits none, which the bundle then says
+
+
+def test_settings_are_values_and_paths_no_expressions() -> None:
+    given = [Given("dataset_dir", "$1 + 1", "$1 + 1"), Given("overlap", "0.4", 0.4), Given("seed", "7", 7)]
+    config = configured(BTCV, "small", given)
+    assert config.get_parsed_content("dataset_dir") == "$1 + 1"
+    assert config.get_parsed_content("overlap") == 0.4
+    assert config.get_parsed_content("seed") == 7
+    assert config.get_parsed_content("img_size") == [60, 60, 60]
+    assert config.get_parsed_content("bundle_root") == str(BTCV)
+
+
+@pytest.mark.parametrize("weights", [shipped(BTCV), BTCV / "weights" / "none.pt"], ids=["its own", "missing"])
+def test_weights_of_the_bundle_are_left_to_its_own_check(weights: Path) -> None:
+    check_owner(weights, BTCV)
+
+
+def test_weights_without_a_record_are_left_to_its_own_check(tmp_path: Path) -> None:
+    shutil.copy(shipped(FLARE), tmp_path / "model.pt")
+    check_owner(tmp_path / "model.pt", BTCV)
+
+
+def test_weights_of_labels_that_no_bundle_has_are_left_to_its_own_check(tmp_path: Path) -> None:
+    shutil.copy(shipped(BTCV), tmp_path / "model.pt")
+    record = json.loads((BTCV / "weights" / "small.json").read_text())
+    record |= {"labels": {"background": 0, "liver": 1}, "weights_sha256": file_digest(tmp_path / "model.pt")}
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    check_owner(tmp_path / "model.pt", BTCV)
+
+
+@pytest.mark.parametrize(
+    ("owner", "bundle", "fix"),
+    [
+        (FLARE, BTCV, "give --bundle flare"),
+        (BTCV, FLARE, "give --bundle btcv"),
+        (PRETRAIN, BTCV, f"give a model of {BTCV.name}"),
+    ],
+    ids=["flare", "btcv", "pretrain"],
+)
+def test_weights_of_another_bundle_are_refused(owner: Path, bundle: Path, fix: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_owner(shipped(owner), bundle)
+    assert str(caught.value) == f"{shipped(owner)}: weights of {owner.name}, not of {bundle.name}; {fix}"
