@@ -87,7 +87,7 @@ def test_a_scan_is_segmented_and_left_the_next_time(
     monkeypatch.chdir(tmp_path)
     shutil.copy(ct, "ct.nii.gz")
     assert run_command(["segment", "ct.nii.gz"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().out.splitlines()[-2:] == [
         "1 segmented, 0 there already, 0 failed, 0 passed over",
         "results are in labels",
     ]
