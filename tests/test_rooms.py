@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "shared_networks"
 GROUND = ("errors", "files", "version")
 ORDER = ["settings", "datasets", "synthetic", "store", "transforms", "networks", "training", "figures", "inference"]
-ORDER += ["evaluation", "bundle"]
+ORDER += ["evaluation", "bundle", "doors"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,0 +1,1 @@
+"""Let other programs use what this package makes."""
