@@ -17,6 +17,7 @@ import torch
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -35,10 +36,13 @@ POSITIONS = "vit.patch_embedding.position_embeddings"
 ENCODER = "HI_END_MAE_ENCODER"
 
 
-def printed() -> list[str]:
-    """Commands of the guide's first fence that are nnU-Net's."""
-    fence = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "nnunet.md").read_text(), re.DOTALL)[0]
-    return [line for line in fence.splitlines() if line.startswith("nnUNetv2_")]
+GUIDE = (ROOT / "docs" / "nnunet.md").read_text()
+
+
+def printed(fence: int = 0) -> list[str]:
+    """Commands of one of the guide's fences that are nnU-Net's."""
+    lines = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)[fence].splitlines()
+    return [line for line in lines if line.startswith("nnUNetv2_")]
 
 
 def made_small(line: str, folders: Path) -> str:
@@ -79,6 +83,18 @@ def test_guide_trains_and_predicts_on_the_scans_grid(trained, folders: Path) -> 
     np.testing.assert_allclose(result.affine, source.affine, atol=1e-3)
     labels = np.asanyarray(result.dataobj)
     assert set(np.unique(labels)) <= set(range(14))
+
+
+def test_the_other_commands_of_the_guide_differ_in_voxels_and_trainer_alone() -> None:
+    published = [line.replace("1.5 1.5 1.5", "3 3 3").replace("HiEndMAE -p", "HiEndMAESmall -p") for line in printed(1)]
+    assert published == printed()[:2]
+    assert "export nnUNet_extTrainer=$PWD/shared_networks/doors/nnunet\n" in GUIDE  # as in conftest.py
+    assert f"export {ENCODER}=" in GUIDE
+
+
+def test_channel_names_of_the_guide_are_nnunets() -> None:
+    assert get_normalization_scheme("CT").__name__ == "CTNormalization"
+    assert get_normalization_scheme("noNorm").__name__ == "NoNormalization"
 
 
 def test_log_names_what_was_loaded_and_the_encoders_voxels(trained) -> None:
