@@ -5,6 +5,7 @@
 #   ./runtests.sh integration     bundles, commands and several processes
 #   ./runtests.sh -m slow         the slow ones: the whole quickstart
 #   ./runtests.sh --monailabel    two bundles in MONAI Label's own server, which gets an environment of its own
+#   ./runtests.sh --nnunet        the trainers for nnU-Net in nnU-Net, which gets an environment of its own
 #   ./runtests.sh --gpu           what a GPU can disprove, on one CUDA device
 #   ./runtests.sh --gpu --device cpu   the same tests without a GPU
 set -euo pipefail
@@ -22,6 +23,15 @@ case ${1:-} in
         PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
             .venv-monailabel/bin/pip install --quiet --disable-pip-version-check --requirement "$pins"
         set -- tests/monai_label "${@:2}" ;;
+    --nnunet)
+        pins=$PWD/shared_networks/doors/nnunet/requirements.txt
+        [ -x .venv-nnunet/bin/python ] || python3 -m venv .venv-nnunet
+        PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
+            .venv-nnunet/bin/pip install --quiet --disable-pip-version-check --requirement "$pins" --editable '.[nnunet]'
+        # The CPU build of PyTorch with the CUDA build of torchvision, which nnU-Net's networks import.
+        .venv-nnunet/bin/python -c "import torchvision" 2> /dev/null ||
+            export PYTHONPATH=$PWD/shared_networks/bundle/monai_label/torchvision_without_operators
+        exec .venv-nnunet/bin/python -m pytest tests/nnunet "${@:2}" ;;
     --gpu) set -- tests/gpu "${@:2}" ;;
     unit) set -- $side_by_side -m "not slow and not integration" "${@:2}" ;;
     integration) set -- $side_by_side -m "integration and not slow" "${@:2}" ;;

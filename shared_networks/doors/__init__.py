@@ -1,1 +1,1 @@
-"""Doors to the bundles: the command `hi-end-mae` and `segment` in Python. What they do is in the bundles' configs."""
+"""Doors to the package: the command `hi-end-mae`, `segment` in Python, and trainers for nnU-Net."""

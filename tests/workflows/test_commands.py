@@ -41,6 +41,8 @@ ELSEWHERE = {
     "_export network_def": "tests/bundle/test_exports.py",
     "download_large_files": "tests/networks/test_checkpoints.py",
     "pip install": "",
+    "nnUNet": "tests/nnunet/test_trainers.py",  # in an environment that has nnU-Net
+    "HI_END_MAE_ENCODER": "tests/nnunet/test_trainers.py",
     "shared_networks.synthetic.phantom": "tests/synthetic/test_phantom.py",
     "./quickstart.sh": "tests/workflows/test_quickstart.py",
     "hi-end-mae segment": "tests/doors/test_wheel.py",

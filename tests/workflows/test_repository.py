@@ -75,7 +75,7 @@ def test_workflow_calls_what_exists(workflow: Path) -> None:
             assert program.removeprefix(".venv/bin/") in ("ruff", "mypy", "pip", "pip-audit")
             continue
         assert (ROOT / program).stat().st_mode & 0o111
-        if words[0] in ("-m", "--monailabel", "--gpu", "unit", "integration"):
+        if words[0] in ("-m", "--monailabel", "--nnunet", "--gpu", "unit", "integration"):
             assert f"./runtests.sh {' '.join(words)}" in (ROOT / "runtests.sh").read_text()
         else:
             assert [word for word in words if not (ROOT / word).is_file()] == []

@@ -1,0 +1,1 @@
+"""Trainers that nnU-Net v2 finds in this folder by `nnUNet_extTrainer`."""
