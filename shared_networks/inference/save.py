@@ -19,8 +19,10 @@ from scipy import ndimage
 from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.pairs import source_file
+from shared_networks.errors import InputError
 from shared_networks.figures.overlay import overlay_figure
-from shared_networks.files import atomic_write, write_csv
+from shared_networks.files import OTHER_FOLDER, atomic_write, write_csv
+from shared_networks.inference.dicom_seg import OWN_SCHEME, check_highdicom, unknown_labels, write_dicom_seg
 from shared_networks.inference.done import made_with, read_note
 from shared_networks.inference.predict import is_unwritable, reason_of
 from shared_networks.inference.ranks import Ranks
@@ -113,8 +115,9 @@ class SaveSegmentationd(SaveImaged):
     """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and a look at them as `NAME_overlay.png`.
 
     `volumes_ml.csv` has the volumes of all cases so far in ml, a row a case, a column a label. With an organ's
-    probability, `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete. It is one of
-    MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
+    probability, `NAME_ORGAN.nii.gz` as well, and with `dicom_seg` the labels as `NAME_seg.dcm`. The sidecar is written
+    last: with it, a case is complete. It is one of MONAI's savers so that MONAI Label, which saves by itself, leaves it
+    out.
 
     Args:
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.
@@ -126,9 +129,11 @@ class SaveSegmentationd(SaveImaged):
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
         ranks: the processes that share the scans, whose first writes the table; by default this one alone.
+        dicom_seg: whether labels are written as DICOM SEG too, of a case's `source`, a DICOM series, with each voxel's
+            `label_probability` [X, Y, Z], where the case has it.
 
     Raises:
-        InputError: on call, if a file cannot be written.
+        InputError: highdicom is not installed and DICOM SEG is asked for; on call, if a file cannot be written.
     """
 
     def __init__(
@@ -143,8 +148,16 @@ class SaveSegmentationd(SaveImaged):
         checkpoints: Sequence[str | Path] = (),
         settings: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
+        dicom_seg: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys)
+        self.dicom_seg = dicom_seg
+        if dicom_seg:
+            check_highdicom()
+            if unknown := unknown_labels(label_names):
+                logger.warning(
+                    "dicom_seg: no SNOMED CT code is known of %s; coded as %s by name", ", ".join(unknown), OWN_SCHEME
+                )
         self.ranks = ranks or Ranks()
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
@@ -161,6 +174,7 @@ class SaveSegmentationd(SaveImaged):
         name, scan = data["name"], data["scan"]
         labels = convert_to_numpy(data[self.keys[0]][0])
         affine, file = convert_to_numpy(scan.affine), source_file(scan)
+        self.remove_dicom_seg(name)
         written = [f"{name}_seg.nii.gz"]
         with atomic_write(self.output_dir / written[0]) as part:
             nib.save(label_image(labels, affine, file), part)
@@ -172,6 +186,8 @@ class SaveSegmentationd(SaveImaged):
             written.append(f"{name}_{organ}.nii.gz")
             with atomic_write(self.output_dir / written[-1]) as part:
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
+        if self.dicom_seg:
+            written += self.write_dicom_seg(name, labels, data)
         if self.overlay:
             written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
         volumes = label_volumes(labels, affine, self.label_names)
@@ -180,6 +196,7 @@ class SaveSegmentationd(SaveImaged):
             "labels": label_table(self.label_names),
             "files": written,
             "overlay": self.overlay,
+            "dicom_seg": self.dicom_seg,
             "volumes_ml": volumes,
             "made_with": self.made_with(data["stamp"]),
         }
@@ -187,6 +204,29 @@ class SaveSegmentationd(SaveImaged):
             part.write_text(json.dumps(content, indent=1) + "\n")
         self.list_volumes(name, volumes)
         return dict(data)
+
+    def remove_dicom_seg(self, name: str) -> None:
+        """Remove the object of labels that are about to be replaced; a file that this saver did not write stays.
+
+        Raises:
+            InputError: it cannot be removed.
+        """
+        file = self.output_dir / f"{name}_seg.dcm"
+        if file.name in read_note(self.output_dir / f"{name}_seg.json").get("files", ()):
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise InputError(f"{file}: cannot be replaced ({error.strerror}); {OTHER_FOLDER}") from error
+
+    def write_dicom_seg(self, name: str, labels: np.ndarray, data: Mapping[Hashable, Any]) -> list[str]:
+        """Write the labels as a DICOM SEG and return its name; without any organ that is said, and none is written."""
+        probability = data.get("label_probability")
+        chances = None if probability is None else probability.numpy()
+        file = self.output_dir / f"{name}_seg.dcm"
+        if write_dicom_seg(file, labels, data["source"], self.label_names, self.checkpoints, chances):
+            return [file.name]
+        logger.warning("%s: no DICOM SEG, as no organ was found", name)
+        return []
 
     def list_volumes(self, name: str, volumes: Mapping[str, float]) -> None:
         """Add a case to the table of volumes, which this process writes if it is the only one."""
@@ -224,9 +264,11 @@ class SaveSegmentationd(SaveImaged):
         return made_with(stamp, self.checkpoints, self.settings)
 
     def is_done(self, name: str, stamp: str) -> bool:
-        """Return whether results exist of a name, this scan, these weights and settings; if so, list its volumes."""
+        """Return whether results exist of a name, this scan, weights, labels and settings; if so, list its volumes."""
         content = read_note(self.output_dir / f"{name}_seg.json")
-        if content.get("made_with") != self.made_with(stamp) or (self.overlay and not content.get("overlay")):
+        if content.get("made_with") != self.made_with(stamp) or content["labels"] != label_table(self.label_names):
+            return False
+        if (self.overlay and not content.get("overlay")) or (self.dicom_seg and not content.get("dicom_seg")):
             return False
         if "volumes_ml" not in content or not all((self.output_dir / file).is_file() for file in content["files"]):
             return False
