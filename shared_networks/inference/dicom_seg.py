@@ -12,6 +12,7 @@ import importlib.util
 import re
 import unicodedata
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,9 @@ ORGANS = {
     "stomach": Property(Concept("69695003", "Stomach")),
     "aorta": Property(Concept("15825003", "Aorta")),
     "inferior vena cava": Property(Concept("64131007", "Inferior vena cava")),
-    # No code is of both veins: one segment has one type.
+    "portal vein": Property(Concept("32764006", "Portal vein")),
+    "splenic vein": Property(Concept("35819009", "Splenic vein")),
+    # No code is of both veins, and a segment has one type.
     "portal vein and splenic vein": Property(
         Concept("32764006", "Portal vein"), (Concept("35819009", "Splenic vein"),)
     ),
@@ -100,13 +103,18 @@ def check_highdicom() -> None:
     """Refuse to go on without highdicom.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed, or too old.
     """
     if importlib.util.find_spec("highdicom") is None:
-        raise InputError(
-            "dicom_seg: DICOM SEG is written with highdicom, which is not installed; "
-            "pip install 'hi-end-mae-bundles[dicom-seg]'"
-        )
+        found = "which is not installed"
+    elif tuple(map(int, (installed := version("highdicom")).split(".")[:2])) < (0, 28):
+        found = f"and {installed} is installed"
+    else:
+        return
+    raise InputError(
+        f"dicom_seg: DICOM SEG is written with highdicom 0.28 or later, {found}; "
+        "pip install 'hi-end-mae-bundles[dicom-seg]' or 'highdicom>=0.28'"
+    )
 
 
 def check_source(source: Source, scan: Scan) -> dict[str, Any]:

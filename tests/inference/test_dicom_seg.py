@@ -404,10 +404,18 @@ def test_without_any_organ_none_is_written_and_that_is_said_once(
 
 def test_highdicom_that_is_missing_is_said_before_any_scan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    match = r"highdicom, which is not installed; pip install 'hi-end-mae-bundles\[dicom-seg\]'$"
+    match = r"highdicom 0\.28 or later, which is not installed; pip install 'hi-end-mae-bundles\[dicom-seg\]' or 'highd"
     with pytest.raises(InputError, match=match):
         SaveSegmentationd(label_names=NAMES, output_dir=tmp_path, dicom_seg=True)
     SaveSegmentationd(label_names=NAMES, output_dir=tmp_path)
+
+
+def test_a_highdicom_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "highdicom-0.9.1.dist-info").mkdir()
+    (tmp_path / "highdicom-0.9.1.dist-info" / "METADATA").write_text("Name: highdicom\nVersion: 0.9.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"highdicom 0\.28 or later, and 0\.9\.1 is installed; pip install"):
+        SaveSegmentationd(label_names=NAMES, output_dir=tmp_path, dicom_seg=True)
 
 
 def tag(files: list[Path], which: slice, **tags: Any) -> None:
@@ -518,6 +526,17 @@ def test_an_object_is_of_the_labels_beside_it(tmp_path: Path) -> None:
     assert [s.SegmentLabel for s in check(out / "ct_seg.dcm", files).SegmentSequence][2] == "portal vein"
     assert saved(tmp_path / "in", out, 0 * labels, settings={"overlap": 0.7}).done == ["in/ct"]
     assert not (out / "ct_seg.dcm").exists()
+
+
+def test_an_object_that_cannot_be_replaced_is_said(tmp_path: Path) -> None:
+    series(tmp_path / "in" / "ct")
+    saved(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out" / "ct_seg.dcm").unlink()
+    (tmp_path / "out" / "ct_seg.dcm").mkdir()
+    before = (tmp_path / "out" / "ct_seg.nii.gz").read_bytes()
+    with pytest.raises(InputError, match=r"ct_seg\.dcm: cannot be replaced \(.*\); make room there or give another"):
+        saved(tmp_path / "in", tmp_path / "out", 0 * labelled())
+    assert (tmp_path / "out" / "ct_seg.nii.gz").read_bytes() == before
 
 
 def test_a_file_of_someone_else_stays_where_no_object_is_asked_for(tmp_path: Path) -> None:
