@@ -116,6 +116,7 @@ class LabelPlanes:
         box: first voxel and the one after the last of the foreground on each prepared axis; planes are cut to it.
         from_logits: whether planes hold logits, or probabilities already.
         organ: label value whose probability is kept as well.
+        keep_probability: whether each voxel's probability of its label is kept too, in `label_probability`.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class LabelPlanes:
         box: Sequence[tuple[int, int]],
         from_logits: bool = True,
         organ: int | None = None,
+        keep_probability: bool = False,
     ) -> None:
         self.grid, self.axis, self.from_logits, self.organ = grid, axis, from_logits, organ
         self.in_plane = [other for other in range(3) if other != axis]
@@ -139,6 +141,7 @@ class LabelPlanes:
         shape = [grid.shape[a] for a in (axis, *self.in_plane)]
         self.labels = torch.zeros(shape, dtype=torch.uint8)
         self.organ_probability = None if organ is None else torch.zeros(shape, dtype=torch.float16)
+        self.label_probability = torch.zeros(shape, dtype=torch.float16) if keep_probability else None
         self.count = 0
         self.last: LogitPlane | None = None
         self.last_organs: Rectangle | None = None
@@ -198,9 +201,11 @@ class LabelPlanes:
         chances[0].clamp_(min=1e-30)  # where there is no class at all, background and not any
         rows, row_span = _part(self.rows, top, bottom, chances.device)
         columns, column_span = _part(self.columns, left, right, chances.device)
-        labels = _labels(chances, rows, columns).cpu()
+        labels, probability = _labels(chances, rows, columns, self.label_probability is not None)
         self.labels = self.labels.to(labels.dtype)
-        self.labels[index, row_span, column_span] = labels
+        self.labels[index, row_span, column_span] = labels.cpu()
+        if self.label_probability is not None and probability is not None:
+            self.label_probability[index, row_span, column_span] = probability.half().cpu()
         if self.organ_probability is not None:
             organ = resample_plane(chances[self.organ], rows, columns)
             self.organ_probability[index, row_span, column_span] = organ.half().cpu()
@@ -219,10 +224,13 @@ def resample_plane(plane: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return torch.lerp(below[:, columns.lower], below[:, columns.lower + 1], columns.weight)
 
 
-def _labels(chances: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """The largest class of [C, A, B] interpolated at [rows, columns]."""
+def _labels(chances: Tensor, rows: Axis, columns: Axis, keep_probability: bool) -> tuple[Tensor, Tensor | None]:
+    """The largest class of [C, A, B] interpolated at [rows, columns], and its value there if it is to be kept."""
     kind = torch.uint8 if len(chances) <= 256 else torch.int16
-    corners = chances.max(dim=0).indices.to(kind)
+    largest = chances.max(dim=0)
+    corners = largest.indices.to(kind)
+    # Where the corners of a cell agree, their largest values are all the same class's.
+    probability = resample_plane(largest.values, rows, columns) if keep_probability else None
     cell = corners[:-1, :-1]
     differ = (cell != corners[1:, :-1]) | (cell != corners[:-1, 1:]) | (cell != corners[1:, 1:])
     labels = cell[rows.lower][:, columns.lower]
@@ -233,5 +241,8 @@ def _labels(chances: Tensor, rows: Axis, columns: Axis) -> Tensor:
     width = chances.shape[2]
     below = torch.lerp(by_voxel[corner], by_voxel[corner + 1], across)
     above = torch.lerp(by_voxel[corner + width], by_voxel[corner + width + 1], across)
-    labels[row, column] = torch.lerp(below, above, along).max(dim=1).indices.to(kind)
-    return labels
+    found = torch.lerp(below, above, along).max(dim=1)
+    labels[row, column] = found.indices.to(kind)
+    if probability is not None:
+        probability[row, column] = found.values
+    return labels, probability

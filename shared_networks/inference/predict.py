@@ -503,12 +503,17 @@ class SaveInBackground:
             InputError: results cannot be written, of this scan or the last.
         """
         labels, self.inferer.labels = self.inferer.labels, None
+        source = self.scans.current
 
         def save(case: Mapping[Hashable, Any]) -> Any:
             if labels is None:
-                return self.transform(case)
+                return self.transform({**case, "source": source})
             found = labels.result()
-            results = {CommonKeys.PRED: found.labels[0], "organ_probability": found.organ_probability}
-            return self.transform({**case, **results})
+            results = {
+                CommonKeys.PRED: found.labels[0],
+                "organ_probability": found.organ_probability,
+                "label_probability": found.label_probability,
+            }
+            return self.transform({**case, **results, "source": source})
 
         return dict(self.scans.save(save, data))

@@ -19,9 +19,11 @@ from scipy import ndimage
 from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.pairs import source_file
+from shared_networks.errors import InputError
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.figures.preview import preview_figure
-from shared_networks.files import atomic_write, write_csv, write_json
+from shared_networks.files import OTHER_FOLDER, atomic_write, write_csv, write_json
+from shared_networks.inference.dicom_seg import OWN_SCHEME, check_highdicom, unknown_labels, write_dicom_seg
 from shared_networks.inference.done import made_with, read_note
 from shared_networks.inference.predict import Scans, is_unwritable, reason_of
 from shared_networks.inference.ranks import Ranks
@@ -103,9 +105,10 @@ class SaveSegmentationd(SaveImaged):
     """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and pictures of them.
 
     The pictures are `NAME_overlay.png`, slices, and `NAME_preview.png`, surfaces. With an organ's probability,
-    `NAME_ORGAN.nii.gz` as well. The sidecar is written last: with it, a case is complete. At the end of a run,
-    `statistics.csv` has the organs of all cases, see :func:`shared_networks.inference.statistics.organ_statistics`, and
-    `report.json` what was done. It is one of MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
+    `NAME_ORGAN.nii.gz` as well, and with `dicom_seg` the labels as `NAME_seg.dcm`. The sidecar is written last: with
+    it, a case is complete. At the end of a run, `statistics.csv` has the organs of all cases, see
+    :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. It is one of
+    MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
 
     Args:
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.
@@ -117,9 +120,11 @@ class SaveSegmentationd(SaveImaged):
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
         ranks: the processes that share the scans, whose first writes the table; by default this one alone.
+        dicom_seg: whether labels are written as DICOM SEG too, of a case's `source`, a DICOM series, with each voxel's
+            `label_probability` [X, Y, Z], where the case has it.
 
     Raises:
-        InputError: on call, if a file cannot be written.
+        InputError: highdicom is not installed and DICOM SEG is asked for; on call, if a file cannot be written.
     """
 
     def __init__(
@@ -134,8 +139,16 @@ class SaveSegmentationd(SaveImaged):
         checkpoints: Sequence[str | Path] = (),
         settings: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
+        dicom_seg: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys)
+        self.dicom_seg = dicom_seg
+        if dicom_seg:
+            check_highdicom()
+            if unknown := unknown_labels(label_names):
+                logger.warning(
+                    "dicom_seg: no SNOMED CT code is known of %s; coded as %s by name", ", ".join(unknown), OWN_SCHEME
+                )
         self.ranks = ranks or Ranks()
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
@@ -152,7 +165,7 @@ class SaveSegmentationd(SaveImaged):
         name, scan = data["name"], data["scan"]
         labels = convert_to_numpy(data[self.keys[0]][0])
         affine, file = convert_to_numpy(scan.affine), source_file(scan)
-        earlier = self.take_back(name)
+        self.take_back(name)
         written = [f"{name}_seg.nii.gz"]
         with atomic_write(self.output_dir / written[0]) as part:
             nib.save(label_image(labels, affine, file), part)
@@ -164,16 +177,17 @@ class SaveSegmentationd(SaveImaged):
             written.append(f"{name}_{organ}.nii.gz")
             with atomic_write(self.output_dir / written[-1]) as part:
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
+        if self.dicom_seg:
+            written += self.write_dicom_seg(name, labels, data)
         if self.overlay:
             written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
-        for old in set(earlier) - set(written):
-            (self.output_dir / old).unlink(missing_ok=True)
         statistics = organ_statistics(labels, convert_to_numpy(scan[0]), affine, self.label_names)
         content = {
             "scan": file,
             "labels": label_table(self.label_names),
             "files": written,
             "overlay": self.overlay,
+            "dicom_seg": self.dicom_seg,
             "statistics": statistics,
             "made_with": self.made_with(data["stamp"]),
         }
@@ -182,14 +196,37 @@ class SaveSegmentationd(SaveImaged):
         self.list_case(name, statistics)
         return dict(data)
 
-    def take_back(self, name: str) -> list[str]:
-        """Declare the earlier results of a case incomplete, which are of other settings; return their files."""
-        sidecar = self.output_dir / f"{name}_seg.json"
+    def take_back(self, name: str) -> None:
+        """Declare the earlier results of a case incomplete, which are of other settings, and remove all but the labels.
+
+        Files that this saver did not write stay.
+
+        Raises:
+            InputError: one cannot be removed.
+        """
+        sidecar, labels = (self.output_dir / f"{name}_seg{ending}" for ending in (".json", ".nii.gz"))
         if not (content := read_note(sidecar)):
-            return []
-        files = content.get("files", [])
-        write_json(sidecar, {**content, "made_with": "being redone"})  # it still says that the files are no scans
-        return [str(file) for file in files if Path(file).name == file and file.startswith(f"{name}_")]
+            return
+        # The note still says that the labels are no scan. They are replaced at once, when the new ones are written.
+        write_json(sidecar, {**content, "files": [labels.name], "made_with": "being redone"})
+        for file in map(str, content.get("files", ())):
+            if file != labels.name and file == Path(file).name and file.startswith(f"{name}_"):
+                try:
+                    (self.output_dir / file).unlink(missing_ok=True)
+                except OSError as error:
+                    raise InputError(
+                        f"{self.output_dir / file}: cannot be replaced ({error.strerror}); {OTHER_FOLDER}"
+                    ) from error
+
+    def write_dicom_seg(self, name: str, labels: np.ndarray, data: Mapping[Hashable, Any]) -> list[str]:
+        """Write the labels as a DICOM SEG and return its name; without any organ that is said, and none is written."""
+        probability = data.get("label_probability")
+        chances = None if probability is None else probability.numpy()
+        file = self.output_dir / f"{name}_seg.dcm"
+        if write_dicom_seg(file, labels, data["source"], self.label_names, self.checkpoints, chances):
+            return [file.name]
+        logger.warning("%s: no DICOM SEG, as no organ was found", name)
+        return []
 
     def list_case(self, name: str, statistics: list[Row]) -> None:
         """Add a case to the table of statistics."""
@@ -238,9 +275,11 @@ class SaveSegmentationd(SaveImaged):
         return made_with(stamp, self.checkpoints, self.settings)
 
     def is_done(self, name: str, stamp: str) -> bool:
-        """Return whether results exist of a name, this scan, these weights and settings; if so, list its organs."""
+        """Return whether results exist of a name, this scan, weights, labels and settings; if so, list its organs."""
         content = read_note(self.output_dir / f"{name}_seg.json")
-        if content.get("made_with") != self.made_with(stamp) or (self.overlay and not content.get("overlay")):
+        if content.get("made_with") != self.made_with(stamp) or content.get("labels") != label_table(self.label_names):
+            return False
+        if (self.overlay and not content.get("overlay")) or (self.dicom_seg and not content.get("dicom_seg")):
             return False
         if "statistics" not in content or not all((self.output_dir / file).is_file() for file in content["files"]):
             return False

@@ -35,10 +35,12 @@ class Labels(NamedTuple):
     Attributes:
         labels: [1, 1, X, Y, Z] with the scan's affine, uint8, or int16 of more than 256 classes.
         organ_probability: [X, Y, Z] float16, if it was asked for.
+        label_probability: [X, Y, Z] float16, each voxel's probability of its label, if it was asked for.
     """
 
     labels: MetaTensor
     organ_probability: Tensor | None
+    label_probability: Tensor | None = None
 
 
 class SlidingWindowLabels(Inferer):
@@ -66,6 +68,7 @@ class SlidingWindowLabels(Inferer):
         organ: name or value of the label whose probabilities are kept in `organ_probability`, [X, Y, Z] float16 of the
             last scan.
         label_names: names in order of label value, background first.
+        label_probability: whether :meth:`begin` also gives each voxel's probability of its label.
 
     Raises:
         InputError: a setting makes no sense.
@@ -82,6 +85,7 @@ class SlidingWindowLabels(Inferer):
         dtype: torch.dtype | None = None,
         organ: str | int | None = None,
         label_names: Sequence[str] = (),
+        label_probability: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= overlap < 1:
@@ -101,6 +105,7 @@ class SlidingWindowLabels(Inferer):
         self.predict = AutocastInferer(SimpleInferer(), dtype)
         self.organ = None if organ is None else organ_value(organ, label_names)
         self.organ_probability: Tensor | None = None
+        self.label_probability = label_probability
 
     @property
     def averages_probabilities(self) -> bool:
@@ -148,15 +153,15 @@ class SlidingWindowLabels(Inferer):
             done.set_result(Labels(labels, probability))
             return done
         axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
-        planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
+        planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ, self.label_probability)
         groups = self._groups(volume, foreground, axis)
 
         def label(outputs: Iterator[tuple[Window, Tensor]]) -> Labels:
             finished = self._planes(volume, groups, outputs, axis, box)
             labels = consume_in_background(planes.label, finished, _PLANES).result()
-            chances = planes.organ_probability
-            probability = None if chances is None else planes.on_scan(chances)
-            return Labels(with_scan_meta(labels[None, None], inputs), probability)
+            chances = [planes.organ_probability, planes.label_probability]
+            probabilities = [None if chance is None else planes.on_scan(chance) for chance in chances]
+            return Labels(with_scan_meta(labels[None, None], inputs), *probabilities)
 
         # Windows are summed in one thread and planes labelled in another, while the network is at the next window.
         with fast_cpu(network, volume.device):

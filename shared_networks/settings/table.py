@@ -94,6 +94,7 @@ SETTINGS: dict[str, Kind] = {
     "organ_probability": optional(ORGAN),
     "skip_existing": FLAG,
     "overlay": FLAG,
+    "dicom_seg": FLAG,
     "uncertainty": choice("tta", "ensemble", "dropout"),
     "measure": choice("entropy", "variance"),
     "samples": COUNT,

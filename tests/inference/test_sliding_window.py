@@ -127,9 +127,9 @@ def test_labels_are_those_of_monais_slow_way(name: str, overlap: float, mode: st
     file = write(tmp_path / "scan.nii.gz", *SCANS[name])
     network = Net()
     expected = stock_probabilities(file, network, overlap, mode)
-    infer = SlidingWindowLabels(ROI, 2, overlap, mode, organ="aorta", label_names=NAMES)
-    out = infer(prepared(file), network)
-    (labels,) = decollate_batch(out)
+    infer = SlidingWindowLabels(ROI, 2, overlap, mode, organ="aorta", label_names=NAMES, label_probability=True)
+    found = infer.begin(prepared(file), network).result()
+    (labels,) = decollate_batch(found.labels)
     source = nib.load(file)
     assert labels.dtype == torch.uint8
     assert labels.shape == (1, *source.shape)
@@ -140,7 +140,10 @@ def test_labels_are_those_of_monais_slow_way(name: str, overlap: float, mode: st
     assert (some & (expected.argmax(0) > 0)).float().mean() > 0.05
     assert (labels[0] == expected.argmax(0))[some].float().mean() > 0.9999
     assert not labels[0][~some].any()
-    torch.testing.assert_close(infer.organ_probability.float(), expected[4], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.organ_probability.float(), expected[4], atol=1e-3, rtol=0)
+    organs = labels[0] > 0
+    largest = expected.max(dim=0).values[organs]
+    torch.testing.assert_close(found.label_probability[organs].float(), largest, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["LPS", "oblique"])
@@ -233,9 +236,12 @@ def test_no_volume_of_all_classes_is_ever_made(scan: Path, monkeypatch: pytest.M
 
 def test_flips_are_averaged_and_mirrored_back(scan: Path) -> None:
     image, plain, network = prepared(scan), Net(), Net()
-    both = SlidingWindowLabels(ROI, flip_axes=[0, 1], organ=1, label_names=NAMES)
+    both = SlidingWindowLabels(ROI, flip_axes=[0, 1], organ=1, label_names=NAMES, label_probability=True)
     assert both.flips == [(), (0,), (1,), (0, 1)]
-    both(image, network)
+    found = both.begin(image, network).result()
+    liver = found.labels[0, 0] == 1
+    assert liver.any()
+    torch.testing.assert_close(found.label_probability[liver], found.organ_probability[liver], atol=1e-3, rtol=0)
     mean = torch.zeros(())
     for dims in ([], [2], [3], [2, 3]):  # a network that mirrors by itself must give its share
         one = SlidingWindowLabels(ROI, organ=1, label_names=NAMES, flip_axes=[])
@@ -243,7 +249,7 @@ def test_flips_are_averaged_and_mirrored_back(scan: Path) -> None:
         one.__class__ = averaging
         one(image, lambda x, d=dims: plain(x.flip(d)).flip(d))
         mean = mean + one.organ_probability.float() / 4
-    torch.testing.assert_close(both.organ_probability.float(), mean, atol=2e-3, rtol=0)
+    torch.testing.assert_close(found.organ_probability.float(), mean, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
