@@ -397,7 +397,6 @@ def test_without_any_organ_none_is_written_and_that_is_said_once(
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "ct_seg.json",
         "ct_seg.nii.gz",
-        "volumes_ml.csv",
     ]
     assert saved(tmp_path / "in", tmp_path / "out", nothing, label_names=NAMES[:5]).skipped == ["in/ct"]
 
