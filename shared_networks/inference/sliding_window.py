@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from shared_networks.errors import InputError, not_finite
 from shared_networks.inference.background import consume_in_background
-from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid
+from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid, Watch
 from shared_networks.networks.checkpoints import read_weights
 from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.precision import AutocastInferer
@@ -66,6 +66,8 @@ class SlidingWindowLabels(Inferer):
         organ: name or value of the label whose probabilities are kept in `organ_probability`, [X, Y, Z] float16 of the
             last scan.
         label_names: names in order of label value, background first.
+        watch: shown the probabilities of the scan part by part, all before its labels are returned; see
+            :class:`shared_networks.inference.label_planes.LabelPlanes`. Labelling then takes longer.
 
     Raises:
         InputError: a setting makes no sense.
@@ -82,6 +84,7 @@ class SlidingWindowLabels(Inferer):
         dtype: torch.dtype | None = None,
         organ: str | int | None = None,
         label_names: Sequence[str] = (),
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= overlap < 1:
@@ -101,6 +104,7 @@ class SlidingWindowLabels(Inferer):
         self.predict = AutocastInferer(SimpleInferer(), dtype)
         self.organ = None if organ is None else organ_value(organ, label_names)
         self.organ_probability: Tensor | None = None
+        self.watch = watch
 
     @property
     def averages_probabilities(self) -> bool:
@@ -148,7 +152,7 @@ class SlidingWindowLabels(Inferer):
             done.set_result(Labels(labels, probability))
             return done
         axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
-        planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ)
+        planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ, self.watch)
         groups = self._groups(volume, foreground, axis)
 
         def label(outputs: Iterator[tuple[Window, Tensor]]) -> Labels:
