@@ -71,7 +71,7 @@ class OrganProbe:
             gives crops with `image` and `label` [C, H, W, D]; an empty one adds no metrics.
         probe_dir: of the cases, for errors.
         seed: of the crops.
-        label_names: in order of value; a label without a name is named by its value.
+        organ_names: of labels in order of value, background first; a label without a name is named by its value.
 
     Raises:
         InputError: no organ is the label of a token in both halves.
@@ -83,10 +83,10 @@ class OrganProbe:
         dataset: Sized,
         probe_dir: str | Path = "",
         seed: int = 0,
-        label_names: Sequence[str] = (),
+        organ_names: Sequence[str] = (),
     ) -> None:
         self.vit = network.vit
-        self.label_names = label_names
+        self.organ_names = organ_names
         self.crops, self.labels = read_crops(dataset, seed, self.vit.patch_size)
         if not len(dataset):
             return
@@ -113,7 +113,7 @@ class OrganProbe:
         scores = {organ: token_dice(predicted == organ, truth == organ) for organ in self.organs}
         engine.state.metrics["probe_dice"] = sum(scores.values()) / len(scores)
         for organ, score in scores.items():
-            name = self.label_names[organ] if organ < len(self.label_names) else str(organ)
+            name = self.organ_names[organ] if organ < len(self.organ_names) else str(organ)
             engine.state.metrics[f"probe_dice_{name.replace(' ', '_')}"] = score
 
 
