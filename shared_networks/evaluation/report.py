@@ -18,6 +18,7 @@ from shared_networks.datasets.record import model_facts
 from shared_networks.errors import InputError
 from shared_networks.evaluation.metrics import MEASURES, tolerances_of
 from shared_networks.evaluation.tables import (
+    COLUMNS,
     dice_rows,
     extremes,
     format_organ_table,
@@ -36,13 +37,15 @@ class EvaluationReport(MetricsSaver):
 
     - `dice.csv`: a row a case, a column an organ, and means;
     - `metrics.csv`: a row for every case and organ, with all of
-      :data:`shared_networks.evaluation.metrics.MEASURES` and `presence` (`found`, `missed`, `false positive`,
+      :data:`shared_networks.evaluation.tables.COLUMNS` and `presence` (`found`, `missed`, `false positive`,
       `absent`);
     - `metrics.json`: settings, models and what trained them, and by organ and overall mean, median, standard
       deviation and bootstrap interval;
     - `dice_boxplot.png`;
     - `best_overlay.png`, `median_overlay.png`, `worst_overlay.png`: copies of the `{case}_overlay.png` that
       :class:`shared_networks.figures.overlay.SaveOverlayd` has left there.
+
+    Calibration is reported where a :class:`shared_networks.evaluation.calibration.CalibrationError` comes before.
 
     A cell is empty where there is no value, see :func:`shared_networks.evaluation.metrics.organ_measures`. A case
     that a distributed sampler repeats to give all ranks as many is counted once. Rank 0 writes.
@@ -119,17 +122,18 @@ class EvaluationReport(MetricsSaver):
         if self.metric not in details:
             raise ValueError(f"the evaluator has no metric '{self.metric}', it has {sorted(details)}.")
         measures = details[self.metric].cpu()
+        ece = details["ece"].cpu() if "ece" in details else torch.full(measures.shape[:2], torch.nan)
         if measures.shape[1:] != (len(self.organs), len(MEASURES)):
             raise ValueError(
                 f"metric '{self.metric}' holds {list(measures.shape[1:])} numbers a case, not {len(self.organs)} "
                 f"organs by {len(MEASURES)} measures: attach an OrganMetric with the same label_names."
             )
-        by_case = dict(zip(cases, measures, strict=True))
+        by_case = dict(zip(cases, torch.cat([measures, ece[..., None]], dim=-1), strict=True))
         cases = sorted(by_case)
         self._write(cases, torch.stack([by_case[case] for case in cases]))
 
     def _write(self, cases: list[str], measures: torch.Tensor) -> None:
-        dice = measures[..., MEASURES.index("dice")]
+        dice = measures[..., COLUMNS.index("dice")]
         content = {
             **summary(cases, self.organs, measures, {"nsd_tolerance_mm": self.tolerances}, self.seed),
             "made_with": self.made_with,

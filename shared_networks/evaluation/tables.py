@@ -18,7 +18,11 @@ DECIMALS = {
     "predicted_ml": 2,
     "volume_error_ml": 2,
     "volume_error_percent": 1,
+    "ece": 6,
 }
+COLUMNS = (*MEASURES, "ece")
+"""What a report has of every case and organ: what label maps tell, and the expected calibration error."""
+
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
@@ -59,12 +63,12 @@ def measure_rows(cases: Sequence[str], organs: Sequence[str], measures: torch.Te
     Args:
         cases: names.
         organs: names.
-        measures: `[cases, organs, len(MEASURES)]`.
+        measures: `[cases, organs, len(COLUMNS)]`.
     """
-    rows: list[list[Any]] = [["case", "organ", *MEASURES, "presence"]]
+    rows: list[list[Any]] = [["case", "organ", *COLUMNS, "presence"]]
     for case, table in zip(cases, measures.tolist(), strict=True):
         for organ, values in zip(organs, table, strict=True):
-            named = dict(zip(MEASURES, values, strict=True))
+            named = dict(zip(COLUMNS, values, strict=True))
             cells = [_cell(value, DECIMALS[name]) for name, value in named.items()]
             rows.append([case, organ, *cells, presence(named["truth_ml"], named["predicted_ml"])])
     return rows
@@ -101,7 +105,7 @@ def summarise(values: torch.Tensor, seed: int = 0, decimals: int = 4) -> dict[st
 
 def presence_counts(organs: Sequence[str], measures: torch.Tensor) -> dict[str, dict[str, int]]:
     """Count by organ in how many cases it is in the truth, is missed, and is predicted without being there."""
-    true, predicted = (measures[..., MEASURES.index(name)] > 0 for name in ("truth_ml", "predicted_ml"))
+    true, predicted = (measures[..., COLUMNS.index(name)] > 0 for name in ("truth_ml", "predicted_ml"))
     counts = torch.stack([true, true & ~predicted, predicted & ~true]).sum(dim=1).T.tolist()
     return {
         organ: dict(zip(("cases", "missed", "false_positives"), row, strict=True))
@@ -121,28 +125,29 @@ def summary(
     Args:
         cases: names.
         organs: names.
-        measures: `[cases, organs, len(MEASURES)]`.
+        measures: `[cases, organs, len(COLUMNS)]`.
         settings: of the evaluation, kept as they are.
         seed: of the bootstrap.
 
     Returns:
         `settings`, `cases`, `organs` (by name, counts and each measure's :func:`summarise` over cases) and
-        `overall`: for Dice, distance and surface Dice :func:`summarise` of each case's mean over its organs, and
-        `mean_of_organs`, the mean over cases first and then over organs, which differs where organs are absent.
+        `overall`: for Dice, distance, surface Dice and calibration :func:`summarise` of each case's mean over its
+        organs, and `mean_of_organs`, the mean over cases first and then over organs, which differs where organs are
+        absent.
     """
     counts = presence_counts(organs, measures)
     by_organ = {
         organ: counts[organ]
         | {
             name: summarise(measures[:, i, j], seed, DECIMALS[name])
-            for j, name in enumerate(MEASURES)
+            for j, name in enumerate(COLUMNS)
             if name not in ("truth_ml", "predicted_ml")
         }
         for i, organ in enumerate(organs)
     }
     overall = {}
-    for name in ("dice", "hd95_mm", "nsd"):
-        values = measures[..., MEASURES.index(name)]
+    for name in ("dice", "hd95_mm", "nsd", "ece"):
+        values = measures[..., COLUMNS.index(name)]
         of_organs = summarise(values.nanmean(dim=0), seed, DECIMALS[name])["mean"]
         overall[name] = summarise(values.nanmean(dim=1), seed, DECIMALS[name]) | {"mean_of_organs": of_organs}
     return {
@@ -151,7 +156,7 @@ def summary(
             "bootstrap": {"of": "cases", "resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": seed},
             "order_of_means": "organs first, then cases; mean_of_organs: cases first, then organs",
             "organ_not_in_truth_or_prediction": "Dice and NSD 0, HD95 left out and counted as missed or false positive",
-            "organ_in_neither": "left out",
+            "organ_in_neither": "left out, but for ece",
         },
         "cases": list(cases),
         "organs": by_organ,
@@ -164,9 +169,9 @@ def format_organ_table(organs: Sequence[str], measures: torch.Tensor) -> str:
 
     Args:
         organs: one name for every row of a case.
-        measures: `[cases, organs, len(MEASURES)]`.
+        measures: `[cases, organs, len(COLUMNS)]`.
     """
-    scores = {name: measures[..., MEASURES.index(name)] for name in ("dice", "hd95_mm", "nsd")}
+    scores = {name: measures[..., COLUMNS.index(name)] for name in ("dice", "hd95_mm", "nsd")}
     means = [dice_table(values)[-1].tolist() for values in scores.values()]
     counts = presence_counts(organs, measures)
     width = max(map(len, ("organ", "mean", *organs)))
@@ -185,7 +190,7 @@ def format_organ_table(organs: Sequence[str], measures: torch.Tensor) -> str:
 
 
 def format_overall(content: Mapping[str, Any]) -> str:
-    """Say in a line or two what the mean Dice of :func:`summary` is worth."""
+    """Say in a few lines what the mean Dice of :func:`summary` is worth, and how well probabilities are calibrated."""
     dice = content["overall"]["dice"]
     lines = ["means are over each case's organs first, then over cases"]
     if dice["interval_95"] is not None:
@@ -193,6 +198,8 @@ def format_overall(content: Mapping[str, Any]) -> str:
         lines[0] += f"; 95 % bootstrap interval of the mean Dice over {dice['n']} cases: {low:.4f} to {high:.4f}"
     if dice["mean"] != dice["mean_of_organs"]:
         lines.append(f"over cases first, then over organs, the mean Dice is {dice['mean_of_organs']:.4f}")
+    if (ece := content["overall"]["ece"]["mean"]) is not None:
+        lines.append(f"expected calibration error, lower is better: {ece:.6f}")
     return "\n".join(lines)
 
 

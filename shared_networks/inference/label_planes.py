@@ -6,7 +6,7 @@ scan to the network's grid and back is separable, and neither needs grids of coo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +101,9 @@ class LogitPlane(NamedTuple):
 Rectangle = tuple[int, int, int, int]
 """First row, row after the last, first column, column after the last."""
 
+Watch = Callable[[Tensor, tuple[slice, ...]], None]
+"""Takes probabilities [C, x, y, z] of a part of the scan, and which part that is: a slice for each of [X, Y, Z]."""
+
 
 class LabelPlanes:
     """Turn planes of logits on the prepared grid, as they come, into labels on the scan's grid.
@@ -117,6 +120,8 @@ class LabelPlanes:
         from_logits: whether planes hold logits, or probabilities already.
         organ: label value whose probability is kept as well.
         keep_probability: whether each voxel's probability of its label is kept too, in `label_probability`.
+        watch: called with the probabilities of each plane of the scan as it is labelled, on the device that computes.
+            Voxels that no call shows are background: their probabilities of all organs are 0.
     """
 
     def __init__(
@@ -127,8 +132,9 @@ class LabelPlanes:
         from_logits: bool = True,
         organ: int | None = None,
         keep_probability: bool = False,
+        watch: Watch | None = None,
     ) -> None:
-        self.grid, self.axis, self.from_logits, self.organ = grid, axis, from_logits, organ
+        self.grid, self.axis, self.from_logits, self.organ, self.watch = grid, axis, from_logits, organ, watch
         self.in_plane = [other for other in range(3) if other != axis]
         # A margin of one voxel without any class stands for all that is outside of the box.
         within = [
@@ -163,13 +169,17 @@ class LabelPlanes:
 
     def on_scan(self, planes: Tensor) -> Tensor:
         """Permute [planes, rows, columns] to the scan's order of axes."""
+        return planes.permute(self._places())
+
+    def _places(self) -> list[int]:
+        """Return for each axis of the scan its place in [planes, rows, columns]."""
         place = {self.axis: 0, self.in_plane[0]: 1, self.in_plane[1]: 2}
-        return planes.permute([place[axis] for axis in self.grid.axes])
+        return [place[axis] for axis in self.grid.axes]
 
     def _organs(self, plane: LogitPlane) -> Rectangle | None:
         """What is no background, and a voxel around."""
         height, width = plane.weights.shape
-        if self.organ is not None:  # then air has a probability too
+        if self.organ is not None or self.watch is not None:  # then air has a probability too
             return 0, height, 0, width
         labels = plane.sums.max(dim=0).indices
         rows, columns = (labels.any(dim=dim).nonzero() for dim in (1, 0))
@@ -209,6 +219,10 @@ class LabelPlanes:
         if self.organ_probability is not None:
             organ = resample_plane(chances[self.organ], rows, columns)
             self.organ_probability[index, row_span, column_span] = organ.half().cpu()
+        if self.watch is not None:
+            places, spans = self._places(), (slice(index, index + 1), row_span, column_span)
+            shown = resample_plane(chances, rows, columns)[:, None].permute(0, *(place + 1 for place in places))
+            self.watch(shown, tuple(spans[place] for place in places))
 
 
 def _part(axis: Axis, first: int, end: int, device: torch.device) -> tuple[Axis, slice]:
@@ -219,9 +233,9 @@ def _part(axis: Axis, first: int, end: int, device: torch.device) -> tuple[Axis,
 
 
 def resample_plane(plane: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Interpolate [A, B] bilinearly at [rows, columns]."""
-    below = torch.lerp(plane[rows.lower], plane[rows.lower + 1], rows.weight[:, None])
-    return torch.lerp(below[:, columns.lower], below[:, columns.lower + 1], columns.weight)
+    """Interpolate [..., A, B] bilinearly at [..., rows, columns]."""
+    below = torch.lerp(plane[..., rows.lower, :], plane[..., rows.lower + 1, :], rows.weight[:, None])
+    return torch.lerp(below[..., columns.lower], below[..., columns.lower + 1], columns.weight)
 
 
 def _labels(chances: Tensor, rows: Axis, columns: Axis, keep_probability: bool) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from shared_networks.errors import InputError, not_finite
 from shared_networks.inference.background import consume_in_background
-from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid
+from shared_networks.inference.label_planes import LabelPlanes, LogitPlane, ScanGrid, Watch
 from shared_networks.networks.checkpoints import read_weights
 from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.precision import AutocastInferer
@@ -69,6 +69,8 @@ class SlidingWindowLabels(Inferer):
             last scan.
         label_names: names in order of label value, background first.
         label_probability: whether :meth:`begin` also gives each voxel's probability of its label.
+        watch: shown the probabilities of the scan part by part, all before its labels are returned; see
+            :class:`shared_networks.inference.label_planes.LabelPlanes`. Labelling then takes longer.
 
     Raises:
         InputError: a setting makes no sense.
@@ -86,6 +88,7 @@ class SlidingWindowLabels(Inferer):
         organ: str | int | None = None,
         label_names: Sequence[str] = (),
         label_probability: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= overlap < 1:
@@ -106,6 +109,7 @@ class SlidingWindowLabels(Inferer):
         self.organ = None if organ is None else organ_value(organ, label_names)
         self.organ_probability: Tensor | None = None
         self.label_probability = label_probability
+        self.watch = watch
 
     @property
     def averages_probabilities(self) -> bool:
@@ -153,7 +157,8 @@ class SlidingWindowLabels(Inferer):
             done.set_result(Labels(labels, probability))
             return done
         axis, box = int(np.argmax(volume.shape[2:])), bounding_box(foreground)
-        planes = LabelPlanes(grid, axis, box, not self.averages_probabilities, self.organ, self.label_probability)
+        from_logits = not self.averages_probabilities
+        planes = LabelPlanes(grid, axis, box, from_logits, self.organ, self.label_probability, self.watch)
         groups = self._groups(volume, foreground, axis)
 
         def label(outputs: Iterator[tuple[Window, Tensor]]) -> Labels:

@@ -36,6 +36,7 @@ SETTINGS: dict[str, Kind] = {
     "bundle_root": PATH,
     "dataset_dir": PATH_OR_NONE,
     "prepared_dir": PATH_OR_NONE,
+    "probe_dir": PATH_OR_NONE,
     "folder": PATH,
     "images": optional(FILES),
     "labels": optional(FILES),

@@ -15,8 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from shared_networks.errors import InputError
-from shared_networks.evaluation.metrics import MEASURES
-from shared_networks.evaluation.tables import measure_rows
+from shared_networks.evaluation.tables import COLUMNS, measure_rows
 from shared_networks.files import write_csv
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from tests.benchmarks.transfer import results
@@ -183,8 +182,8 @@ def reports(tmp_path: Path) -> dict[Cell, dict[int, Path]]:
         for seed in SEEDS:
             folder = found.setdefault(cell, {})[seed] = tmp_path / f"{cell.variant}_{cell.labels}_{seed}"
             folder.mkdir()
-            measures = torch.zeros(len(CASES), len(ORGANS), len(MEASURES))
-            measures[..., MEASURES.index("dice")] = torch.from_numpy(dice_of(cell, seed))
+            measures = torch.zeros(len(CASES), len(ORGANS), len(COLUMNS))
+            measures[..., COLUMNS.index("dice")] = torch.from_numpy(dice_of(cell, seed))
             write_csv(folder / "metrics.csv", measure_rows(CASES, ORGANS, measures))
     return found
 

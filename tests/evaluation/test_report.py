@@ -205,6 +205,9 @@ def test_evaluate_config_reports_on_the_scans_grid(tmp_path: Path, datasets: dic
     ml = np.prod(truth.header.get_zooms()) / 1000
     for value, line in enumerate(read(tmp_path / "metrics.csv")[1:], start=1):
         assert float(line[5]) == pytest.approx((np.asanyarray(truth.dataobj) == value).sum() * ml, abs=0.006)
+    errors = [float(line[9]) for line in read(tmp_path / "metrics.csv")[1:]]
+    assert all(0 < error < 1 for error in errors)
+    assert content["overall"]["ece"]["mean"] == pytest.approx(np.mean(errors), abs=1e-6)
     for rank in ("best", "median", "worst"):
         assert (imread(tmp_path / f"{rank}_overlay.png") == imread(tmp_path / "test_000_overlay.png")).all()
 
@@ -268,13 +271,14 @@ def test_evaluation_and_inference_share_settings_and_parts(bundle: str) -> None:
     evaluation, inference = (json.loads((configs / f"{name}.json").read_text()) for name in ("evaluate", "inference"))
     for setting in ("checkpoints", "overlap", "blending", "tta_flip_axes", "largest_component"):
         assert evaluation[setting] == inference[setting]
-    scoring = {"organ", "label_names", "_target_", "_desc_"}
+    scoring = {"organ", "label_names", "watch", "_target_", "_desc_"}
     ours, theirs = ({k: v for k, v in part.items() if k not in scoring}
                     for part in (evaluation["validate#inferer"], inference["inferer"]))  # fmt: skip
     assert ours == theirs
     assert evaluation["validate#postprocessing"]["transforms"][0] == inference["postprocessing"]["transforms"][0]
     saved = {key: value for key, value in inference["saver"]["settings"].items() if key != "organ_probability"}
-    (report,) = (part for part in evaluation["validate#handlers"] if part["_target_"].endswith("EvaluationReport"))
+    parts = [part for part in evaluation["validate#handlers"] if isinstance(part, dict)]
+    (report,) = (part for part in parts if part["_target_"].endswith("EvaluationReport"))
     assert report["settings"] == saved
 
 

@@ -13,8 +13,8 @@ from scipy.stats import bootstrap
 
 from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
-from shared_networks.evaluation.metrics import MEASURES
 from shared_networks.evaluation.tables import (
+    COLUMNS,
     dice_rows,
     dice_table,
     extremes,
@@ -32,8 +32,16 @@ ORGANS = ["liver", "portal vein", "aorta"]
 # Case a: liver found, portal vein missed, aorta in neither; case b: all found but an aorta that is not there.
 MEASURED = torch.tensor(
     [
-        [[0.9, 3.456, 0.8, 1500, 1400, -100, -100 / 15], [0, NAN, 0, 20, 0, -20, -100], [NAN, NAN, NAN, 0, 0, 0, NAN]],
-        [[0.7, 6, 0.5, 1000, 1200, 200, 20], [0.5, 4, 0.6, 10, 5, -5, -50], [0, NAN, 0, 0, 3, 3, NAN]],
+        [
+            [0.9, 3.456, 0.8, 1500, 1400, -100, -100 / 15, 0.02],
+            [0, NAN, 0, 20, 0, -20, -100, 0.01],
+            [NAN, NAN, NAN, 0, 0, 0, NAN, 0.0000006],
+        ],
+        [
+            [0.7, 6, 0.5, 1000, 1200, 200, 20, 0.04],
+            [0.5, 4, 0.6, 10, 5, -5, -50, 0.01],
+            [0, NAN, 0, 0, 3, 3, NAN, 0.004],
+        ],
     ],
     dtype=torch.float64,
 )
@@ -59,14 +67,14 @@ def test_dice_rows_have_means_of_both() -> None:
 
 def test_measure_rows_are_a_line_for_each_case_and_organ() -> None:
     header, *rows = measure_rows(["a", "b"], ORGANS, MEASURED)
-    assert header == ["case", "organ", *MEASURES, "presence"]
+    assert header == ["case", "organ", *COLUMNS, "presence"]
     assert rows == [
-        ["a", "liver", "0.9000", "3.46", "0.8000", "1500.00", "1400.00", "-100.00", "-6.7", "found"],
-        ["a", "portal vein", "0.0000", "", "0.0000", "20.00", "0.00", "-20.00", "-100.0", "missed"],
-        ["a", "aorta", "", "", "", "0.00", "0.00", "0.00", "", "absent"],
-        ["b", "liver", "0.7000", "6.00", "0.5000", "1000.00", "1200.00", "200.00", "20.0", "found"],
-        ["b", "portal vein", "0.5000", "4.00", "0.6000", "10.00", "5.00", "-5.00", "-50.0", "found"],
-        ["b", "aorta", "0.0000", "", "0.0000", "0.00", "3.00", "3.00", "", "false positive"],
+        ["a", "liver", "0.9000", "3.46", "0.8000", "1500.00", "1400.00", "-100.00", "-6.7", "0.020000", "found"],
+        ["a", "portal vein", "0.0000", "", "0.0000", "20.00", "0.00", "-20.00", "-100.0", "0.010000", "missed"],
+        ["a", "aorta", "", "", "", "0.00", "0.00", "0.00", "", "0.000001", "absent"],
+        ["b", "liver", "0.7000", "6.00", "0.5000", "1000.00", "1200.00", "200.00", "20.0", "0.040000", "found"],
+        ["b", "portal vein", "0.5000", "4.00", "0.6000", "10.00", "5.00", "-5.00", "-50.0", "0.010000", "found"],
+        ["b", "aorta", "0.0000", "", "0.0000", "0.00", "3.00", "3.00", "", "0.004000", "false positive"],
     ]
     assert presence_counts(ORGANS, MEASURED) == {
         "liver": {"cases": 2, "missed": 0, "false_positives": 0},
@@ -109,6 +117,7 @@ def test_summary_has_both_orders_of_means(tmp_path: Path) -> None:
     assert dice["n"] == 2
     assert dice["mean_of_organs"] == 0.35
     assert dice["interval_95"] == [0.4, 0.45]
+    assert content["overall"]["ece"]["mean"] == 0.014  # (0.03 / 3 + 0.054 / 3) / 2, of all organs
     liver, aorta = content["organs"]["liver"], content["organs"]["aorta"]
     assert liver["hd95_mm"]["mean"] == 4.73
     assert liver["volume_error_percent"]["median"] == pytest.approx(6.7, abs=0.05)
@@ -134,8 +143,10 @@ def test_prints_what_the_mean_is_worth() -> None:
         "means are over each case's organs first, then over cases; 95 % bootstrap interval of the mean Dice over 2 "
         "cases: 0.4000 to 0.4500",
         "over cases first, then over organs, the mean Dice is 0.3500",
+        "expected calibration error, lower is better: 0.014000",
     ]
-    assert format_overall(summary(["a"], ORGANS, MEASURED[:1], {})) == (
+    uncalibrated = torch.cat([MEASURED[:1, :, :-1], torch.full((1, 3, 1), NAN)], dim=-1)
+    assert format_overall(summary(["a"], ORGANS, uncalibrated, {})) == (
         "means are over each case's organs first, then over cases"
     )
 

@@ -222,17 +222,19 @@ def test_evaluation_is_that_of_one_process_to_the_last_digit(
 
 
 @pytest.mark.parametrize(("processes", "left_out"), [(2, "none"), (3, "*_00[2-9]*")])
-def test_masked_error_is_that_of_one_process(
+def test_masked_error_and_probes_are_those_of_one_process(
     processes: int, left_out: str, scans: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    data = tmp_path / "data"
+    data, probed = tmp_path / "data", tmp_path / "probed"
     shutil.copytree(scans, data, ignore=shutil.ignore_patterns("*broken*", left_out))
-    errors = []
+    for part in ("images", "labels"):
+        shutil.copytree(scans.parent / f"{part}Ts", probed / f"{part}Tr", ignore=shutil.ignore_patterns("*broken*"))
+    shutil.copy(scans.parent / "dataset.json", probed)
+    metrics = []
     for number in (1, processes):
         out = tmp_path / str(number)
-        words = command(data, encoder, out, number, "train evaluate")
+        words = [*command(data, encoder, out, number, "train evaluate"), "--probe_dir", str(probed)]
         run([*words, "--val_fraction", "0.99", "--num_workers", "0"], 0, PRETRAIN)
-        name, value = (out / "metrics.csv").read_text().split(",")
-        assert name == "val_masked_mse"
-        errors.append(float(value))
-    assert errors[1] == pytest.approx(errors[0], rel=1e-6)  # float32 losses
+        metrics.append({name: float(value) for name, value in csv.reader((out / "metrics.csv").open())})
+    assert {"val_masked_mse", "effective_rank", "probe_dice", "probe_dice_liver"} <= metrics[0].keys()
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-6)  # float32 losses

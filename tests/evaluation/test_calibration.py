@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.handlers import IgniteMetricHandler, from_engine
+from monai.inferers import Inferer
+from monai.metrics import CalibrationErrorMetric
+from monai.networks import one_hot
+
+from shared_networks.evaluation.calibration import BINS, CalibrationError
+from shared_networks.evaluation.metrics import OrganMetric
+from shared_networks.evaluation.report import EvaluationReport
+from shared_networks.inference.sliding_window import SlidingWindowLabels
+from tests.evaluation.test_report import read
+from tests.inference.test_sliding_window import CLASSES, NAMES, ROI, SCANS, Net, prepared, stock_probabilities, write
+
+SHAPE = (7, 6, 5)
+
+
+def by_monai(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """MONAI's error of each organ of one case, [organs]; it needs [C, X, Y, Z] at once."""
+    metric = CalibrationErrorMetric(num_bins=BINS, include_background=False, metric_reduction="none")
+    metric(probabilities[None], one_hot(truth[None, None], len(probabilities)))
+    return metric.aggregate()[0]
+
+
+def drawn(seed: int, sharpness: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [C, X, Y, Z] and a truth [X, Y, Z] in which the last organ has no voxel."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(0, CLASSES - 1, SHAPE, generator=generator).float()
+    return (sharpness * torch.randn(CLASSES, *SHAPE, generator=generator)).softmax(0), truth
+
+
+def errors_of(probabilities: torch.Tensor, truth: torch.Tensor, step: int) -> torch.Tensor:
+    error = CalibrationError(NAMES)
+    error.start_case(truth)
+    for first in range(0, SHAPE[1], step):
+        region = (slice(None), slice(first, first + step), slice(None))
+        error(probabilities[(slice(None), *region)], region)
+    return error.case_errors()
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 3.0, 40.0])
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_sums_of_parts_are_monais_error_of_the_whole(sharpness: float, step: int) -> None:
+    probabilities, truth = drawn(0, sharpness)
+    probabilities[:, 0] = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])[:, None, None]  # at the ends of the bins
+    torch.testing.assert_close(
+        errors_of(probabilities, truth, step).float(), by_monai(probabilities, truth), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_the_error_is_how_far_probability_and_truth_lie_apart() -> None:
+    """Of 8 voxels: 0.7 in four of which two are true, 0.2 in two of which none is, the others 0 and one true."""
+    error = CalibrationError(["background", "liver"])
+    error.start_case(torch.tensor([1.0, 1, 0, 0, 0, 0, 1, 0]).reshape(2, 2, 2))
+    liver = torch.tensor([0.7, 0.7, 0.7, 0.7, 0.2, 0.2, 0, 0]).reshape(2, 2, 2)
+    error(torch.stack([1 - liver, liver]), (slice(0, 2),) * 3)
+    assert error.case_errors().tolist() == pytest.approx([(4 * 0.2 + 2 * 0.2 + 1) / 8])
+
+
+def test_voxels_that_are_not_shown_have_probability_0() -> None:
+    probabilities, truth = drawn(1)
+    probabilities[:, :, 4:] = torch.tensor([1.0, 0, 0, 0, 0])[:, None, None, None]
+    error = CalibrationError(NAMES)
+    error.start_case(truth)
+    region = (slice(None), slice(0, 4), slice(None))
+    error(probabilities[(slice(None), *region)], region)
+    torch.testing.assert_close(error.case_errors().float(), by_monai(probabilities, truth), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("flips", [(), (1,)])
+@pytest.mark.parametrize("name", SCANS)
+def test_of_sliding_windows_it_is_that_of_monais_chain(name: str, flips: tuple[int, ...], tmp_path: Path) -> None:
+    """Probabilities are shown voxel by voxel of the scan, and labels stay as they are."""
+    file = write(tmp_path / "scan.nii.gz", *SCANS[name])
+    shape = SCANS[name][2]
+    network = Net()
+    truth = torch.from_numpy(np.random.default_rng(0).integers(0, CLASSES, shape)).float()
+    error = CalibrationError(NAMES)
+    shown = torch.zeros(CLASSES, *shape)
+    calls = torch.zeros(shape)
+
+    def watch(probabilities: torch.Tensor, region: tuple[slice, ...]) -> None:
+        shown[(slice(None), *region)] = probabilities
+        calls[region] += 1
+        error(probabilities, region)
+
+    error.start_case(truth)
+    labels = SlidingWindowLabels(ROI, 2, flip_axes=flips, watch=watch)(prepared(file), network)
+    assert calls.max() == 1
+    assert torch.equal(labels.as_tensor(), SlidingWindowLabels(ROI, 2, flip_axes=flips)(prepared(file), network))
+    torch.testing.assert_close(error.case_errors().float(), by_monai(shown, truth), rtol=1e-4, atol=1e-6)
+    if not flips:
+        expected = stock_probabilities(file, network, 0.5, "constant")
+        torch.testing.assert_close(shown[1:], expected[1:], atol=1e-3, rtol=0)
+        torch.testing.assert_close(error.case_errors().float(), by_monai(expected, truth), rtol=1e-3, atol=1e-5)
+
+
+def test_a_scan_of_air_has_no_probability_at_all(tmp_path: Path) -> None:
+    image = prepared(write(tmp_path / "scan.nii.gz", *SCANS["LPS"]))
+    error = CalibrationError(NAMES)
+    truth = torch.zeros(SCANS["LPS"][2])
+    truth[:2, :3, :5] = 2
+    error.start_case(truth)
+    SlidingWindowLabels(ROI, watch=error)(image * 0, Net())
+    assert error.case_errors().tolist() == pytest.approx([0, 30 / truth.numel(), 0, 0])
+
+
+class Shown(Inferer):
+    """The image holds the probabilities; labels are the largest."""
+
+    def __init__(self, watch: Any) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.watch(inputs[0], (slice(None),) * 3)
+        return inputs.argmax(1, keepdim=True)
+
+
+def test_an_evaluator_reports_it_by_case_and_as_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run replaces the first."""
+    cases = {name: drawn(seed) for seed, name in enumerate("ba")}
+    items = [
+        {"image": MetaTensor(image, meta={"filename_or_obj": f"{name}.nii.gz"}), "truth": MetaTensor(truth[None])}
+        for name, (image, truth) in cases.items()
+    ]
+    error = CalibrationError(NAMES)
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset([{**item, "label": item["truth"].clone()} for item in items])),
+        network=torch.nn.Identity(),
+        inferer=Shown(error),
+        key_val_metric={
+            "val_mean_dice": IgniteMetricHandler(OrganMetric(NAMES), output_transform=from_engine(["pred", "label"]))
+        },
+        val_handlers=[error, EvaluationReport(NAMES, tmp_path)],
+    )
+    for _ in range(2):
+        evaluator.run()
+        expected = torch.stack([by_monai(*cases[name]) for name in "ab"])
+        table = read(tmp_path / "metrics.csv")
+        assert table[0][9] == "ece"
+        assert [float(row[9]) for row in table[1:]] == pytest.approx(expected.flatten().tolist(), abs=1e-6)
+        assert evaluator.state.metrics["ece"] == pytest.approx(float(expected.mean()), rel=1e-5)
+        assert f"lower is better: {expected.mean():.5f}" in capsys.readouterr().out
