@@ -5,6 +5,7 @@
 #   ./runtests.sh integration     bundles, commands and several processes
 #   ./runtests.sh -m slow         the slow ones: the whole quickstart
 #   ./runtests.sh --monailabel    two bundles in MONAI Label's own server, which gets an environment of its own
+#   ./runtests.sh --deploy        a segmenter in MONAI Deploy, which gets an environment of its own of 2 GB
 #   ./runtests.sh --gpu           what a GPU can disprove, on one CUDA device
 #   ./runtests.sh --gpu --device cpu   the same tests without a GPU
 set -euo pipefail
@@ -22,6 +23,11 @@ case ${1:-} in
         PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
             .venv-monailabel/bin/pip install --quiet --disable-pip-version-check --requirement "$pins"
         set -- tests/monai_label "${@:2}" ;;
+    --deploy)
+        [ -x .venv-deploy/bin/python ] || python3 -m venv .venv-deploy
+        .venv-deploy/bin/pip install --quiet --disable-pip-version-check \
+            --requirement shared_networks/bundle/monai_deploy/requirements.txt
+        set -- tests/monai_deploy "${@:2}" ;;
     --gpu) set -- tests/gpu "${@:2}" ;;
     unit) set -- $side_by_side -m "not slow and not integration" "${@:2}" ;;
     integration) set -- $side_by_side -m "integration and not slow" "${@:2}" ;;
