@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pydicom
+from monai.bundle import ConfigParser
 from monai.deploy.conditions import CountCondition
 from monai.deploy.core import AppContext, Application, Image, IOType, Operator, OperatorSpec
 from monai.deploy.operators.dicom_data_loader_operator import DICOMDataLoaderOperator
@@ -202,8 +203,10 @@ def check_bundle(bundle: Path) -> None:
     for file in NEEDED:
         if not (bundle / file).is_file():
             refuse(f"--model {bundle}: no {file} in it; give the folder of an unpacked release")
-    if not any((bundle / "models" / name).is_file() for name in ("model.ts", "model.pt")):
+    if not (bundle / "models" / "model.pt").is_file():
         refuse(f"--model {bundle}: no models/model.pt in it; train it, or make the release with --weights")
+    if (bundle / "models" / "model.ts").exists():
+        refuse(f"--model {bundle}: MONAI Deploy takes models/model.ts before model.pt, unchecked; move it elsewhere")
 
 
 def check_series(sources: Sequence[Any], modality: str) -> None:
@@ -240,6 +243,44 @@ def check_series(sources: Sequence[Any], modality: str) -> None:
         )
 
 
+def segment(context: AppContext, bundle: Path) -> None:
+    """Check the weights and find the scans, then run the application.
+
+    Args:
+        context: with the folders.
+        bundle: an unpacked release, in which the process is.
+
+    Raises:
+        InputError: what the bundle's own functions say of weights and scans.
+        SystemExit: in one line for what the user can put right, else a line a scan that failed.
+    """
+    from shared_networks.datasets.scans import find_scans
+    from shared_networks.datasets.validate import channel_problem
+    from shared_networks.inference.predict import output_names
+    from shared_networks.networks.checkpoints import check_weights
+
+    config = ConfigParser()
+    config.read_config(bundle / NEEDED[1])
+    network = config.get_parsed_content("network_def")
+    check_weights(bundle / "models" / "model.pt", network, config.get_parsed_content("preparation"))
+    sources = find_scans(context.input_path, "imagesTs")
+    taken = config["network_def"]["in_channels"]
+    if wrong := next((source for source in sources if source.channels != taken), None):
+        refuse(f"{wrong.files[0]}: {channel_problem(wrong.channels, taken)}")
+    if any(source.series for source in sources):
+        check_series(sources, config["modality"])
+    named = output_names(sources)
+    names = {"" if source.series else source.files[0]: named[source.case] for source in sources}
+    output = Path(context.output_path)
+    output.mkdir(parents=True, exist_ok=True)
+    app = Segmentation(context, bundle, sources, names)
+    app.run()
+    lost = {file: "no labels written" for file in names if file not in app.writer.written}
+    if failed := {**lost, **app.failed}:
+        raise SystemExit("\n".join(f"error: {file}: {reason}" for file, reason in failed.items()))
+    print(f"{len(names)} scan(s) segmented to {output}", flush=True)
+
+
 def refuse(message: str) -> NoReturn:
     """Raise what ends the program with one line.
 
@@ -267,36 +308,15 @@ def main(arguments: Sequence[str]) -> None:
     check_bundle(bundle)
     os.chdir(bundle)  # a bundle's configs name its folder `.`
     sys.path.insert(0, str(bundle))
-    from shared_networks.datasets.scans import find_scans
-    from shared_networks.datasets.validate import channel_problem
-    from shared_networks.errors import InputError, input_error_in
-    from shared_networks.inference.predict import output_names
+    from shared_networks.errors import input_error_in
 
-    config = json.loads((bundle / NEEDED[1]).read_text())
     try:
-        sources = find_scans(scans, "imagesTs")
-    except InputError as error:
-        refuse(str(error).replace("--dataset_dir", "--input").replace("dataset_dir", "input"))
-    taken = config["network_def"]["in_channels"]
-    if wrong := next((source for source in sources if source.channels != taken), None):
-        refuse(f"{wrong.files[0]}: {channel_problem(wrong.channels, taken)}")
-    if any(source.series for source in sources):
-        check_series(sources, config["modality"])
-    named = output_names(sources)
-    names = {"" if source.series else source.files[0]: named[source.case] for source in sources}
-    output.mkdir(parents=True, exist_ok=True)
-    app = Segmentation(context, bundle, sources, names)
-    try:
-        app.run()
+        segment(context, bundle)
     except Exception as error:
         found = input_error_in(error)
         if found is None:
             raise
-        refuse(str(found))
-    lost = {file: "no labels written" for file in names if file not in app.writer.written}
-    if failed := {**lost, **app.failed}:
-        raise SystemExit("\n".join(f"error: {file}: {reason}" for file, reason in failed.items()))
-    print(f"{len(names)} scan(s) segmented to {output}", flush=True)
+        refuse(str(found).replace("--dataset_dir", "--input").replace("dataset_dir", "input"))
 
 
 if __name__ == "__main__":
