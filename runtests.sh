@@ -6,6 +6,7 @@
 #   ./runtests.sh -m slow         the slow ones: the whole quickstart
 #   ./runtests.sh --monailabel    two bundles in MONAI Label's own server, which gets an environment of its own
 #   ./runtests.sh --nnunet        the trainers for nnU-Net in nnU-Net, which gets an environment of its own
+#   ./runtests.sh --deploy        a segmenter in MONAI Deploy, which gets an environment of its own of 2 GB
 #   ./runtests.sh --gpu           what a GPU can disprove, on one CUDA device
 #   ./runtests.sh --gpu --device cpu   the same tests without a GPU
 set -euo pipefail
@@ -32,6 +33,11 @@ case ${1:-} in
         .venv-nnunet/bin/python -c "import torchvision" 2> /dev/null ||
             export PYTHONPATH=$PWD/shared_networks/bundle/monai_label/torchvision_without_operators
         exec .venv-nnunet/bin/python -m pytest tests/nnunet "${@:2}" ;;
+    --deploy)
+        [ -x .venv-deploy/bin/python ] || python3 -m venv .venv-deploy
+        .venv-deploy/bin/pip install --quiet --disable-pip-version-check \
+            --requirement shared_networks/bundle/monai_deploy/requirements.txt
+        set -- tests/monai_deploy "${@:2}" ;;
     --gpu) set -- tests/gpu "${@:2}" ;;
     unit) set -- $side_by_side -m "not slow and not integration" "${@:2}" ;;
     integration) set -- $side_by_side -m "integration and not slow" "${@:2}" ;;

@@ -101,14 +101,15 @@ def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-class SaveSegmentationd(SaveImaged):
+class SaveImageLabelsd(SaveImaged):
     """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and pictures of them.
 
     The pictures are `NAME_overlay.png`, slices, and `NAME_preview.png`, surfaces. With an organ's probability,
     `NAME_ORGAN.nii.gz` as well, and with `dicom_seg` the labels as `NAME_seg.dcm`. The sidecar is written last: with
     it, a case is complete. At the end of a run, `statistics.csv` has the organs of all cases, see
-    :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. It is one of
-    MONAI's savers so that MONAI Label, which saves by itself, leaves it out.
+    :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. MONAI Label and
+    MONAI Deploy save by themselves and leave it out: the one as it is one of MONAI's savers, the other as its name
+    begins with `SaveImage`.
 
     Args:
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.

@@ -32,7 +32,7 @@ from shared_networks.files import atomic_write, write_csv, write_json
 from shared_networks.inference.done import read_note
 from shared_networks.inference.predict import Scans
 from shared_networks.inference.ranks import Ranks
-from shared_networks.inference.save import SaveSegmentationd, label_image
+from shared_networks.inference.save import SaveImageLabelsd, label_image
 from shared_networks.inference.sliding_window import CheckpointEnsemble, finite, scan_grid
 from shared_networks.networks.cpu import fast_cpu
 from shared_networks.networks.precision import AutocastInferer
@@ -246,7 +246,7 @@ def on_scan_grid(volume: Tensor, image: MetaTensor) -> Tensor:
     return out.permute(0, *(axis + 1 for axis in grid.axes))
 
 
-class SaveUncertaintyd(SaveSegmentationd):
+class SaveUncertaintyd(SaveImageLabelsd):
     """Write `NAME_uncertainty.nii.gz`, float32 from 0 to 1 on the scan's own grid, and ranks the cases.
 
     `uncertainty.csv` has all cases so far, most unsure first: `rank`, `case`, `mean_uncertainty` over the
@@ -259,7 +259,7 @@ class SaveUncertaintyd(SaveSegmentationd):
         output_dir: folder of the results, created if need be.
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
-        ranks: as of :class:`shared_networks.inference.save.SaveSegmentationd`.
+        ranks: as of :class:`shared_networks.inference.save.SaveImageLabelsd`.
 
     Raises:
         InputError: on call, if a file cannot be written or the scan's axes are not at right angles.

@@ -30,7 +30,7 @@ from shared_networks.inference.dicom_seg import (
     write_dicom_seg,
 )
 from shared_networks.inference.predict import Scans, one_case
-from shared_networks.inference.save import SaveSegmentationd
+from shared_networks.inference.save import SaveImageLabelsd
 from shared_networks.version import __version__
 from tests.conftest import BUNDLES, ROOT, full_disk
 from tests.datasets.test_scans import OBLIQUE, ORIGIN, SPACING, STRAIGHT, even, hounsfield, write_series
@@ -77,7 +77,7 @@ def saved(folder: Path, out: Path, labels: np.ndarray | None = None, **settings:
     if not weights.exists():
         weights.write_bytes(b"weights")
     settings = {"label_names": NAMES, "dicom_seg": True, "overlay": False, "checkpoints": [weights], **settings}
-    saver = SaveSegmentationd(output_dir=out, **settings)
+    saver = SaveImageLabelsd(output_dir=out, **settings)
     more = check_source if settings["dicom_seg"] else None
     data = Scans(find_scans(folder), PREPARE, (2.0, 2.0, 2.0), 3, skip=saver.is_done, more=more)
     for item in data:
@@ -405,8 +405,8 @@ def test_highdicom_that_is_missing_is_said_before_any_scan(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "highdicom", None)
     match = r"highdicom 0\.28 or later, which is not installed; pip install 'hi-end-mae-bundles\[dicom-seg\]' or 'highd"
     with pytest.raises(InputError, match=match):
-        SaveSegmentationd(label_names=NAMES, output_dir=tmp_path, dicom_seg=True)
-    SaveSegmentationd(label_names=NAMES, output_dir=tmp_path)
+        SaveImageLabelsd(label_names=NAMES, output_dir=tmp_path, dicom_seg=True)
+    SaveImageLabelsd(label_names=NAMES, output_dir=tmp_path)
 
 
 def test_a_highdicom_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_a_highdicom_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "highdicom-0.9.1.dist-info" / "METADATA").write_text("Name: highdicom\nVersion: 0.9.1\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"highdicom 0\.28 or later, and 0\.9\.1 is installed; pip install"):
-        SaveSegmentationd(label_names=NAMES, output_dir=tmp_path, dicom_seg=True)
+        SaveImageLabelsd(label_names=NAMES, output_dir=tmp_path, dicom_seg=True)
 
 
 def tag(files: list[Path], which: slice, **tags: Any) -> None:

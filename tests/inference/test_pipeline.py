@@ -21,7 +21,7 @@ from shared_networks.datasets.scans import Source
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.inference import predict
 from shared_networks.inference.predict import LabelLater, SaveInBackground, Scans, one_case
-from shared_networks.inference.save import SaveSegmentationd
+from shared_networks.inference.save import SaveImageLabelsd
 from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, with_scan_meta
 from tests.inference.test_predict import NAMES, hounsfield, scans, write
 
@@ -96,7 +96,7 @@ def test_next_scan_is_read_and_last_one_saved_while_the_network_works(
 def test_results_are_each_scan_s_own(folder: Path, tmp_path: Path) -> None:
     """Also the probabilities, which the inferer has replaced by the next scan's when they are saved."""
     (tmp_path / "model.pt").touch()
-    saver = SaveSegmentationd(
+    saver = SaveImageLabelsd(
         label_names=NAMES, output_dir=tmp_path / "out", checkpoints=[tmp_path / "model.pt"], overlay=False, organ=1
     )
     released = {name: threading.Event() for name in "abcde"}

@@ -28,7 +28,7 @@ from shared_networks.datasets.scans import Source, find_scans
 from shared_networks.errors import InputError
 from shared_networks.inference import predict
 from shared_networks.inference.predict import Scans, memory_estimate, one_case, output_names
-from shared_networks.inference.save import SaveSegmentationd, keep_largest_components, label_image, label_table
+from shared_networks.inference.save import SaveImageLabelsd, keep_largest_components, label_image, label_table
 from shared_networks.transforms.spacing import Spacingd
 from tests.conftest import full_disk
 from tests.datasets.test_scans import ORIGIN, STRAIGHT, even, hounsfield, write_series
@@ -219,12 +219,12 @@ def test_geometry_is_that_of_the_file(codes: tuple[int, int], tmp_path: Path) ->
     np.testing.assert_array_equal(out.dataobj, labels)
 
 
-def saved(folder: Path, out: Path, **settings: Any) -> tuple[Scans, SaveSegmentationd]:
+def saved(folder: Path, out: Path, **settings: Any) -> tuple[Scans, SaveImageLabelsd]:
     """A run over a folder with a network that labels all above 0 HU liver."""
     weights = out.parent / "model.pt"
     if not weights.exists():
         weights.touch()
-    saver = SaveSegmentationd(label_names=NAMES, output_dir=out, checkpoints=[weights], **settings)
+    saver = SaveImageLabelsd(label_names=NAMES, output_dir=out, checkpoints=[weights], **settings)
     data = scans(folder, skip=saver.is_done)
     for item in data:
         (case,) = decollate_batch(one_case([item]))

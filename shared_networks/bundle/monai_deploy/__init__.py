@@ -1,0 +1,1 @@
+"""Run the bundles in MONAI Deploy."""
