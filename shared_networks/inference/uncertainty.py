@@ -260,9 +260,11 @@ class SaveUncertaintyd(SaveImageLabelsd):
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
         ranks: as of :class:`shared_networks.inference.save.SaveImageLabelsd`.
+        labels_alone: settings by name that ask for results of labels, which are not written here.
 
     Raises:
-        InputError: on call, if a file cannot be written or the scan's axes are not at right angles.
+        InputError: such a setting is on; or on call, if a file cannot be written or the scan's axes are not at right
+            angles.
     """
 
     def __init__(
@@ -273,7 +275,11 @@ class SaveUncertaintyd(SaveImageLabelsd):
         checkpoints: Sequence[str | Path] = (),
         settings: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
+        labels_alone: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, value in (labels_alone or {}).items():
+            if value not in (None, False):
+                raise InputError(f"--{name} {value}: uncertainty.json writes no labels; leave the setting out")
         super().__init__(
             keys, label_names=(), output_dir=output_dir, checkpoints=checkpoints, settings=settings, ranks=ranks
         )

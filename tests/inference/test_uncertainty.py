@@ -379,3 +379,14 @@ def test_overlay_without_dropout_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught:
         flow.run()
     assert "give --dropout 0.1" in str(input_error_in(caught.value))
+
+
+@pytest.mark.parametrize(("name", "value"), [("dicom_seg", True), ("organ_probability", "liver")])
+def test_overlay_refuses_settings_that_ask_for_labels(name: str, value: object, tmp_path: Path) -> None:
+    flow = workflow("hi_end_mae_btcv_seg", tmp_path, **{name: value})
+    flow.initialize()
+    with pytest.raises(RuntimeError) as caught:
+        flow.run()
+    expected = f"--{name} {value}: uncertainty.json writes no labels; leave the setting out"
+    assert str(input_error_in(caught.value)) == expected
+    assert not (tmp_path / "out").exists()
