@@ -271,7 +271,7 @@ def test_evaluation_and_inference_share_settings_and_parts(bundle: str) -> None:
     evaluation, inference = (json.loads((configs / f"{name}.json").read_text()) for name in ("evaluate", "inference"))
     for setting in ("checkpoints", "overlap", "blending", "tta_flip_axes", "largest_component"):
         assert evaluation[setting] == inference[setting]
-    scoring = {"organ", "label_names", "watch", "_target_", "_desc_"}
+    scoring = {"organ", "label_names", "label_probability", "watch", "_target_", "_desc_"}
     ours, theirs = ({k: v for k, v in part.items() if k not in scoring}
                     for part in (evaluation["validate#inferer"], inference["inferer"]))  # fmt: skip
     assert ours == theirs
