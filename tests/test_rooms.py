@@ -53,7 +53,7 @@ def test_there_are_few_arrows_between_folders() -> None:
         for module, _ in imported(file.read_text())
         if len(file.relative_to(PACKAGE).parts) > 1 and module.split(".")[1] in ORDER
     }
-    assert len([arrow for arrow in arrows if arrow[0] != arrow[1]]) <= 24
+    assert len([arrow for arrow in arrows if arrow[0] != arrow[1]]) <= 25  # of 66 that the order allows
 
 
 def test_files_are_short() -> None:
