@@ -63,10 +63,10 @@ class Server:
         """Have the app looked at anew, with weights and scans that came since."""
         requests.post(f"{self.address}/reload", timeout=60).raise_for_status()
 
-    def save_label(self, image: str, file: Path, names: Sequence[str] = ()) -> None:
-        """Save a finished label, as a viewer does, which names the labels that occur."""
+    def save_label(self, image: str, file: Path, model: str = "", names: Sequence[str] = ()) -> None:
+        """Save a finished label, as a viewer does, which names the labels that occur and the model."""
         url = f"{self.address}/datastore/label?image={image}&tag=final"
-        params = json.dumps({"label_info": [{"name": name} for name in names]})
+        params = json.dumps({"label_info": [{"name": name, "model_name": model} for name in names]})
         with file.open("rb") as stream:
             files = {"label": (file.name, stream)}
             requests.put(url, files=files, data={"params": params}, timeout=60).raise_for_status()

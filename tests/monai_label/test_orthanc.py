@@ -21,9 +21,12 @@ import numpy as np
 import pydicom
 import pytest
 import requests
+import SimpleITK
+from PIL import Image
 
 from shared_networks.synthetic.tissues import label_names
 
+from . import ohif
 from .conftest import FLARE, SCANS, Server, free_port, process, read, serving
 from .test_server import write_dicom
 
@@ -149,31 +152,57 @@ def series(
     return made
 
 
-def labels_of(content: highdicom.seg.Segmentation, affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Label values of a DICOM SEG by their segments' names, on a grid in RAS on which its voxels must lie."""
-    volume = content.get_volume(combine_segments=True)
-    inside = np.argwhere(volume.array)
-    to_grid = np.linalg.inv(np.diag([-1.0, -1, 1, 1]) @ affine) @ volume.affine
+def values_of(content: highdicom.seg.Segmentation) -> np.ndarray:
+    """The label value of each segment number, by the segment's name; 0 of 0."""
+    return np.array([0, *(NAMES.index(part.SegmentLabel) for part in content.SegmentSequence)], np.uint8)
+
+
+def on_grid(labels: np.ndarray, affine: np.ndarray, scan: Series) -> np.ndarray:
+    """Labels with an affine to LPS on the grid of a scan, on whose voxels theirs must lie."""
+    inside = np.argwhere(labels)
+    to_grid = np.linalg.inv(np.diag([-1.0, -1, 1, 1]) @ scan.affine) @ affine
     places = nib.affines.apply_affine(to_grid, inside)
     np.testing.assert_allclose(places, places.round(), atol=1e-2)
-    numbers = volume.array[tuple(inside.T)]
-    values = {n: NAMES.index(content.get_segment_description(n).SegmentLabel) for n in content.segment_numbers}
-    labels = np.zeros(shape, np.uint8)
-    labels[tuple(places.round().astype(int).T)] = [values[int(number)] for number in numbers]
-    return labels
+    placed = np.zeros(scan.labels.shape, np.uint8)
+    placed[tuple(places.round().astype(int).T)] = labels[tuple(inside.T)]
+    return placed
 
 
 def check(content: highdicom.seg.Segmentation, scan: Series, labels: np.ndarray) -> None:
     """The object holds the labels on the scan's grid, and each frame refers to the slice at its place."""
-    np.testing.assert_array_equal(labels_of(content, scan.affine, labels.shape), labels)
     assert (content.StudyInstanceUID, content.PatientID) == (scan.study, "phantom")
     (referred,) = content.ReferencedSeriesSequence
     assert referred.SeriesInstanceUID == scan.uid
+    values, volume = values_of(content), content.get_volume(combine_segments=True)
+    np.testing.assert_array_equal(on_grid(values[volume.array], volume.affine, scan), labels)
     frames = content.get_pixels_by_source_instance(
         scan.instances, combine_segments=True, ignore_spatial_locations=True, assert_missing_frames_are_empty=True
     )
-    values = [0, *(NAMES.index(content.get_segment_description(n).SegmentLabel) for n in content.segment_numbers)]
-    np.testing.assert_array_equal(np.take(values, frames), labels.transpose(2, 1, 0))
+    np.testing.assert_array_equal(values[frames], labels.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_dicom_seg_of_bundle_run_is_stored_and_labels_the_study(
+    name: str, server: Server, archive: Archive, series: dict[str, Series]
+) -> None:
+    """MONAI Label fetches it as a label when it is about to train."""
+    scan = series[name]
+    assert server.get("/info/")["datastore"]["total"] == len(SCANS)
+    assert archive.series(scan.study, "SEG") == []
+    written = pydicom.dcmread(scan.dicom_seg)
+    archive.store([scan.dicom_seg])
+    assert archive.series(scan.study, "SEG") == [written.SeriesInstanceUID]
+    stored = archive.segmentation(scan.study, written.SeriesInstanceUID)
+    check(stored, scan, scan.labels)
+    assert stored.PixelData == written.PixelData
+    descriptions = [part.SegmentDescription for part in stored.SegmentSequence]
+    assert descriptions == [part.SegmentDescription for part in written.SegmentSequence]
+    labels = {Path(pair["image"]).name: pair["label"] for pair in server.get("/datastore/?output=train")}
+    fetched = SimpleITK.ReadImage(labels[f"{scan.uid}.nii.gz"])
+    matrix = np.reshape(fetched.GetDirection(), (3, 3)) * fetched.GetSpacing()
+    affine = nib.affines.from_matvec(matrix, fetched.GetOrigin())
+    numbers = SimpleITK.GetArrayFromImage(fetched).T
+    np.testing.assert_array_equal(on_grid(values_of(stored)[numbers], affine, scan), scan.labels)
 
 
 @pytest.mark.parametrize("name", SCANS)
@@ -181,9 +210,7 @@ def test_label_saved_by_a_viewer_is_a_dicom_seg_of_the_study(
     name: str, server: Server, archive: Archive, series: dict[str, Series], tmp_path: Path
 ) -> None:
     scan = series[name]
-    labelled = server.get("/info/")["datastore"]
-    assert labelled["total"] == len(SCANS)
-    assert archive.series(scan.study, "SEG") == []
+    before, labelled = archive.series(scan.study, "SEG"), server.get("/info/")["datastore"]["completed"]
     response = server.infer(FLARE, scan.uid)
     assert response.status_code == 200, f"{response.text}\n{server.log.read_text()[-3000:]}"
     served = tmp_path / "label.nii.gz"
@@ -192,21 +219,21 @@ def test_label_saved_by_a_viewer_is_a_dicom_seg_of_the_study(
     np.testing.assert_allclose(affine, scan.affine, atol=1e-4)
     # MONAI Label segments a NIfTI of the series, whose oblique axes are rounded: voxels on an edge may differ.
     assert (labels != scan.labels).sum() <= (0 if name == "lps" else 20)
-    server.save_label(scan.uid, served, [NAMES[value] for value in np.unique(labels) if value])
-    (found,) = archive.series(scan.study, "SEG")
+    server.save_label(scan.uid, served, FLARE, [NAMES[value] for value in np.unique(labels) if value])
+    (found,) = set(archive.series(scan.study, "SEG")) - set(before)
     check(archive.segmentation(scan.study, found), scan, labels)
-    assert server.get("/info/")["datastore"]["completed"] == labelled["completed"] + 1
+    assert server.get("/info/")["datastore"]["completed"] == labelled + 1
 
 
-@pytest.mark.parametrize("name", SCANS)
-def test_dicom_seg_of_bundle_run_is_stored(name: str, archive: Archive, series: dict[str, Series]) -> None:
-    scan = series[name]
-    written = pydicom.dcmread(scan.dicom_seg)
-    archive.store([scan.dicom_seg])
-    assert written.SeriesInstanceUID in archive.series(scan.study, "SEG")
-    stored = archive.segmentation(scan.study, written.SeriesInstanceUID)
-    check(stored, scan, scan.labels)
-    assert stored.PixelData == written.PixelData
-    assert [part.SegmentDescription for part in stored.SegmentSequence] == [
-        part.SegmentDescription for part in written.SegmentSequence
-    ]
+@pytest.mark.skipif(ohif.MISSING, reason="no Chromium or Playwright; apt-get install chromium; pip install playwright")
+def test_ohif_shows_both_dicom_segs(
+    server: Server, archive: Archive, series: dict[str, Series], tmp_path: Path
+) -> None:
+    """Of `bundle run` and of the viewer: all organs are listed, and in colour over the grey scan."""
+    scan = series["lps"]
+    organs = [NAMES[value] for value in np.unique(scan.labels) if value]
+    for description in {str(found.SeriesDescription) for found in archive.search("series", Modality="SEG")}:
+        picture = tmp_path / "ohif.png"
+        assert ohif.open_segmentation(server.address, scan.study, description, picture) == organs
+        red, _, blue = np.moveaxis(np.asarray(Image.open(picture).convert("RGB"), int)[:, 285:995], -1, 0)
+        assert (red - blue > 30).sum() > 500

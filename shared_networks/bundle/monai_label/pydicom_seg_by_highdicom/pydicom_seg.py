@@ -1,4 +1,4 @@
-"""What MONAI Label 0.8.5 asks of pydicom-seg, which does not import with pydicom 3: reading a DICOM SEG, by highdicom."""
+"""What MONAI Label 0.8.5 asks of pydicom-seg, which does not import with pydicom 3: DICOM SEG, read by highdicom."""
 
 from __future__ import annotations
 
