@@ -5,6 +5,7 @@
 #   ./runtests.sh integration     bundles, commands and several processes
 #   ./runtests.sh -m slow         the slow ones: the whole quickstart
 #   ./runtests.sh --monailabel    two bundles in MONAI Label's own server, which gets an environment of its own
+#   ./runtests.sh --monailabel-next   the same with pydicom 3, in another environment
 #   ./runtests.sh --nnunet        the trainers for nnU-Net in nnU-Net, which gets an environment of its own
 #   ./runtests.sh --deploy        a segmenter in MONAI Deploy, which gets an environment of its own of 2 GB
 #   ./runtests.sh --gpu           what a GPU can disprove, on one CUDA device
@@ -17,12 +18,13 @@ cd "$(dirname "$0")"
 side_by_side="-n 2 --dist loadfile"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 case ${1:-} in
-    --monailabel)
-        pins=$PWD/shared_networks/bundle/monai_label/requirements.txt
-        [ -x .venv-monailabel/bin/python ] || python3 -m venv .venv-monailabel
+    --monailabel | --monailabel-next)
+        pins=$PWD/shared_networks/bundle/monai_label/requirements${1#--monailabel}.txt
+        export MONAILABEL_VENV=.venv${1#-}
+        [ -x "$MONAILABEL_VENV/bin/python" ] || python3 -m venv "$MONAILABEL_VENV"
         # Also for what is built from source: else each build fetches a PyTorch for itself.
         PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
-            .venv-monailabel/bin/pip install --quiet --disable-pip-version-check --requirement "$pins"
+            "$MONAILABEL_VENV/bin/pip" install --quiet --disable-pip-version-check --requirement "$pins"
         set -- tests/monai_label "${@:2}" ;;
     --nnunet)
         pins=$PWD/shared_networks/doors/nnunet/requirements.txt

@@ -6,12 +6,14 @@ the bundles' own copies.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from shared_networks.synthetic.phantom import phantom_case
 
 from ..conftest import ROOT
 
-PYTHON = ROOT / ".venv-monailabel" / "bin" / "python"
+PYTHON = ROOT / os.environ.get("MONAILABEL_VENV", ".venv-monailabel") / "bin" / "python"
 BTCV, FLARE = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"
 LABELLED = ("first", "second")
 LATER = ("third", "fourth")  # labels come over REST
@@ -41,8 +43,8 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 class Server:
     """A running server, its app and its log, spoken to over REST."""
 
-    def __init__(self, address: str, app: Path, studies: Path, log: Path) -> None:
-        self.address, self.app, self.studies, self.log = address, app, studies, log
+    def __init__(self, address: str, app: Path, log: Path) -> None:
+        self.address, self.app, self.log = address, app, log
 
     def bundle(self, name: str) -> Path:
         return self.app / "model" / name
@@ -61,11 +63,13 @@ class Server:
         """Have the app looked at anew, with weights and scans that came since."""
         requests.post(f"{self.address}/reload", timeout=60).raise_for_status()
 
-    def save_label(self, image: str, file: Path) -> None:
-        """Save a finished label, as a viewer does."""
+    def save_label(self, image: str, file: Path, model: str = "", names: Sequence[str] = ()) -> None:
+        """Save a finished label, as a viewer does, which names the labels that occur and the model."""
         url = f"{self.address}/datastore/label?image={image}&tag=final"
+        params = json.dumps({"label_info": [{"name": name, "model_name": model} for name in names]})
         with file.open("rb") as stream:
-            requests.put(url, files={"label": (file.name, stream)}, timeout=60).raise_for_status()
+            files = {"label": (file.name, stream)}
+            requests.put(url, files=files, data={"params": params}, timeout=60).raise_for_status()
 
     def has_said(self, text: str) -> bool:
         """Whether a text is in the log, which may lag behind the answer."""
@@ -138,38 +142,45 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.glob("*.zip"))
 
 
-@pytest.fixture(scope="session")
-def server(releases: list[Path], studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server, started as the guide says, from zips."""
+@contextmanager
+def serving(releases: Sequence[Path], studies: Path | str, folder: Path, **environment: str) -> Iterator[Server]:
+    """The server, started as the guide says, from zips on studies; its files are in a folder."""
     if not PYTHON.is_file():
         raise pytest.UsageError(f"{PYTHON}: no such file; run ./runtests.sh --monailabel, which makes it")
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [
-        PYTHON,
-        ROOT / "shared_networks" / "bundle" / "monai_label" / "serve.py",
-        "--app",
-        folder / "app",
-        "--studies",
-        studies,
-    ]
-    words += [*releases, "--host", "127.0.0.1", "--port", port, "--conf", "epistemic_model", FLARE]
+    port = free_port()
+    words: list[str | Path | int] = [PYTHON, ROOT / "shared_networks" / "bundle" / "monai_label" / "serve.py"]
+    words += ["--app", folder / "app", "--studies", studies, *releases]
+    words += ["--host", "127.0.0.1", "--port", port, "--conf", "epistemic_model", FLARE]
     environment = {
         **os.environ,
         "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",  # it would run after each training
-        "MONAI_LABEL_DATASTORE_FILE_EXT": '["*.nii.gz", "*.dicom"]',
         "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
+        **environment,
     }
     log = folder / "server.log"
     with log.open("w") as stream:
         running = subprocess.Popen([str(word) for word in words], env=environment, stdout=stream, stderr=stream)
         try:
-            yield started(Server(f"http://127.0.0.1:{port}", folder / "app", studies, log), running)
+            yield started(Server(f"http://127.0.0.1:{port}", folder / "app", log), running)
         finally:
             running.terminate()
             running.wait(30)
+
+
+def free_port() -> int:
+    """A port that nothing listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(releases: list[Path], studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server on the folder of studies."""
+    extensions = '["*.nii.gz", "*.dicom"]'
+    folder = tmp_path_factory.mktemp("server")
+    with serving(releases, studies, folder, MONAI_LABEL_DATASTORE_FILE_EXT=extensions) as running:
+        yield running
 
 
 def started(server: Server, running: subprocess.Popen[bytes]) -> Server:

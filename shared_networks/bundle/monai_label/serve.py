@@ -89,14 +89,28 @@ def without_operators() -> bool:
     return False
 
 
+def without_pydicom_seg() -> bool:
+    """Return whether pydicom-seg does not import, because pydicom 3 has lost a module of pydicom 2.
+
+    MONAI Label imports it to read DICOM SEG, which highdicom does as well.
+    """
+    try:
+        import pydicom_seg  # noqa: F401
+    except ModuleNotFoundError as error:
+        return error.name == "pydicom._storage_sopclass_uids"
+    return False
+
+
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the server and of the processes that it trains in."""
     changed = dict(given)
     changed.setdefault("BUNDLE_DOWNLOAD_SRC", "ngc")  # by default GitHub is asked for models, even for local ones
     changed["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")])  # torchrun
-    if without_operators():
-        folder = Path(__file__).resolve().with_name("torchvision_without_operators")
-        changed["PYTHONPATH"] = os.pathsep.join([str(folder), given.get("PYTHONPATH", "")])
+    stand_ins = ["torchvision_without_operators"] if without_operators() else []
+    stand_ins += ["pydicom_seg_by_highdicom"] if without_pydicom_seg() else []
+    if stand_ins:
+        folders = [str(Path(__file__).resolve().with_name(name)) for name in stand_ins]
+        changed["PYTHONPATH"] = os.pathsep.join([*folders, given.get("PYTHONPATH", "")])
     return changed
 
 
