@@ -27,6 +27,7 @@ from shared_networks.evaluation.tables import (
     summary,
 )
 from shared_networks.figures.boxplot import dice_boxplot
+from shared_networks.figures.reliability import reliability_diagram
 from shared_networks.files import atomic_write, write_csv, write_json
 
 
@@ -42,6 +43,7 @@ class EvaluationReport(MetricsSaver):
     - `metrics.json`: settings, models and what trained them, and by organ and overall mean, median, standard
       deviation and bootstrap interval;
     - `dice_boxplot.png`;
+    - `reliability.png`, if calibration is reported;
     - `best_overlay.png`, `median_overlay.png`, `worst_overlay.png`: copies of the `{case}_overlay.png` that
       :class:`shared_networks.figures.overlay.SaveOverlayd` has left there.
 
@@ -129,6 +131,10 @@ class EvaluationReport(MetricsSaver):
                 f"organs by {len(MEASURES)} measures: attach an OrganMetric with the same label_names."
             )
         by_case = dict(zip(cases, torch.cat([measures, ece[..., None]], dim=-1), strict=True))
+        if (bins := details.get("ece_bins")) is not None:
+            by_name = dict(zip(cases, bins.cpu(), strict=True))
+            with atomic_write(self.folder / "reliability.png") as path:
+                reliability_diagram(self.organs, torch.stack([*by_name.values()]).sum(dim=0).numpy()).savefig(path)
         cases = sorted(by_case)
         self._write(cases, torch.stack([by_case[case] for case in cases]))
 
