@@ -23,10 +23,11 @@ class CalibrationError(Cumulative):
     between mean probability and share of true voxels in a bin, averaged over bins by their numbers of voxels (Guo et
     al., "On calibration of modern neural networks", ICML 2017). The background is left out. Values are those of
     `monai.metrics.CalibrationErrorMetric(include_background=False)`, which needs the probabilities of all voxels at
-    once. Here sums by organ and bin are enough: their number of voxels cancels out.
+    once. Here sums by organ and bin are enough.
 
     `engine.state.metric_details["ece"]` then hold `[cases, organs]`, and the metric is the mean over each case's
-    organs first, then over cases. Handlers that read them must come after it.
+    organs first, then over cases. `metric_details["ece_bins"]` hold `[cases, organs, bins, 3]`: of each bin the number
+    of voxels, the sum of their probabilities, and how many are true. Handlers that read them must come after it.
 
     Args:
         label_names: names in order of label value, background first.
@@ -48,7 +49,7 @@ class CalibrationError(Cumulative):
         """Attach to an evaluator of batches of one, whose inferer shows its probabilities to this object."""
         engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self.reset())
         engine.add_event_handler(Events.ITERATION_STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.append(self.case_errors()))
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.append(self.case_bins()))
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.report)
 
     def start(self, engine: Any) -> None:
@@ -59,7 +60,7 @@ class CalibrationError(Cumulative):
         """Take the truth of a case, [X, Y, Z]."""
         self.truth = truth
         self.chances = torch.zeros(self.organs, dtype=torch.float64)
-        self.gaps = torch.zeros(self.organs, BINS, dtype=torch.float64)
+        self.bins = torch.zeros(3, self.organs, BINS, dtype=torch.float64)  # but the first, which is what is left
 
     def __call__(self, probabilities: Tensor, region: tuple[slice, ...]) -> None:
         """Take a part of a case; no voxel may come twice.
@@ -75,21 +76,34 @@ class CalibrationError(Cumulative):
         higher = chances[organs, voxels]
         hits = self.truth[region].to(chances.device).flatten()[voxels] == organs + 1
         bins = organs * BINS + torch.bucketize(higher, ends).clamp_(max=BINS - 1)
-        gaps = torch.bincount(bins, higher.double() - hits.double(), minlength=self.gaps.numel())
-        self.gaps += gaps.view(self.gaps.shape).cpu()
+        for sums, weights in zip(self.bins, (None, higher.double(), hits.double()), strict=True):
+            sums += torch.bincount(bins, weights, minlength=sums.numel()).view(sums.shape).cpu()
         self.chances += chances.sum(dim=1, dtype=torch.float64).cpu()
 
-    def case_errors(self) -> Tensor:
-        """Return the error of each organ of the case, [organs]. Voxels that never came have probability 0."""
+    def case_bins(self) -> Tensor:
+        """Return the sums of the case, [organs, bins, 3]. Voxels that never came have probability 0."""
         true = torch.stack([(self.truth == value).sum() for value in range(1, self.organs + 1)])
-        first = self.chances - true - self.gaps.sum(dim=1)
-        return (first.abs() + self.gaps.abs().sum(dim=1)) / self.truth.numel()
+        whole = torch.stack([torch.full_like(self.chances, self.truth.numel()), self.chances, true.double()])
+        bins = self.bins.clone()
+        bins[..., 0] += whole - bins.sum(dim=-1)
+        return bins.permute(1, 2, 0)
+
+    def case_errors(self) -> Tensor:
+        """Return the error of each organ of the case, [organs]."""
+        return errors_of_bins(self.case_bins())
 
     def aggregate(self) -> Tensor:
         """Return the mean of all cases and processes, 0-dimensional."""
-        return macro_mean(self.get_buffer())
+        return macro_mean(errors_of_bins(self.get_buffer()))
 
     def report(self, engine: Any) -> None:
         """Add the metric and its details."""
         engine.state.metrics["ece"] = self.aggregate().item()
-        engine.state.metric_details["ece"] = self.get_buffer()
+        engine.state.metric_details["ece_bins"] = self.get_buffer()
+        engine.state.metric_details["ece"] = errors_of_bins(self.get_buffer())
+
+
+def errors_of_bins(bins: Tensor) -> Tensor:
+    """Return the expected calibration error, [...], of bins [..., bins, 3]."""
+    voxels, chances, true = bins.unbind(dim=-1)
+    return (chances - true).abs().sum(dim=-1) / voxels.sum(dim=-1)

@@ -27,6 +27,7 @@ from shared_networks.evaluation.tables import (
     summary,
 )
 from shared_networks.figures.boxplot import dice_boxplot
+from shared_networks.figures.reliability import reliability_diagram
 from shared_networks.files import atomic_write, write_csv, write_json
 
 
@@ -42,6 +43,7 @@ class EvaluationReport(MetricsSaver):
     - `metrics.json`: settings, models and what trained them, and by organ and overall mean, median, standard
       deviation and bootstrap interval;
     - `dice_boxplot.png`;
+    - `reliability.png`, if calibration is reported;
     - `best_overlay.png`, `median_overlay.png`, `worst_overlay.png`: copies of the `{case}_overlay.png` that
       :class:`shared_networks.figures.overlay.SaveOverlayd` has left there.
 
@@ -128,11 +130,13 @@ class EvaluationReport(MetricsSaver):
                 f"metric '{self.metric}' holds {list(measures.shape[1:])} numbers a case, not {len(self.organs)} "
                 f"organs by {len(MEASURES)} measures: attach an OrganMetric with the same label_names."
             )
-        by_case = dict(zip(cases, torch.cat([measures, ece[..., None]], dim=-1), strict=True))
-        cases = sorted(by_case)
-        self._write(cases, torch.stack([by_case[case] for case in cases]))
+        rows = dict(zip(cases, range(len(measures)), strict=True))
+        cases = sorted(rows)
+        once = [rows[case] for case in cases]
+        bins = details["ece_bins"].cpu()[once] if "ece_bins" in details else None
+        self._write(cases, torch.cat([measures, ece[..., None]], dim=-1)[once], bins)
 
-    def _write(self, cases: list[str], measures: torch.Tensor) -> None:
+    def _write(self, cases: list[str], measures: torch.Tensor, bins: torch.Tensor | None) -> None:
         dice = measures[..., COLUMNS.index("dice")]
         content = {
             **summary(cases, self.organs, measures, {"nsd_tolerance_mm": self.tolerances}, self.seed),
@@ -143,6 +147,9 @@ class EvaluationReport(MetricsSaver):
         write_json(self.folder / "metrics.json", content)
         with atomic_write(self.folder / "dice_boxplot.png") as path:
             dice_boxplot(self.organs, dice.numpy(), content["overall"]["dice"]).savefig(path)
+        if bins is not None:
+            with atomic_write(self.folder / "reliability.png") as path:
+                reliability_diagram(self.organs, bins.sum(dim=0).numpy()).savefig(path)
         for rank, case in extremes(cases, dice).items():
             if (overlay := self.folder / f"{case}_overlay.png").is_file():
                 with atomic_write(self.folder / f"{rank}_overlay.png") as path:

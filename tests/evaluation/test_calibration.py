@@ -57,12 +57,28 @@ def test_sums_of_parts_are_monais_error_of_the_whole(sharpness: float, step: int
 
 
 def test_the_error_is_how_far_probability_and_truth_lie_apart() -> None:
-    """Of 8 voxels: 0.7 in four of which two are true, 0.2 in two of which none is, the others 0 and one true."""
+    """Of 8 voxels: 0.72 in four of which two are true, 0.22 in two of which none is, the others 0 and one true."""
     error = CalibrationError(["background", "liver"])
     error.start_case(torch.tensor([1.0, 1, 0, 0, 0, 0, 1, 0]).reshape(2, 2, 2))
-    liver = torch.tensor([0.7, 0.7, 0.7, 0.7, 0.2, 0.2, 0, 0]).reshape(2, 2, 2)
+    liver = torch.tensor([0.72, 0.72, 0.72, 0.72, 0.22, 0.22, 0, 0]).reshape(2, 2, 2)
     error(torch.stack([1 - liver, liver]), (slice(0, 2),) * 3)
-    assert error.case_errors().tolist() == pytest.approx([(4 * 0.2 + 2 * 0.2 + 1) / 8])
+    assert error.case_errors().tolist() == pytest.approx([(4 * 0.22 + 2 * 0.22 + 1) / 8])
+    bins = error.case_bins()[0]
+    assert bins[[0, 4, 14]].flatten().tolist() == pytest.approx([2, 0, 1, 2, 0.44, 0, 4, 2.88, 2])
+    assert bins.sum(dim=0).tolist() == pytest.approx([8, 3.32, 3])
+
+
+def test_bins_are_those_of_all_voxels_at_once() -> None:
+    probabilities, truth = drawn(2)
+    error = CalibrationError(NAMES)
+    error.start_case(truth)
+    for region in (np.s_[:, :2, :], np.s_[:, 2:, :]):
+        error(probabilities[(slice(None), *region)], region)
+    for value, bins in enumerate(error.case_bins().numpy(), start=1):
+        chances, true = probabilities[value].flatten().double().numpy(), truth.flatten().numpy() == value
+        for column, weights in enumerate((None, chances, true.astype(float))):
+            expected, _ = np.histogram(chances, BINS, (0, 1), weights=weights)
+            np.testing.assert_allclose(bins[:, column], expected, atol=1e-5)
 
 
 def test_voxels_that_are_not_shown_have_probability_0() -> None:
@@ -125,29 +141,46 @@ class Shown(Inferer):
         return inputs.argmax(1, keepdim=True)
 
 
-def test_an_evaluator_reports_it_by_case_and_as_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second run replaces the first."""
+def evaluator_of(names: str, folder: Path) -> SupervisedEvaluator:
+    """Of cases a and b, by their letters."""
     cases = {name: drawn(seed) for seed, name in enumerate("ba")}
     items = [
-        {"image": MetaTensor(image, meta={"filename_or_obj": f"{name}.nii.gz"}), "truth": MetaTensor(truth[None])}
-        for name, (image, truth) in cases.items()
+        {
+            "image": MetaTensor(cases[name][0], meta={"filename_or_obj": f"{name}.nii.gz"}),
+            **{key: MetaTensor(cases[name][1][None]) for key in ("truth", "label")},
+        }
+        for name in names
     ]
     error = CalibrationError(NAMES)
-    evaluator = SupervisedEvaluator(
+    return SupervisedEvaluator(
         device=torch.device("cpu"),
-        val_data_loader=DataLoader(Dataset([{**item, "label": item["truth"].clone()} for item in items])),
+        val_data_loader=DataLoader(Dataset(items)),
         network=torch.nn.Identity(),
         inferer=Shown(error),
         key_val_metric={
             "val_mean_dice": IgniteMetricHandler(OrganMetric(NAMES), output_transform=from_engine(["pred", "label"]))
         },
-        val_handlers=[error, EvaluationReport(NAMES, tmp_path)],
+        val_handlers=[error, EvaluationReport(NAMES, folder)],
     )
+
+
+def test_an_evaluator_reports_it_by_case_and_as_a_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run replaces the first."""
+    evaluator = evaluator_of("ba", tmp_path)
     for _ in range(2):
         evaluator.run()
-        expected = torch.stack([by_monai(*cases[name]) for name in "ab"])
+        expected = torch.stack([by_monai(*drawn(seed)) for seed in (1, 0)])
         table = read(tmp_path / "metrics.csv")
         assert table[0][9] == "ece"
         assert [float(row[9]) for row in table[1:]] == pytest.approx(expected.flatten().tolist(), abs=1e-6)
         assert evaluator.state.metrics["ece"] == pytest.approx(float(expected.mean()), rel=1e-5)
         assert f"lower is better: {expected.mean():.5f}" in capsys.readouterr().out
+        assert evaluator.state.metric_details["ece_bins"].shape == (2, CLASSES - 1, BINS, 3)
+
+
+def test_reliability_is_of_all_cases_and_of_a_repeated_one_once(tmp_path: Path) -> None:
+    drawings = {}
+    for names in ("ab", "aba", "a"):
+        evaluator_of(names, tmp_path / names).run()
+        drawings[names] = (tmp_path / names / "reliability.png").read_bytes()
+    assert drawings["ab"] == drawings["aba"] != drawings["a"]

@@ -217,7 +217,7 @@ def test_evaluation_is_that_of_one_process_to_the_last_digit(
         run(command(data, weights, tmp_path / str(number), number, "train evaluate"), 0)
     one, several = tmp_path / "1", tmp_path / str(processes)
     assert sorted(file.name for file in several.iterdir()) == sorted(file.name for file in one.iterdir())
-    for name in ("dice.csv", "metrics.csv"):
+    for name in ("dice.csv", "metrics.csv", "reliability.png"):
         assert (several / name).read_bytes() == (one / name).read_bytes()
 
 

@@ -56,6 +56,7 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):  # noqa: N801 (nnU-Net's way of nami
     spacing = (1.5, 1.5, 1.5)  # mm, of encoders without a record
     shipped: Path | None = None
     pretrained = True
+    learning_rate = 1e-4  # nnU-Net's __init__ sets an `initial_lr` of its own
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class nnUNetTrainerHiEndMAE(nnUNetTrainer):  # noqa: N801 (nnU-Net's way of nami
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
-        self.initial_lr, self.weight_decay = 1e-4, 1e-5
+        self.initial_lr, self.weight_decay = self.learning_rate, 1e-5
         self.starts_anew = True
 
     @classmethod
@@ -248,17 +249,7 @@ class nnUNetTrainerHiEndMAESmall(nnUNetTrainerHiEndMAE):  # noqa: N801
     size = SMALL
     spacing = (3.0, 3.0, 3.0)
     shipped = _SHIPPED
-
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 3e-3
+    learning_rate = 3e-3
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return Muon, with a warm-up over a hundredth of the epochs and then a cosine, as `configs/small.json`."""
