@@ -90,13 +90,25 @@ def execute(run: Run) -> dict[str, Any]:
     return content
 
 
-def execute_all(chains: Sequence[Sequence[Run]], jobs: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def is_done(run: Run) -> bool:
+    """Returns whether the results of a command are there."""
+    record = run.folder / "run.json"
+    return record.is_file() and "seconds" in json.loads(record.read_text())
+
+
+def execute_all(
+    chains: Sequence[Sequence[Run]],
+    jobs: int,
+    say: Callable[[str], None] = print,
+    until: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
     """Runs chains of commands side by side, those of a chain one after the other.
 
     Args:
         chains: of commands.
         jobs: how many chains at a time.
         say: takes a line for each chain that ended.
+        until: once it returns true, no further command begins.
 
     Returns:
         What :func:`execute` returns, chain by chain.
@@ -106,7 +118,11 @@ def execute_all(chains: Sequence[Sequence[Run]], jobs: int, say: Callable[[str],
     """
 
     def follow(chain: Sequence[Run]) -> list[dict[str, Any]]:
-        records = [execute(run) for run in chain]
+        records = []
+        for run in chain:
+            if until() and not is_done(run):
+                return records
+            records.append(execute(run))
         say(f"{chain[0].part}, {chain[0].folder}: {sum(record['seconds'] for record in records):.0f} s")
         return records
 

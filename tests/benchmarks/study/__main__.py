@@ -1,0 +1,223 @@
+"""The command; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared_networks.errors import InputError
+from shared_networks.files import write_csv
+
+from .. import study
+from ..loader import machine
+from ..transfer.results import time_table
+from ..transfer.runs import Run, execute_all, is_done
+from . import results, runs
+from .runs import Cell, Trial, slug
+from .settings import (
+    ABLATION_LABELS,
+    ABLATIONS,
+    ARMS,
+    CURVE_LABELS,
+    OURS,
+    SCRATCH,
+    SIZES,
+    Settings,
+    Variant,
+    patch_ablations,
+)
+
+DESIGN = Path(__file__).with_name("design.md")
+
+
+class Sitting:
+    """Runs that stop to begin when the time is over.
+
+    Args:
+        jobs: runs at a time.
+        minutes: after which no further run begins; None for no end.
+    """
+
+    def __init__(self, jobs: int, minutes: float | None) -> None:
+        self.jobs = jobs
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.records: list[dict[str, Any]] = []
+
+    @property
+    def over(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+    def run(self, chains: Sequence[Sequence[Run]]) -> None:
+        """Run chains of commands, see :func:`..transfer.runs.execute_all`."""
+        self.records += execute_all(chains, self.jobs, until=lambda: self.over)
+
+
+def find_folders(given: Sequence[str]) -> dict[str, Path]:
+    """Return folders by name, from `NAME=FOLDER`.
+
+    Raises:
+        InputError: a text of another form, or no such folder.
+    """
+    found = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not folder:
+            raise InputError(f"--test {text}: give NAME=FOLDER")
+        if not Path(folder).is_dir():
+            raise InputError(f"--test {text}: {folder} is not there")
+        found[name] = Path(folder).resolve()
+    return found
+
+
+def variants_of(size: Settings, real: bool, ablations: bool) -> dict[str, Variant]:
+    """Return what is trained: the size's arms, and the ablations that can be made."""
+    found = {name: ARMS[name] for name in size["arms"]}
+    if ablations:
+        found |= {n: v for n, v in (ABLATIONS | patch_ablations(size)).items() if real or v.unlabelled == "synthetic"}
+    return found
+
+
+def run_all(
+    out: Path,
+    size: Settings,
+    variants: Mapping[str, Variant],
+    tests: Mapping[str, Path],
+    unlabelled: Sequence[Path],
+    sitting: Sitting,
+) -> tuple[dict[tuple[str, int], Path], dict[Trial, Path]]:
+    """Run what has not been run.
+
+    Returns:
+        Folders of pre-trainings, by variant and number, and of evaluations; none before all scans are made.
+
+    Raises:
+        InputError: see :mod:`.runs`, and :func:`..transfer.runs.execute_all`.
+    """
+    counts, data = size["phantoms"], out / "data"
+    labelled, synthetic = data / "labelled", data / "unlabelled"
+    made = [
+        runs.phantoms(labelled, size, counts["labelled"], counts["test"], 500),
+        runs.phantoms(synthetic, size, counts["unlabelled"], 0, 600),
+    ]
+    sitting.run([[run] for run in made])
+    if not all(map(is_done, made)):
+        return {}, {}
+    cases = runs.gather_tests(data / "tests", labelled, tests, counts["voxel_mm"])
+    shown = runs.gather_scans(data / "shown", [cases / "imagesTs"], 1)
+    scans = {"synthetic": [synthetic / "imagesTr"], "real": list(unlabelled)}
+    scans["both"] = scans["synthetic"] + scans["real"]
+    used = {variant.unlabelled for variant in variants.values()}
+    sources = {name: runs.gather_scans(data / f"scans_{name}", scans[name]) for name in scans if name in used}
+    made = [runs.preparing(folder, out / "prepared" / name, size) for name, folder in sources.items()]
+    sitting.run([[run] for run in made])
+    if not all(map(is_done, made)):
+        return {}, {}
+
+    repeats = {name: 1 if variant.pretraining is None else size["pretrainings"] for name, variant in variants.items()}
+    pretrainings: dict[tuple[str, int], Path] = {}
+    reports: dict[Trial, Path] = {}
+    phases: dict[tuple[bool, str], list[Sequence[Run]]] = {
+        (ablated, part): [] for ablated in (False, True) for part in ("pre-training", "fine-tuning")
+    }
+    for trial in runs.trials(size, variants, repeats):
+        variant, ablated = variants[trial.cell.variant], trial.cell.variant not in size["arms"]
+        encoder = None
+        if variant.pretraining is not None:
+            owner = variant.encoder_of or trial.cell.variant, trial.pretraining
+            encoder = out / "pretraining" / slug(owner[0]) / str(owner[1])
+            if owner not in pretrainings:
+                pretrainings[owner] = encoder
+                store = out / "prepared" / variants[owner[0]].unlabelled / "store"
+                first = runs.pretraining(store, labelled, encoder, size, variants[owner[0]], owner[1])
+                then = runs.reconstruction(shown, encoder, size, variants[owner[0]])
+                phases[ablated, "pre-training"].append([first, then])
+        place = out / "fine-tuning" / slug(" ".join(map(str, trial.cell))) / f"{trial.pretraining}_{trial.seed}"
+        chain = runs.fine_tuning(labelled, cases, encoder, place, size, variant, trial)
+        phases[ablated, "fine-tuning"].append(chain)
+        reports[trial] = place / "report"
+    for chains in phases.values():
+        sitting.run(chains)
+    done = {key: folder for key, folder in pretrainings.items() if (folder / "drawn" / "run.json").is_file()}
+    return done, reports
+
+
+def report(
+    out: Path, size: Settings, pretrainings: Mapping[tuple[str, int], Path], reports: Mapping[Trial, Path]
+) -> list[str]:
+    """Write raw numbers and figures, and return the sections of the text."""
+    if not reports:
+        return ["The scans are not all made yet."]
+    arms, steps = size["arms"], size["fine-tuning"]["steps"]
+    write_csv(out / "transfer.csv", results.raw_rows(reports))
+    found = {
+        key: results.whole(scores, size["seeds"]) for key, scores in results.read_scores(out / "transfer.csv").items()
+    }
+    read = {key: scores for key, scores in found.items() if scores}
+    there = sum((folder / "metrics.csv").is_file() for folder in reports.values())
+    sections = [f"{there} of {len(reports)} fine-tunings are done, and {len(pretrainings)} pre-trainings."]
+    if pretrainings:
+        results.reconstructions(pretrainings).savefig(out / "reconstructions.png")
+        sections += ["## Pre-trainings", results.pretraining_table(pretrainings)]
+    if read:
+        results.figure(read, arms, steps).savefig(out / "transfer.png")
+    base, scratch = Cell(OURS, ABLATION_LABELS, steps), Cell(SCRATCH, ABLATION_LABELS, steps)
+    for test_set in dict.fromkeys(name for name, _ in read):
+        others = dict.fromkeys(cell.variant for name, cell in read if name == test_set and cell.variant not in arms)
+        count = len(next(s.cases for (name, _), s in read.items() if name == test_set))
+        sections += [
+            f"## {test_set}, {count} cases",
+            *results.arms_tables(read, test_set, arms, steps),
+            "By organ:",
+            results.organ_table(read, test_set, [Cell(arm, n, steps) for n in size["labels"] for arm in arms]),
+            f"From scratch with {CURVE_LABELS} labelled cases:",
+            results.curve_table(read, test_set, SCRATCH, CURVE_LABELS),
+        ]
+        if others:
+            sections += ["Ablations:", results.ablation_table(read, test_set, others, base, scratch)]
+    return sections
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        "python -m tests.benchmarks.study",
+        description=study.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--test", action="append", default=[], metavar="NAME=FOLDER", help="further labelled scans")
+    parser.add_argument("--unlabelled", action="append", default=[], type=Path, help="folder of real scans")
+    parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--minutes", type=float, help="begin no further run after this time")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as cores, fewer on a GPU")
+    args = parser.parse_args()
+    size, out, start = SIZES[args.size], args.out.resolve(), time.monotonic()
+    sitting = Sitting(args.jobs or size.get("jobs") or len(os.sched_getaffinity(0)), args.minutes)
+    try:
+        tests = find_folders(args.test)
+        variants = variants_of(size, bool(args.unlabelled), args.ablations)
+        found = run_all(out, size, variants, tests, args.unlabelled, sitting)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    told = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
+    minutes = (time.monotonic() - start) / 60
+    sections = [
+        DESIGN.read_text().strip(),
+        "# Results",
+        f"Size {args.size}, {sitting.jobs} runs at a time, {minutes:.0f} minutes this time. {told}.",
+        time_table(sitting.records),
+        *report(out, size, *found),
+    ]
+    text = "\n\n".join(sections)
+    (out / "transfer.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

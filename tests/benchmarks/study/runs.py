@@ -1,0 +1,212 @@
+"""Every step of the study as a command of the bundles."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import nibabel.processing
+import numpy as np
+
+from shared_networks.datasets.cases import find_cases
+from shared_networks.datasets.nifti import is_nifti
+from shared_networks.errors import InputError
+from shared_networks.files import write_json
+
+from ..transfer.runs import Run, bundle_run
+from .settings import ABLATION_LABELS, ARMS, CURVE, CURVE_LABELS, SCRATCH, Settings, Variant
+
+PRETRAINING, SEGMENTER = "hi_end_mae_pretrain", "hi_end_mae_btcv_seg"
+SYNTHETIC = "synthetic"
+
+
+class Cell(NamedTuple):
+    """What is fine-tuned alike but for the chance of pre-training and seed."""
+
+    variant: str
+    labels: int
+    steps: int
+
+
+class Trial(NamedTuple):
+    """One fine-tuning: which pre-training it starts from, and the seed of all else."""
+
+    cell: Cell
+    pretraining: int
+    seed: int
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return "_".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
+
+
+def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mapping[str, int]) -> list[Trial]:
+    """List all fine-tunings: those first that answer most.
+
+    Arms have every pre-training with every seed. Ablations and the curve have one fine-tuning for each seed, and a
+    pre-training of its own for each.
+    """
+    steps, seeds = size["fine-tuning"]["steps"], size["seeds"]
+    found = []
+    for number in range(max(pretrainings.values())):
+        for seed in seeds:
+            for labels in sorted(size["labels"], key=lambda count: (count != ABLATION_LABELS, count)):
+                for arm in size["arms"]:
+                    if number < pretrainings[arm]:
+                        found.append(Trial(Cell(arm, labels, steps), number, seed))
+    if CURVE_LABELS in size["labels"]:
+        curve = [Cell(SCRATCH, CURVE_LABELS, round(share * steps)) for share in CURVE]
+        found += [Trial(cell, 0, seed) for seed in seeds for cell in curve]
+    for position, seed in enumerate(seeds):
+        for name in variants:
+            if name not in ARMS:
+                number = position % pretrainings[name]
+                found.append(Trial(Cell(name, ABLATION_LABELS, steps), number, seed))
+    return found
+
+
+def phantoms(folder: Path, size: Settings, train: int, test: int, seed: int) -> Run:
+    """Make synthetic scans."""
+    options = {"train": train, "test": test, "voxel_mm": size["phantoms"]["voxel_mm"], "seed": seed}
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    words = ["-m", "shared_networks.synthetic.phantom", "--out", str(folder), "--label_set", "btcv", *words]
+    return Run("synthetic scans", folder.parent / f"{folder.name}_made", ".", words)
+
+
+def preparing(data: Path, folder: Path, size: Settings) -> Run:
+    """Resample the scans that pre-training reads."""
+    options = {"dataset_dir": str(data), "prepared_dir": str(folder / "store"), "spacing": size["network"]["spacing"]}
+    return bundle_run("preparing", folder, PRETRAINING, ["prepare"], {**options, "min_size": 8, "num_workers": 0})
+
+
+def pretraining(store: Path, probe: Path, folder: Path, size: Settings, variant: Variant, seed: int) -> Run:
+    """Pre-train for the size's steps, on however many cases; the last weights are taken."""
+    cases = len((store / "manifest.jsonl").read_text().splitlines())
+    settings = dict(size["pretraining"])
+    validation = max(1, round(settings["val_fraction"] * cases))
+    epochs = math.ceil(settings.pop("steps") / math.ceil((cases - validation) / settings["batch_size"]))
+    options = {
+        "prepared_dir": str(store),
+        "probe_dir": str(probe),
+        "ckpt_dir": str(folder),
+        "output_dir": str(folder),
+        "resume": True,
+        "seed": seed,
+        "epochs": epochs,
+        "warmup_epochs": max(1, epochs // 20),
+        "val_interval": max(1, epochs // 4),
+    }
+    options |= size["network"] | size["encoder"] | settings | variant.network | (variant.pretraining or {})
+    return bundle_run("pre-training", folder, PRETRAINING, ["train", "prepared"], options)
+
+
+def reconstruction(scan: Path, folder: Path, size: Settings, variant: Variant) -> Run:
+    """Draw what a pre-training makes of a folder's scan."""
+    options = {"dataset_dir": str(scan), "checkpoint": str(folder / "model.pt"), "output_dir": str(folder / "drawn")}
+    network = {key: value for key, value in size["pretraining"].items() if key.startswith("network_def#")}
+    options |= size["network"] | size["encoder"] | network | variant.network | (variant.pretraining or {})
+    return bundle_run("reconstruction", folder / "drawn", PRETRAINING, ["inference"], options)
+
+
+def fine_tuning(
+    data: Path, tests: Path, encoder: Path | None, folder: Path, size: Settings, variant: Variant, trial: Trial
+) -> list[Run]:
+    """Fine-tune for the trial's steps, on however many cases, without validation, and evaluate on all test cases."""
+    settings = size["fine-tuning"] | variant.fine_tuning
+    del settings["steps"]
+    epochs = max(1, trial.cell.steps // trial.cell.labels)
+    network = size["network"] | size["encoder"] | variant.network
+    training = {
+        "dataset_dir": str(data),
+        "label_names": "@dataset_labels",
+        "pretrained_encoder": str(encoder / "model.pt") if encoder else "",
+        "ckpt_dir": str(folder),
+        "output_dir": str(folder),
+        "resume": True,
+        "split#val_cases": [],
+        "split#val_fraction": 0.0,
+        "split#num_train_cases": trial.cell.labels,
+        "seed": trial.seed,
+        "epochs": epochs,
+        "warmup_epochs": max(1, epochs // 20),
+        "val_interval": epochs,
+    }
+    report = folder / "report"
+    evaluation = {
+        "dataset_dir": str(tests),
+        "label_names": "@model_labels",
+        "checkpoint": str(folder / "model.pt"),
+        "output_dir": str(report),
+        "overlap": 0.25,
+        "sw_batch_size": 4,
+        "num_workers": 0,
+        "validate#postprocessing#transforms#0#_disabled_": True,  # pictures, which nobody would look at
+    }
+    shape = {key: value for key, value in settings.items() if key.startswith("network_def#")}
+    configs = ["train", *variant.configs]
+    return [
+        bundle_run("fine-tuning", folder, SEGMENTER, configs, training | network | settings),
+        bundle_run("evaluation", report, SEGMENTER, ["train", "evaluate"], evaluation | network | shape),
+    ]
+
+
+def gather_tests(folder: Path, labelled: Path, others: Mapping[str, Path], voxel_mm: float) -> Path:
+    """Put all test cases into one data set, so that a network is loaded once for all of them.
+
+    A case's name begins with its set's, as in `real CT__ct_001`. Scans of other sets are resampled to cubes of
+    `voxel_mm` at least, labels to the nearest voxel, so that their size does not rule the time.
+
+    Raises:
+        InputError: a set has no labelled scans, or other labels than the synthetic ones.
+    """
+    names = json.loads((labelled / "dataset.json").read_text())["labels"]
+    write_json(folder / "dataset.json", json.loads((labelled / "dataset.json").read_text()))
+    for part in ("imagesTs", "labelsTs"):
+        (folder / part).mkdir(exist_ok=True)
+        for file in sorted((labelled / part).iterdir()):
+            target = folder / part / f"{SYNTHETIC}__{file.name}"
+            if not target.exists():
+                os.link(file, target)
+    for name, data in others.items():
+        file = data / "dataset.json"
+        if file.is_file() and (theirs := json.loads(file.read_text()).get("labels")) != names:
+            raise InputError(f"{file}: its labels are {theirs}; give a set with {names}")
+        for case in find_cases(data):
+            stem = Path(case["label"]).name.split(".")[0]
+            image, label = (folder / part / f"{name}__{stem}{end}.nii.gz" for part, end in
+                            (("imagesTs", "_0000"), ("labelsTs", "")))  # fmt: skip
+            if not label.exists():
+                resample(Path(case["image"]), image, voxel_mm, 1)
+                resample(Path(case["label"]), label, voxel_mm, 0)
+    return folder
+
+
+def resample(source: Path, target: Path, voxel_mm: float, order: int) -> None:
+    """Write a scan, or with `order` 0 labels, with cubic voxels in RAS order."""
+    outside, kind = (-1000, np.int16) if order else (0, np.uint8)
+    made = nibabel.processing.resample_to_output(nib.load(source), [voxel_mm] * 3, order, cval=outside)
+    nib.save(nib.Nifti1Image(np.asarray(made.dataobj).round().astype(kind), made.affine), target)
+
+
+def gather_scans(folder: Path, sources: Sequence[Path], most: int | None = None) -> Path:
+    """Link the scans of several folders, or the first of each, into one.
+
+    Raises:
+        InputError: a folder has no NIfTI file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, source in enumerate(sources):
+        files = [file for file in sorted(source.iterdir()) if is_nifti(file.name)]
+        if not files:
+            raise InputError(f"{source}: has no .nii.gz file")
+        for file in files[:most]:
+            link = folder / f"{number}_{file.name}"
+            if not link.exists():
+                link.symlink_to(file.resolve())
+    return folder

@@ -1,0 +1,182 @@
+"""What is compared, and how large: overrides of the bundles' settings, by their names on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+Settings = dict[str, Any]
+AS_IS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Variant(NamedTuple):
+    """A way to pre-train and to fine-tune.
+
+    Args:
+        pretraining: overrides of pre-training; None trains from scratch.
+        encoder_of: the variant whose pre-trained encoders it takes; by default its own.
+        unlabelled: the CTs to pre-train on, `synthetic`, `real` or `both`.
+        network: overrides of both trainings.
+        fine_tuning: overrides of fine-tuning.
+        configs: of fine-tuning, beside `train`.
+    """
+
+    pretraining: Mapping[str, Any] | None = AS_IS
+    encoder_of: str | None = None
+    unlabelled: str = "synthetic"
+    network: Mapping[str, Any] = AS_IS
+    fine_tuning: Mapping[str, Any] = AS_IS
+    configs: tuple[str, ...] = ()
+
+
+SCRATCH, PLAIN, OURS, FROZEN = "from scratch", "plain MAE", "Hi-End-MAE", "Hi-End-MAE, frozen"
+
+ARMS = {
+    SCRATCH: Variant(None),
+    # Six plain blocks have about as many weights as two plain and three cross blocks.
+    PLAIN: Variant({"network_def#out_indices": [], "network_def#decoder_self_layers": 6}),
+    OURS: Variant(),
+    FROZEN: Variant(encoder_of=OURS, fine_tuning={"optimizer#params#freeze_encoder": True}),
+}
+
+STRONG = ("strong_augmentation",)
+
+# Each but for one thing as Hi-End-MAE, which has taps 3, 6 and 9, a decoder of 5 blocks, mask ratio 0.75 and patches of
+# 18 mm, and was pre-trained on synthetic CTs. Augmentation and patches change fine-tuning too: these have a training
+# from scratch beside them. Each size adds its patches.
+ABLATIONS = {
+    "taps: last block": Variant({"network_def#out_indices": [11], "network_def#decoder_self_layers": 4}),
+    "taps: all 12 blocks": Variant({"network_def#out_indices": list(range(12)), "network_def#decoder_self_layers": 0}),
+    "decoder: 3 blocks": Variant({"network_def#decoder_self_layers": 0}),
+    "decoder: 9 blocks": Variant({"network_def#decoder_self_layers": 6}),
+    "mask ratio 0.5": Variant({"network_def#mask_ratio": 0.5}),
+    "mask ratio 0.9": Variant({"network_def#mask_ratio": 0.9}),
+    "real CTs": Variant(unlabelled="real"),
+    "real and synthetic CTs": Variant(unlabelled="both"),
+    "strong augmentation": Variant(encoder_of=OURS, configs=STRONG),
+    "strong augmentation, from scratch": Variant(None, configs=STRONG),
+}
+ABLATION_LABELS = 4
+CURVE = (0.25, 0.5, 2.0)
+"""Shares of the steps for which the from-scratch arm is trained too, with `CURVE_LABELS`."""
+CURVE_LABELS = 16
+
+
+def patch_ablations(size: Settings) -> dict[str, Variant]:
+    """Variants of a size with other patches, by millimetres."""
+    found: dict[str, Variant] = {}
+    for voxels in size["patches"]:
+        name, network = f"patches of {voxels * size['network']['spacing'][0]:g} mm", {"patch_size": voxels}
+        found |= {name: Variant(network=network), f"{name}, from scratch": Variant(None, network=network)}
+    return found
+
+
+_PRETRAINING: Settings = {
+    "muon": True,
+    "learning_rate": 0.005,
+    "max_grad_norm": 1.0,
+    "network_def#local_init": True,
+    "val_fraction": 0.1,
+    "cache_rate": 0.0,
+    "train#random_transforms#0#flip_prob": 0.0,
+    "train#random_transforms#0#rotate_prob": 0.0,
+}
+_FINE_TUNING: Settings = {
+    "muon": True,
+    "learning_rate": 0.003,
+    "max_grad_norm": 1.0,
+    "background_weight": 0.1,
+    "flip_axes": [],
+    "network_def#num_upsamples": 2,
+}
+"""The recipes of the weights that ship."""
+
+# `network` is for every bundle, `encoder` for both trainings. Steps are the same for any number of cases, and a step is
+# of crops of one case.
+SIZES: dict[str, Settings] = {
+    "smoke": {
+        "arms": [OURS, FROZEN],
+        "labels": [1],
+        "pretrainings": 1,
+        "seeds": [0],
+        "phantoms": {"unlabelled": 3, "labelled": 2, "test": 1, "voxel_mm": 6.0},
+        "network": {"device": "cpu", "spacing": [9.0, 9.0, 9.0], "img_size": [16, 16, 16], "patch_size": 2},
+        "patches": [4],
+        "encoder": {"network_def#hidden_size": 24, "network_def#num_heads": 2},
+        "pretraining": _PRETRAINING
+        | {
+            "steps": 4,
+            "batch_size": 2,
+            "num_samples": 2,
+            "num_workers": 0,
+            "network_def#decoder_hidden_size": 12,
+            "network_def#decoder_num_heads": 2,
+        },
+        "fine-tuning": _FINE_TUNING | {"steps": 4, "num_samples": 1, "num_workers": 0, "network_def#feature_size": 4},
+    },
+    "cpu": {
+        "arms": list(ARMS),
+        "labels": [1, 4, 16, 64],
+        "pretrainings": 3,
+        "seeds": [0, 1, 2],
+        "phantoms": {"unlabelled": 128, "labelled": 64, "test": 12, "voxel_mm": 4.0},
+        "network": {
+            "device": "cpu",
+            "amp": False,  # at this width bfloat16 is slower
+            "spacing": [4.5, 4.5, 4.5],
+            "img_size": [24, 24, 24],
+            "patch_size": 4,
+        },
+        "patches": [3, 8],
+        "encoder": {"network_def#hidden_size": 96, "network_def#num_heads": 6},
+        "pretraining": _PRETRAINING
+        | {
+            "steps": 960,
+            "batch_size": 4,
+            "num_samples": 8,
+            "num_workers": 0,
+            "network_def#decoder_hidden_size": 48,
+            "network_def#decoder_num_heads": 3,
+        },
+        "fine-tuning": _FINE_TUNING | {"steps": 512, "num_samples": 4, "num_workers": 0, "network_def#feature_size": 8},
+    },
+    # The small network, of which weights ship.
+    "small": {
+        "arms": list(ARMS),
+        "labels": [1, 4, 16, 64],
+        "pretrainings": 3,
+        "seeds": [0, 1, 2],
+        "jobs": 6,
+        "phantoms": {"unlabelled": 128, "labelled": 64, "test": 12, "voxel_mm": 3.0},
+        "network": {"spacing": [3.0, 3.0, 3.0], "img_size": [60, 60, 60], "patch_size": 6},
+        "patches": [4, 12],
+        "encoder": {"network_def#hidden_size": 192, "network_def#num_heads": 6},
+        "pretraining": _PRETRAINING
+        | {
+            "steps": 1280,
+            "batch_size": 4,
+            "num_samples": 8,
+            "num_workers": 2,
+            "network_def#decoder_hidden_size": 96,
+            "network_def#decoder_num_heads": 6,
+        },
+        "fine-tuning": _FINE_TUNING
+        | {"steps": 1024, "num_samples": 4, "num_workers": 2, "network_def#feature_size": 16},
+    },
+    # The published network and patches.
+    "gpu": {
+        "arms": list(ARMS),
+        "labels": [1, 4, 16, 64],
+        "pretrainings": 3,
+        "seeds": [0, 1, 2],
+        "jobs": 1,
+        "phantoms": {"unlabelled": 128, "labelled": 64, "test": 12, "voxel_mm": 1.5},
+        "network": {"spacing": [1.5, 1.5, 1.5], "img_size": [96, 96, 96], "patch_size": 12},
+        "patches": [8, 24],
+        "encoder": {"network_def#hidden_size": 1536, "network_def#num_heads": 16},
+        "pretraining": _PRETRAINING | {"steps": 10240, "batch_size": 4, "num_samples": 8, "num_workers": 8},
+        "fine-tuning": _FINE_TUNING
+        | {"steps": 8192, "num_samples": 4, "num_workers": 8, "network_def#num_upsamples": 3},
+    },
+}

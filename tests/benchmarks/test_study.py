@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from shared_networks.errors import InputError
+from shared_networks.evaluation.tables import COLUMNS, measure_rows
+from shared_networks.files import write_csv
+from tests.benchmarks.study import results, runs
+from tests.benchmarks.study.__main__ import DESIGN, Sitting, find_folders, variants_of
+from tests.benchmarks.study.results import Scores
+from tests.benchmarks.study.runs import Cell, Trial
+from tests.benchmarks.study.settings import ABLATIONS, ARMS, FROZEN, OURS, PLAIN, SCRATCH, SIZES, Variant
+from tests.benchmarks.test_transfer import options
+from tests.benchmarks.transfer.runs import Run
+from tests.conftest import ROOT
+
+CELL = Cell(OURS, 4, 512)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    (tmp_path / "manifest.jsonl").write_text("{}\n" * 128)
+    return tmp_path
+
+
+def commands(size: str, store: Path) -> list[Run]:
+    """One of each kind, of every variant."""
+    settings, found = SIZES[size], []
+    for variant in variants_of(settings, real=True, ablations=True).values():
+        found += [runs.pretraining(store, store, store, settings, variant, 1)]
+        found += [runs.reconstruction(store, store, settings, variant)]
+        found += runs.fine_tuning(store, store, store, store, settings, variant, Trial(CELL, 0, 0))
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_override_is_in_the_configs(size: str, store: Path) -> None:
+    for run in commands(size, store):
+        files = re.findall(r"configs/\w+\.json", run.words[run.words.index("--config_file") + 1])
+        config = ConfigParser.load_config_files([str(ROOT / run.bundle / file) for file in files])
+        for key in options(run):
+            *parents, last = key.split("#")
+            node = ConfigParser(config)["#".join(parents)] if parents else config
+            assert last in node or last == "_disabled_", f"{run.bundle}: {key}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_arms_are_fine_tuned_alike(size: str, store: Path) -> None:
+    def of(arm: str, encoder: Path | None) -> dict[str, str]:
+        trial = Trial(CELL, 0, 0)
+        return options(runs.fine_tuning(store, store, encoder, store, SIZES[size], ARMS[arm], trial)[0])
+
+    scratch, plain, ours, frozen = of(SCRATCH, None), of(PLAIN, store), of(OURS, store), of(FROZEN, store)
+    assert scratch.pop("pretrained_encoder") == ""
+    assert plain == ours == scratch | {"pretrained_encoder": str(store / "model.pt")}
+    assert frozen == ours | {"optimizer#params#freeze_encoder": "True"}
+
+
+def test_steps_do_not_depend_on_the_number_of_cases(store: Path) -> None:
+    size = SIZES["cpu"]
+    for labels in size["labels"]:
+        run, _ = runs.fine_tuning(store, store, None, store, size, Variant(), Trial(Cell(OURS, labels, 512), 0, 0))
+        assert int(options(run)["epochs"]) * labels == 512
+    epochs = int(options(runs.pretraining(store, store, store, size, Variant(), 0))["epochs"])
+    training = 128 - round(0.1 * 128)
+    assert size["pretraining"]["steps"] <= epochs * -(-training // 4) < size["pretraining"]["steps"] + training
+
+
+def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
+    size = SIZES["cpu"]
+    variants = variants_of(size, real=True, ablations=True)
+    repeats = {name: 1 if variant.pretraining is None else 3 for name, variant in variants.items()}
+    found = runs.trials(size, variants, repeats)
+    assert len(found) == len(set(found))
+    count = Counter(trial.cell for trial in found)
+    for labels in size["labels"]:
+        assert [count[Cell(arm, labels, 512)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
+    assert [count[Cell(SCRATCH, 16, steps)] for steps in (128, 256, 512, 1024)] == [3] * 4
+    assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, 512)} == {(0, 0), (1, 1), (2, 2)}
+    assert {t[1:] for t in found if t.cell.variant == "strong augmentation, from scratch"} == {(0, 0), (0, 1), (0, 2)}
+    # What answers most comes first: every arm with 4 labels, once.
+    assert [t.cell for t in found[:4]] == [Cell(arm, 4, 512) for arm in ARMS]
+
+
+def test_ablations_of_real_scans_need_some() -> None:
+    without = variants_of(SIZES["cpu"], real=False, ablations=True)
+    assert set(ABLATIONS) - set(without) == {"real CTs", "real and synthetic CTs"}
+    assert "patches of 36 mm, from scratch" in without
+    assert list(variants_of(SIZES["cpu"], real=True, ablations=False)) == list(ARMS)
+
+
+def scores(values: np.ndarray, trials: list[tuple[int, int]]) -> Scores:
+    """Of one organ, `values` `[trials, cases]`."""
+    return Scores(trials, [f"c{n}" for n in range(values.shape[1])], ["liver"], values[..., None].astype(float))
+
+
+GRID = [(number, seed) for number in range(3) for seed in range(3)]
+
+
+def test_interval_draws_pre_trainings_and_for_each_seeds() -> None:
+    # All the spread lies between pre-trainings: a mean of three draws with replacement of 0, 0 and 0.9.
+    between = np.repeat([0.0, 0.0, 0.9], 3)[:, None] * np.ones((1, 5))
+    draws = results.nested([scores(between, GRID)])[:, 0]
+    assert set(draws.round(6)) == {0, 0.3, 0.6, 0.9}
+    assert draws.std() == pytest.approx(0.9 * np.sqrt(2 / 9 / 3), rel=0.05)
+    # All of it between seeds: each of three pre-trainings draws three, so nine draws are averaged.
+    within = np.tile([0.0, 0.0, 0.9], 3)[:, None] * np.ones((1, 5))
+    assert results.nested([scores(within, GRID)]).std() == pytest.approx(0.9 * np.sqrt(2 / 9 / 9), rel=0.05)
+    # Cases that are hard for all are no new cases.
+    cases = np.random.default_rng(1).normal(0.5, 0.1, 8)
+    of_cases = results.nested([scores(np.tile(cases, (9, 1)), GRID)])
+    assert of_cases.std() == pytest.approx(cases.std() / np.sqrt(8), rel=0.05)
+
+
+def test_difference_is_paired_by_seed_and_case() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0.5, 0.2, (3, 6))  # by seed and case
+    scratch = scores(hard, [(0, seed) for seed in range(3)])
+    ours = scores(np.concatenate([hard + 0.1] * 3), GRID)
+    assert results.difference(ours, scratch) == "+0.100 (+0.100 to +0.100)"
+    diagonal = scores(hard + 0.3, [(0, 0), (1, 1), (2, 2)])
+    assert results.difference(diagonal, ours) == "+0.200 (+0.200 to +0.200)"
+
+
+def test_pre_trainings_that_are_not_whole_are_left_out() -> None:
+    values = np.arange(5.0)[:, None]
+    part = results.whole(scores(values, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]), [0, 1, 2])
+    assert part is not None and part.trials == [(0, 0), (0, 1), (0, 2)]
+    np.testing.assert_array_equal(part.dice[:, 0, 0], [0, 1, 2])
+    assert results.whole(scores(values[:3], [(0, 0), (1, 1), (2, 2)]), [0, 1, 2]) is not None
+    assert results.whole(scores(values[:2], [(0, 0), (1, 1)]), [0, 1, 2]) is None
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> dict[Trial, Path]:
+    """Evaluations as the bundle writes them, of two arms; one has not been run."""
+    found = {}
+    for arm, number, seed in [(SCRATCH, 0, 0), (SCRATCH, 0, 1), (OURS, 0, 0), (OURS, 0, 1), (OURS, 1, 0)]:
+        folder = found[Trial(Cell(arm, 4, 8), number, seed)] = tmp_path / f"{arm}{number}{seed}"
+        measures = torch.full((3, 2, len(COLUMNS)), 0.5)
+        measures[..., COLUMNS.index("dice")] = (
+            torch.tensor([[0.5, 0.1], [0.6, torch.nan], [0.7, 0.3]]) + (arm == OURS) / 10
+        )
+        if number == 0:
+            folder.mkdir()
+            names = ["synthetic__a", "synthetic__b", "real CT__ct_001"]
+            write_csv(folder / "metrics.csv", measure_rows(names, ["liver", "spleen"], measures))
+    return found
+
+
+def test_raw_numbers_are_read_again(reports: dict[Trial, Path], tmp_path: Path) -> None:
+    rows = results.raw_rows(reports)
+    assert rows[0] == results.COLUMNS
+    assert len(rows) == 1 + 4 * 3 * 2
+    assert ["real CT", OURS, 4, 8, 0, 1, "ct_001", "liver", 0.8] in rows
+    write_csv(tmp_path / "raw.csv", rows)
+    read = results.read_scores(tmp_path / "raw.csv")
+    found = read["synthetic", Cell(SCRATCH, 4, 8)]
+    assert (found.trials, found.cases, found.organs) == ([(0, 0), (0, 1)], ["a", "b"], ["liver", "spleen"])
+    np.testing.assert_allclose(found.dice, [[[0.5, 0.1], [0.6, np.nan]]] * 2, atol=1e-6)
+    means, differences = results.arms_tables(read, "synthetic", [SCRATCH, OURS], 8)
+    assert means.splitlines()[2].startswith("| 4 | 0.450 (")
+    assert differences.splitlines()[2] == "| 4 | Hi-End-MAE less from scratch | +0.100 (+0.100 to +0.100) |"
+    assert results.organ_table(read, "real CT", [Cell(SCRATCH, 4, 8), Cell(OURS, 4, 8)]).splitlines()[2:] == [
+        "| liver | 0.70 | 0.80 |",
+        "| spleen | 0.30 | 0.40 |",
+    ]
+    figure = results.figure(read, [SCRATCH, OURS], 8)
+    assert [panel.get_title() for panel in figure.axes] == ["synthetic CTs", "real CT"]
+    assert [len(panel.containers) for panel in figure.axes] == [2, 2]
+
+
+def test_test_cases_of_other_sources_are_resampled_with_their_labels(tmp_path: Path) -> None:
+    """To cubes; a case keeps its place in the patient, whatever the order of its axes."""
+    names = {"background": 0, "spleen": 1}
+    for data, part in (("labelled", "Ts"), ("real", "Tr")):
+        for kind in ("images", "labels"):
+            (tmp_path / data / f"{kind}{part}").mkdir(parents=True)
+        (tmp_path / data / "dataset.json").write_text(json.dumps({"labels": names}))
+    affine = nib.affines.from_matvec(np.array([[0, -2.0, 0], [0, 0, 3.0], [-1.0, 0, 0]]), [5, -7, 11])
+    image = np.full((24, 20, 16), 40, np.int16)
+    label = np.zeros(image.shape, np.uint8)
+    label[8:16, 4:10, 6:12] = 1
+    for name, values in (("imagesTr/x_0000", image), ("labelsTr/x", label)):
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / "real" / f"{name}.nii.gz")
+    for name, values in (("imagesTs/test_000_0000", image), ("labelsTs/test_000", label)):
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / "labelled" / f"{name}.nii.gz")
+    made = runs.gather_tests(tmp_path / "tests", tmp_path / "labelled", {"real CT": tmp_path / "real"}, 2.0)
+    assert sorted(file.name for file in (made / "imagesTs").iterdir()) == [
+        "real CT__x_0000.nii.gz",
+        "synthetic__test_000_0000.nii.gz",
+    ]
+    scan, truth = (nib.load(made / f"{name}.nii.gz") for name in ("imagesTs/real CT__x_0000", "labelsTs/real CT__x"))
+    np.testing.assert_array_equal(scan.affine, truth.affine)
+    np.testing.assert_allclose(scan.affine[:3, :3], 2 * np.eye(3))
+    assert scan.get_data_dtype() == np.int16 and truth.get_data_dtype() == np.uint8
+    here = nib.affines.apply_affine(truth.affine, np.argwhere(np.asarray(truth.dataobj) == 1).mean(0))
+    there = nib.affines.apply_affine(affine, np.argwhere(label == 1).mean(0))
+    np.testing.assert_allclose(here, there, atol=1)
+    volume = (np.asarray(truth.dataobj) == 1).sum() * 8
+    assert volume == pytest.approx((label == 1).sum() * 6, rel=0.15)
+
+    (tmp_path / "real" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1}}))
+    with pytest.raises(InputError, match=r"dataset\.json: its labels are .*'liver': 1"):
+        runs.gather_tests(tmp_path / "again", tmp_path / "labelled", {"real CT": tmp_path / "real"}, 2.0)
+
+
+def test_scans_of_several_folders_have_names_of_their_own(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ct.nii.gz").write_bytes(folder.encode())
+    made = runs.gather_scans(tmp_path / "all", [tmp_path / "a", tmp_path / "b"])
+    assert [file.read_text() for file in sorted(made.iterdir())] == ["a", "b"]
+    assert runs.gather_scans(made, [tmp_path / "a", tmp_path / "b"]) == made
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=re.escape("empty: has no .nii.gz file")):
+        runs.gather_scans(made, [tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("cohort", "--test cohort: give NAME=FOLDER"), ("x=/nowhere", "--test x=/nowhere: /nowhere is not there")],
+)
+def test_test_sets_that_are_none_are_refused(given: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_folders([given])
+
+
+def test_after_the_time_only_what_is_done_is_read(tmp_path: Path) -> None:
+    def write(name: str) -> Run:
+        return Run("testing", tmp_path / name, ".", ["-c", f"open({str(tmp_path / name / 'x')!r}, 'a').write('x')"])
+
+    sitting = Sitting(1, None)
+    sitting.run([[write("a")]])
+    over = Sitting(1, 0)
+    over.run([[write("a"), write("b")], [write("c")]])
+    assert over.records == sitting.records
+    assert (tmp_path / "a" / "x").read_text() == "x"
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
+
+
+def test_design_says_what_the_sizes_do() -> None:
+    design = DESIGN.read_text()
+    for size in ("cpu", "small", "gpu"):
+        phantoms = SIZES[size]["phantoms"]
+        assert (phantoms["unlabelled"], phantoms["labelled"], phantoms["test"]) == (128, 64, 12)
+        assert (SIZES[size]["labels"], SIZES[size]["pretrainings"], SIZES[size]["seeds"]) == (
+            [1, 4, 16, 64],
+            3,
+            [0, 1, 2],
+        )
+        assert SIZES[size]["network"]["patch_size"] * SIZES[size]["network"]["spacing"][0] == 18
+    for text in ("128 are pre-trained on", "64 others", "1, 4, 16 or all", "12 further ones", "3 times", "18 mm"):
+        assert text in design
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs_once(tmp_path: Path) -> None:
+    """With real scans of another grid to pre-train and to test on, in two sittings."""
+    real = tmp_path / "real"
+    words = ["-m", "shared_networks.synthetic.phantom", "--out", str(real), "--label_set", "btcv", "--seed", "9"]
+    subprocess.run([sys.executable, *words, "--train", "2", "--test", "0", "--voxel_mm", "5"], cwd=ROOT, check=True)
+    words = [sys.executable, "-m", "tests.benchmarks.study", "--size", "smoke", "--out", str(tmp_path / "out")]
+    words += ["--test", f"real CT={real}", "--no-ablations"]
+    subprocess.run([*words, "--minutes", "0"], cwd=ROOT, check=True)
+    assert "The scans are not all made yet." in (tmp_path / "out" / "transfer.md").read_text()
+    subprocess.run(words, cwd=ROOT, check=True)
+    with (tmp_path / "out" / "transfer.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["variant"] for row in rows} == {OURS, FROZEN}
+    assert {(row["test set"], row["case"]) for row in rows} == {
+        ("synthetic", "test_000"),
+        ("real CT", "train_000"),
+        ("real CT", "train_001"),
+    }
+    assert all(0 <= float(row["dice"]) <= 1 for row in rows if row["dice"])
+    text = (tmp_path / "out" / "transfer.md").read_text()
+    assert text.startswith(DESIGN.read_text().strip()) and "2 of 2 fine-tunings are done, and 1 pre-trainings." in text
+    assert "| 1 | Hi-End-MAE, frozen less Hi-End-MAE | " in text
+    for picture in ("transfer.png", "reconstructions.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000
+    models = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.pt")}
+    assert len(models) == 3
+    subprocess.run(words, cwd=ROOT, check=True)
+    assert {file: file.stat().st_mtime_ns for file in models} == models
