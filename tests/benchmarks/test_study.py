@@ -71,8 +71,10 @@ def test_arms_are_fine_tuned_alike(size: str, store: Path) -> None:
 def test_steps_do_not_depend_on_the_number_of_cases(store: Path) -> None:
     size = SIZES["cpu"]
     for labels in size["labels"]:
-        run, _ = runs.fine_tuning(store, store, None, store, size, Variant(), Trial(Cell(OURS, labels, 512), 0, 0))
-        assert int(options(run)["epochs"]) * labels == 512
+        run, _ = runs.fine_tuning(store, store, None, store, size, Variant(), Trial(Cell(OURS, labels, 768), 0, 0))
+        found = {key: int(options(run)[key]) for key in ("epochs", "batch_size", "num_samples")}
+        assert found["epochs"] * labels / found["batch_size"] == 768
+        assert found["batch_size"] * found["num_samples"] == 16
     epochs = int(options(runs.pretraining(store, store, store, size, Variant(), 0))["epochs"])
     training = 128 - round(0.1 * 128)
     assert size["pretraining"]["steps"] <= epochs * -(-training // 4) < size["pretraining"]["steps"] + training
@@ -86,12 +88,12 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     assert len(found) == len(set(found))
     count = Counter(trial.cell for trial in found)
     for labels in size["labels"]:
-        assert [count[Cell(arm, labels, 512)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
-    assert [count[Cell(SCRATCH, 16, steps)] for steps in (128, 256, 512, 1024)] == [3] * 4
-    assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, 512)} == {(0, 0), (1, 1), (2, 2)}
+        assert [count[Cell(arm, labels, 768)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
+    assert [count[Cell(SCRATCH, 16, steps)] for steps in (192, 384, 768, 1536)] == [3] * 4
+    assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, 768)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell.variant == "strong augmentation, from scratch"} == {(0, 0), (0, 1), (0, 2)}
     # What answers most comes first: every arm with 4 labels, once.
-    assert [t.cell for t in found[:4]] == [Cell(arm, 4, 512) for arm in ARMS]
+    assert [t.cell for t in found[:4]] == [Cell(arm, 4, 768) for arm in ARMS]
 
 
 def test_ablations_of_real_scans_need_some() -> None:
@@ -253,17 +255,22 @@ def test_after_the_time_only_what_is_done_is_read(tmp_path: Path) -> None:
 
 def test_design_says_what_the_sizes_do() -> None:
     design = DESIGN.read_text()
-    for size in ("cpu", "small", "gpu"):
-        phantoms = SIZES[size]["phantoms"]
+    for name in ("cpu", "small", "gpu"):
+        size = SIZES[name]
+        network, tuning, phantoms = size["network"], size["fine-tuning"], size["phantoms"]
         assert (phantoms["unlabelled"], phantoms["labelled"], phantoms["test"]) == (128, 64, 12)
-        assert (SIZES[size]["labels"], SIZES[size]["pretrainings"], SIZES[size]["seeds"]) == (
-            [1, 4, 16, 64],
-            3,
-            [0, 1, 2],
-        )
-        assert SIZES[size]["network"]["patch_size"] * SIZES[size]["network"]["spacing"][0] == 18
-    for text in ("128 are pre-trained on", "64 others", "1, 4, 16 or all", "12 further ones", "3 times", "18 mm"):
+        assert (size["labels"], size["pretrainings"], size["seeds"]) == ([1, 4, 16, 64], 3, [0, 1, 2])
+        assert network["patch_size"] * network["spacing"][0] == 18
+        (row,) = (line for line in design.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"| {network['spacing'][0]:g} mm, crops of {network['img_size'][0]} |" in row
+        assert f" of {size['encoder']['network_def#hidden_size']:,}" in row
+        assert f"| {tuning['steps']:,} steps of {tuning['crops']} crops |" in row
+    for text in ("128 are pre-trained on", "64 others", "1, 4, 16 or all", "12 further ones", "3 times", "of 18 mm"):
         assert text in design
+
+
+def test_results_begin_with_the_design() -> None:
+    assert (ROOT / "docs" / "results" / "transfer.md").read_text().startswith(DESIGN.read_text().strip())
 
 
 @pytest.mark.slow

@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as cores, fewer on a GPU")
     args = parser.parse_args()
     size, out, start = SIZES[args.size], args.out.resolve(), time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
     sitting = Sitting(args.jobs or size.get("jobs") or len(os.sched_getaffinity(0)), args.minutes)
     try:
         tests = find_folders(args.test)

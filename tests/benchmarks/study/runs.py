@@ -120,7 +120,8 @@ def fine_tuning(
     """Fine-tune for the trial's steps, on however many cases, without validation, and evaluate on all test cases."""
     settings = size["fine-tuning"] | variant.fine_tuning
     del settings["steps"]
-    epochs = max(1, trial.cell.steps // trial.cell.labels)
+    cases = min(trial.cell.labels, 4, crops := settings.pop("crops"))
+    epochs = max(1, trial.cell.steps * cases // trial.cell.labels)
     network = size["network"] | size["encoder"] | variant.network
     training = {
         "dataset_dir": str(data),
@@ -133,6 +134,8 @@ def fine_tuning(
         "split#val_fraction": 0.0,
         "split#num_train_cases": trial.cell.labels,
         "seed": trial.seed,
+        "batch_size": cases,
+        "num_samples": crops // cases,
         "epochs": epochs,
         "warmup_epochs": max(1, epochs // 20),
         "val_interval": epochs,

@@ -88,19 +88,20 @@ _FINE_TUNING: Settings = {
     "max_grad_norm": 1.0,
     "background_weight": 0.1,
     "flip_axes": [],
+    "optimizer#params#layer_decay": 0.75,
     "network_def#num_upsamples": 2,
 }
-"""The recipes of the weights that ship."""
+"""The recipes of the weights that ship, with a decay by layers: without it a pre-trained encoder forgets."""
 
-# `network` is for every bundle, `encoder` for both trainings. Steps are the same for any number of cases, and a step is
-# of crops of one case.
+# `network` is for every bundle, `encoder` for both trainings. Steps of fine-tuning, and the crops of each, are the same
+# for any number of cases; the crops come from up to 4 cases.
 SIZES: dict[str, Settings] = {
     "smoke": {
         "arms": [OURS, FROZEN],
         "labels": [1],
         "pretrainings": 1,
         "seeds": [0],
-        "phantoms": {"unlabelled": 3, "labelled": 2, "test": 1, "voxel_mm": 6.0},
+        "phantoms": {"unlabelled": 3, "labelled": 4, "test": 1, "voxel_mm": 6.0},
         "network": {"device": "cpu", "spacing": [9.0, 9.0, 9.0], "img_size": [16, 16, 16], "patch_size": 2},
         "patches": [4],
         "encoder": {"network_def#hidden_size": 24, "network_def#num_heads": 2},
@@ -113,7 +114,7 @@ SIZES: dict[str, Settings] = {
             "network_def#decoder_hidden_size": 12,
             "network_def#decoder_num_heads": 2,
         },
-        "fine-tuning": _FINE_TUNING | {"steps": 4, "num_samples": 1, "num_workers": 0, "network_def#feature_size": 4},
+        "fine-tuning": _FINE_TUNING | {"steps": 4, "crops": 1, "num_workers": 0, "network_def#feature_size": 4},
     },
     "cpu": {
         "arms": list(ARMS),
@@ -132,14 +133,14 @@ SIZES: dict[str, Settings] = {
         "encoder": {"network_def#hidden_size": 96, "network_def#num_heads": 6},
         "pretraining": _PRETRAINING
         | {
-            "steps": 960,
+            "steps": 1280,
             "batch_size": 4,
             "num_samples": 8,
             "num_workers": 0,
             "network_def#decoder_hidden_size": 48,
             "network_def#decoder_num_heads": 3,
         },
-        "fine-tuning": _FINE_TUNING | {"steps": 512, "num_samples": 4, "num_workers": 0, "network_def#feature_size": 8},
+        "fine-tuning": _FINE_TUNING | {"steps": 768, "crops": 16, "num_workers": 0, "network_def#feature_size": 8},
     },
     # The small network, of which weights ship.
     "small": {
@@ -161,8 +162,7 @@ SIZES: dict[str, Settings] = {
             "network_def#decoder_hidden_size": 96,
             "network_def#decoder_num_heads": 6,
         },
-        "fine-tuning": _FINE_TUNING
-        | {"steps": 1024, "num_samples": 4, "num_workers": 2, "network_def#feature_size": 16},
+        "fine-tuning": _FINE_TUNING | {"steps": 1024, "crops": 16, "num_workers": 2, "network_def#feature_size": 16},
     },
     # The published network and patches.
     "gpu": {
@@ -176,7 +176,6 @@ SIZES: dict[str, Settings] = {
         "patches": [8, 24],
         "encoder": {"network_def#hidden_size": 1536, "network_def#num_heads": 16},
         "pretraining": _PRETRAINING | {"steps": 10240, "batch_size": 4, "num_samples": 8, "num_workers": 8},
-        "fine-tuning": _FINE_TUNING
-        | {"steps": 8192, "num_samples": 4, "num_workers": 8, "network_def#num_upsamples": 3},
+        "fine-tuning": _FINE_TUNING | {"steps": 8192, "crops": 4, "num_workers": 8, "network_def#num_upsamples": 3},
     },
 }
