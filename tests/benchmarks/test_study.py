@@ -214,6 +214,8 @@ def test_test_cases_of_other_sources_are_resampled_with_their_labels(tmp_path: P
     volume = (np.asarray(truth.dataobj) == 1).sum() * 8
     assert volume == pytest.approx((label == 1).sum() * 6, rel=0.15)
 
+    with pytest.raises(InputError, match=re.escape(f"{made}: made of {{'real CT': ")):
+        runs.gather_tests(made, tmp_path / "labelled", {}, 2.0)
     (tmp_path / "real" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1}}))
     with pytest.raises(InputError, match=r"dataset\.json: its labels are .*'liver': 1"):
         runs.gather_tests(tmp_path / "again", tmp_path / "labelled", {"real CT": tmp_path / "real"}, 2.0)
@@ -228,7 +230,9 @@ def test_scans_of_several_folders_have_names_of_their_own(tmp_path: Path) -> Non
     assert runs.gather_scans(made, [tmp_path / "a", tmp_path / "b"]) == made
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=re.escape("empty: has no .nii.gz file")):
-        runs.gather_scans(made, [tmp_path / "empty"])
+        runs.gather_scans(tmp_path / "none", [tmp_path / "empty"])
+    with pytest.raises(InputError, match=re.escape(f"{made}: made of [")):
+        runs.gather_scans(made, [tmp_path / "a"])
 
 
 @pytest.mark.parametrize(

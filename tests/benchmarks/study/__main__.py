@@ -109,7 +109,7 @@ def run_all(
         return {}, {}
     cases = runs.gather_tests(data / "tests", labelled, tests, counts["voxel_mm"])
     shown = runs.gather_scans(data / "shown", [cases / "imagesTs"], 1)
-    scans = {"synthetic": [synthetic / "imagesTr"], "real": list(unlabelled)}
+    scans = {"synthetic": [synthetic / "imagesTr"], "real": [folder.resolve() for folder in unlabelled]}
     scans["both"] = scans["synthetic"] + scans["real"]
     used = {variant.unlabelled for variant in variants.values()}
     sources = {name: runs.gather_scans(data / f"scans_{name}", scans[name]) for name in scans if name in used}
@@ -119,7 +119,7 @@ def run_all(
         return {}, {}
 
     repeats = {name: 1 if variant.pretraining is None else size["pretrainings"] for name, variant in variants.items()}
-    pretrainings: dict[tuple[str, int], Path] = {}
+    pretrainings: dict[tuple[str, int], Run] = {}
     reports: dict[Trial, Path] = {}
     phases: dict[tuple[bool, str], list[Sequence[Run]]] = {
         (ablated, part): [] for ablated in (False, True) for part in ("pre-training", "fine-tuning")
@@ -131,10 +131,9 @@ def run_all(
             owner = variant.encoder_of or trial.cell.variant, trial.pretraining
             encoder = out / "pretraining" / slug(owner[0]) / str(owner[1])
             if owner not in pretrainings:
-                pretrainings[owner] = encoder
                 store = out / "prepared" / variants[owner[0]].unlabelled / "store"
                 first = runs.pretraining(store, labelled, encoder, size, variants[owner[0]], owner[1])
-                then = runs.reconstruction(shown, encoder, size, variants[owner[0]])
+                then = pretrainings[owner] = runs.reconstruction(shown, encoder, size, variants[owner[0]])
                 phases[ablated, "pre-training"].append([first, then])
         place = out / "fine-tuning" / slug(" ".join(map(str, trial.cell))) / f"{trial.pretraining}_{trial.seed}"
         chain = runs.fine_tuning(labelled, cases, encoder, place, size, variant, trial)
@@ -142,8 +141,7 @@ def run_all(
         reports[trial] = place / "report"
     for chains in phases.values():
         sitting.run(chains)
-    done = {key: folder for key, folder in pretrainings.items() if (folder / "drawn" / "run.json").is_file()}
-    return done, reports
+    return {key: run.folder.parent for key, run in pretrainings.items() if is_done(run)}, reports
 
 
 def report(

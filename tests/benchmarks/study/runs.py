@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import nibabel.processing
@@ -159,6 +159,18 @@ def fine_tuning(
     ]
 
 
+def claim(folder: Path, sources: Any) -> None:
+    """Note beside a folder what it is made of.
+
+    Raises:
+        InputError: it was made of something else.
+    """
+    note = folder.with_name(f"{folder.name}.json")
+    if note.is_file() and (before := json.loads(note.read_text())) != sources:
+        raise InputError(f"{folder}: made of {before}, and not of {sources}; give another --out, or remove it")
+    write_json(note, sources)
+
+
 def gather_tests(folder: Path, labelled: Path, others: Mapping[str, Path], voxel_mm: float) -> Path:
     """Put all test cases into one data set, so that a network is loaded once for all of them.
 
@@ -166,8 +178,9 @@ def gather_tests(folder: Path, labelled: Path, others: Mapping[str, Path], voxel
     `voxel_mm` at least, labels to the nearest voxel, so that their size does not rule the time.
 
     Raises:
-        InputError: a set has no labelled scans, or other labels than the synthetic ones.
+        InputError: a set has no labelled scans, or other labels than the synthetic ones, or there were other sets.
     """
+    claim(folder, {name: str(data) for name, data in others.items()})
     names = json.loads((labelled / "dataset.json").read_text())["labels"]
     write_json(folder / "dataset.json", json.loads((labelled / "dataset.json").read_text()))
     for part in ("imagesTs", "labelsTs"):
@@ -201,8 +214,9 @@ def gather_scans(folder: Path, sources: Sequence[Path], most: int | None = None)
     """Link the scans of several folders, or the first of each, into one.
 
     Raises:
-        InputError: a folder has no NIfTI file.
+        InputError: a folder has no NIfTI file, or there were other folders.
     """
+    claim(folder, [str(source) for source in sources])
     folder.mkdir(parents=True, exist_ok=True)
     for number, source in enumerate(sources):
         files = [file for file in sorted(source.iterdir()) if is_nifti(file.name)]
