@@ -85,7 +85,9 @@ def test_workflows_run_all_that_continuous_integration_runs() -> None:
     own = {line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith((".", "./"))}
     run = {command.split("  #")[0] for workflow in WORKFLOWS for command in commands(workflow)}
     assert "./runtests.sh" in own  # which is both of these
-    assert own - {"./runtests.sh"} | {"./runtests.sh unit", "./runtests.sh integration"} <= run
+    wanted = own - {"./runtests.sh"} | {"./runtests.sh unit", "./runtests.sh integration"}
+    # A workflow may run all of what continuous integration runs a part of.
+    assert {command.split(" tests/")[0] for command in wanted} <= run
 
 
 def test_no_file_names_a_package_registry() -> None:
