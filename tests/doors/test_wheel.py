@@ -42,7 +42,7 @@ def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, folder)
     for name in (*BUNDLES, "shared_networks"):
         shutil.copytree(clone / name, folder / name)
-    (folder / BTCV / "models").mkdir()
+    (folder / BTCV / "models").mkdir(exist_ok=True)  # the clone is shared, and another test may have trained in it
     (folder / BTCV / "models" / "model.pt").write_text("my own")
     with tarfile.open(build("sdist", folder, folder / "dist")) as archive:
         archive.extractall(folder / "unpacked", filter="data")
