@@ -88,10 +88,6 @@ class CalibrationError(Cumulative):
         bins[..., 0] += whole - bins.sum(dim=-1)
         return bins.permute(1, 2, 0)
 
-    def case_errors(self) -> Tensor:
-        """Return the error of each organ of the case, [organs]."""
-        return errors_of_bins(self.case_bins())
-
     def aggregate(self) -> Tensor:
         """Return the mean of all cases and processes, 0-dimensional."""
         return macro_mean(errors_of_bins(self.get_buffer()))

@@ -13,7 +13,7 @@ from monai.inferers import Inferer
 from monai.metrics import CalibrationErrorMetric
 from monai.networks import one_hot
 
-from shared_networks.evaluation.calibration import BINS, CalibrationError
+from shared_networks.evaluation.calibration import BINS, CalibrationError, errors_of_bins
 from shared_networks.evaluation.metrics import OrganMetric
 from shared_networks.evaluation.report import EvaluationReport
 from shared_networks.inference.sliding_window import SlidingWindowLabels
@@ -43,7 +43,7 @@ def errors_of(probabilities: torch.Tensor, truth: torch.Tensor, step: int) -> to
     for first in range(0, SHAPE[1], step):
         region = (slice(None), slice(first, first + step), slice(None))
         error(probabilities[(slice(None), *region)], region)
-    return error.case_errors()
+    return errors_of_bins(error.case_bins())
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 3.0, 40.0])
@@ -62,7 +62,7 @@ def test_the_error_is_how_far_probability_and_truth_lie_apart() -> None:
     error.start_case(torch.tensor([1.0, 1, 0, 0, 0, 0, 1, 0]).reshape(2, 2, 2))
     liver = torch.tensor([0.72, 0.72, 0.72, 0.72, 0.22, 0.22, 0, 0]).reshape(2, 2, 2)
     error(torch.stack([1 - liver, liver]), (slice(0, 2),) * 3)
-    assert error.case_errors().tolist() == pytest.approx([(4 * 0.22 + 2 * 0.22 + 1) / 8])
+    assert errors_of_bins(error.case_bins()).tolist() == pytest.approx([(4 * 0.22 + 2 * 0.22 + 1) / 8])
     bins = error.case_bins()[0]
     assert bins[[0, 4, 14]].flatten().tolist() == pytest.approx([2, 0, 1, 2, 0.44, 0, 4, 2.88, 2])
     assert bins.sum(dim=0).tolist() == pytest.approx([8, 3.32, 3])
@@ -88,7 +88,9 @@ def test_voxels_that_are_not_shown_have_probability_0() -> None:
     error.start_case(truth)
     region = (slice(None), slice(0, 4), slice(None))
     error(probabilities[(slice(None), *region)], region)
-    torch.testing.assert_close(error.case_errors().float(), by_monai(probabilities, truth), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        errors_of_bins(error.case_bins()).float(), by_monai(probabilities, truth), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("flips", [(), (1,)])
@@ -112,11 +114,13 @@ def test_of_sliding_windows_it_is_that_of_monais_chain(name: str, flips: tuple[i
     labels = SlidingWindowLabels(ROI, 2, flip_axes=flips, watch=watch)(prepared(file), network)
     assert calls.max() == 1
     assert torch.equal(labels.as_tensor(), SlidingWindowLabels(ROI, 2, flip_axes=flips)(prepared(file), network))
-    torch.testing.assert_close(error.case_errors().float(), by_monai(shown, truth), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(errors_of_bins(error.case_bins()).float(), by_monai(shown, truth), rtol=1e-4, atol=1e-6)
     if not flips:
         expected = stock_probabilities(file, network, 0.5, "constant")
         torch.testing.assert_close(shown[1:], expected[1:], atol=1e-3, rtol=0)
-        torch.testing.assert_close(error.case_errors().float(), by_monai(expected, truth), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            errors_of_bins(error.case_bins()).float(), by_monai(expected, truth), rtol=1e-3, atol=1e-5
+        )
 
 
 def test_a_scan_of_air_has_no_probability_at_all(tmp_path: Path) -> None:
@@ -126,7 +130,7 @@ def test_a_scan_of_air_has_no_probability_at_all(tmp_path: Path) -> None:
     truth[:2, :3, :5] = 2
     error.start_case(truth)
     SlidingWindowLabels(ROI, watch=error)(image * 0, Net())
-    assert error.case_errors().tolist() == pytest.approx([0, 30 / truth.numel(), 0, 0])
+    assert errors_of_bins(error.case_bins()).tolist() == pytest.approx([0, 30 / truth.numel(), 0, 0])
 
 
 class Shown(Inferer):

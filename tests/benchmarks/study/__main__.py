@@ -16,7 +16,7 @@ from shared_networks.files import write_csv
 from .. import study
 from ..loader import machine
 from ..transfer.results import time_table
-from ..transfer.runs import Run, execute_all, is_done
+from ..transfer.runs import Run, execute_all, is_done, preparing
 from . import results, runs
 from .runs import Cell, Trial, slug
 from .settings import (
@@ -113,7 +113,7 @@ def run_all(
     scans["both"] = scans["synthetic"] + scans["real"]
     used = {variant.unlabelled for variant in variants.values()}
     sources = {name: runs.gather_scans(data / f"scans_{name}", scans[name]) for name in scans if name in used}
-    made = [runs.preparing(folder, out / "prepared" / name, size) for name, folder in sources.items()]
+    made = [preparing(folder, out / "prepared" / name, size) for name, folder in sources.items()]
     sitting.run([[run] for run in made])
     if not all(map(is_done, made)):
         return {}, {}

@@ -14,11 +14,10 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared_networks.datasets.labels import label_colour
 from shared_networks.evaluation.tables import CONFIDENCE, RESAMPLES
 from shared_networks.figures.planes import TEXT_COLOUR
 
-from ..transfer.results import read_report, shown, table
+from ..transfer.results import dice_figure, read_report, shown, table
 from .runs import SYNTHETIC, Cell, Trial
 
 Array = NDArray[np.float64]
@@ -222,33 +221,16 @@ def curve_table(read: Mapping[tuple[str, Cell], Scores], test_set: str, variant:
 
 
 def figure(read: Mapping[tuple[str, Cell], Scores], arms: Sequence[str], steps: int) -> Figure:
-    """Draw mean Dice against the number of labelled cases: a panel for each test set, a line for each arm."""
-    sets = list(dict.fromkeys(name for name, _ in read))
+    """Draw mean Dice of each arm on each test set, see :func:`..transfer.results.dice_figure`."""
     labels = sorted({cell.labels for _, cell in read if cell.variant in arms})
-    drawing = Figure(figsize=(0.6 + 3.6 * len(sets), 3.6), dpi=160, layout="constrained")
-    FigureCanvasAgg(drawing)
-    panels = drawing.subplots(1, len(sets), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, sets, strict=True):
-        for number, arm in enumerate(arms):
-            scores = [(place, read.get((name, Cell(arm, count, steps)))) for place, count in enumerate(labels)]
-            there = [(place, s) for place, s in scores if s]
-            means = np.array([s.by_case().mean() for _, s in there])
-            errors = np.abs(np.array([ends(nested([s])[:, 0]) for _, s in there]).T - means)
-            places = np.array([place for place, _ in there]) + 0.06 * (number - (len(arms) - 1) / 2)
-            style = {"color": label_colour((5, 1, 3, 6)[number % 4]), "marker": "o", "markersize": 4, "capsize": 3}
-            panel.errorbar(places, means, errors, label=arm, **style)
-        panel.set_xticks(range(len(labels)), [str(count) for count in labels])
-        panel.set_xlabel("labelled cases", fontsize=8)
-        panel.set_title(f"{name} CTs" if name == SYNTHETIC else name, fontsize=10, color=TEXT_COLOUR)
-        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("mean Dice", fontsize=8)
-    panels[0].legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
+    panels: dict[str, dict[str, dict[int, tuple[float, tuple[float, float]]]]] = {}
+    for name in dict.fromkeys(name for name, _ in read):
+        for arm in arms:
+            scores = {count: read.get((name, Cell(arm, count, steps))) for count in labels}
+            found = {n: (float(s.by_case().mean()), ends(nested([s])[:, 0])) for n, s in scores.items() if s}
+            panels.setdefault(f"{name} CTs" if name == SYNTHETIC else name, {})[arm] = found
     caption = "dots: means; bars: 95 % bootstrap intervals over pre-trainings, seeds and cases"
-    drawing.supxlabel(caption, fontsize=7, color=TEXT_COLOUR)
-    return drawing
+    return dice_figure(panels, labels, caption)
 
 
 def reconstructions(folders: Mapping[tuple[str, int], Path]) -> Figure:

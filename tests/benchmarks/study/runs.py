@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,9 @@ from shared_networks.datasets.nifti import is_nifti
 from shared_networks.errors import InputError
 from shared_networks.files import write_json
 
-from ..transfer.runs import Run, bundle_run
+from ..transfer.runs import PRETRAINING, SEGMENTER, Run, bundle_run, pretraining_epochs
 from .settings import ABLATION_LABELS, ARMS, CURVE, CURVE_LABELS, SCRATCH, Settings, Variant
 
-PRETRAINING, SEGMENTER = "hi_end_mae_pretrain", "hi_end_mae_btcv_seg"
 SYNTHETIC = "synthetic"
 
 
@@ -79,18 +77,11 @@ def phantoms(folder: Path, size: Settings, train: int, test: int, seed: int) -> 
     return Run("synthetic scans", folder.parent / f"{folder.name}_made", ".", words)
 
 
-def preparing(data: Path, folder: Path, size: Settings) -> Run:
-    """Resample the scans that pre-training reads."""
-    options = {"dataset_dir": str(data), "prepared_dir": str(folder / "store"), "spacing": size["network"]["spacing"]}
-    return bundle_run("preparing", folder, PRETRAINING, ["prepare"], {**options, "min_size": 8, "num_workers": 0})
-
-
 def pretraining(store: Path, probe: Path, folder: Path, size: Settings, variant: Variant, seed: int) -> Run:
     """Pre-train for the size's steps, on however many cases; the last weights are taken."""
     cases = len((store / "manifest.jsonl").read_text().splitlines())
     settings = dict(size["pretraining"])
-    validation = max(1, round(settings["val_fraction"] * cases))
-    epochs = math.ceil(settings.pop("steps") / math.ceil((cases - validation) / settings["batch_size"]))
+    epochs = pretraining_epochs(settings.pop("steps"), settings, cases)
     options = {
         "prepared_dir": str(store),
         "probe_dir": str(probe),

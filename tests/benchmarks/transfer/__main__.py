@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -17,10 +16,8 @@ from shared_networks.files import write_csv
 from .. import transfer
 from ..loader import machine
 from . import results
-from .runs import Run, bundle_run, execute_all
+from .runs import PRETRAINING, SEGMENTER, Run, bundle_run, execute_all, preparing, pretraining_epochs
 from .settings import ABLATION_LABELS, ABLATIONS, ARMS, SIZES, Settings
-
-PRETRAINING, SEGMENTER = "hi_end_mae_pretrain", "hi_end_mae_btcv_seg"
 
 
 def find_data(given: Sequence[str], out: Path) -> dict[str, Path]:
@@ -53,17 +50,10 @@ def phantoms(folder: Path, size: Settings) -> Run:
     return Run("synthetic scans", folder.parent / "phantoms", ".", words)
 
 
-def preparing(data: Path, folder: Path, size: Settings) -> Run:
-    """Resamples the scans that pre-training reads."""
-    options = {"dataset_dir": str(data), "prepared_dir": str(folder / "store"), "spacing": size["network"]["spacing"]}
-    return bundle_run("preparing", folder, PRETRAINING, ["prepare"], {**options, "min_size": 8, "num_workers": 0})
-
-
 def pretraining(prepared: Path, folder: Path, size: Settings, variant: Settings, cases: int) -> Run:
     """Pre-trains for the size's steps, on however many cases; as in fine-tuning, the last weights are taken."""
     settings = dict(size["pretraining"])
-    validation = max(1, round(settings["val_fraction"] * cases))
-    epochs = math.ceil(settings.pop("steps") / math.ceil((cases - validation) / settings["batch_size"]))
+    epochs = pretraining_epochs(settings.pop("steps"), settings, cases)
     options = {
         "prepared_dir": str(prepared / "store"),
         "ckpt_dir": str(folder),

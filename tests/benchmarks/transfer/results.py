@@ -194,30 +194,51 @@ def time_table(records: Sequence[Mapping[str, Any]]) -> str:
     return table(["part", "runs", "processor minutes", "minutes, added up", "slowest run, s"], rows)
 
 
-def figure(read: Mapping[Cell, tuple[list[str], Array]], arms: Sequence[str]) -> Figure:
-    """Draw mean Dice against the number of labelled cases: a panel for each data set, a line for each arm."""
-    data = list(dict.fromkeys(cell.data for cell in read))
-    labels = sorted({cell.labels for cell in read})
-    drawing = Figure(figsize=(0.6 + 3.6 * len(data), 3.6), dpi=160, layout="constrained")
+def dice_figure(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, tuple[float, float]]]]],
+    labels: Sequence[int],
+    caption: str,
+) -> Figure:
+    """Draw mean Dice against the number of labelled cases: a panel for each data set, a line for each arm.
+
+    Args:
+        panels: mean and interval by title, arm and number of labelled cases; the same arms for each title.
+        labels: all numbers of labelled cases.
+        caption: what dots and bars are.
+    """
+    drawing = Figure(figsize=(0.6 + 3.6 * len(panels), 3.6), dpi=160, layout="constrained")
     FigureCanvasAgg(drawing)
-    panels = drawing.subplots(1, len(data), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, data, strict=True):
-        for number, arm in enumerate(arms):
-            scores = [np.nanmean(read[Cell(name, arm, count)][1], axis=2) for count in labels]
-            means = np.array([s.mean() for s in scores])
-            errors = np.abs(np.array([interval(s) for s in scores]).T - means)
-            places = np.arange(len(labels)) + 0.06 * (number - (len(arms) - 1) / 2)
-            style = {"color": label_colour((5, 1, 3)[number % 3]), "marker": "o", "markersize": 4, "capsize": 3}
+    axes = drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (title, arms) in zip(axes, panels.items(), strict=True):
+        for number, (arm, found) in enumerate(arms.items()):
+            if not found:
+                continue
+            means = np.array([mean for mean, _ in found.values()])
+            errors = np.abs(np.array([ends for _, ends in found.values()]).T - means)
+            places = np.array([labels.index(count) for count in found]) + 0.06 * (number - (len(arms) - 1) / 2)
+            style = {"color": label_colour((5, 1, 3, 6)[number % 4]), "marker": "o", "markersize": 4, "capsize": 3}
             panel.errorbar(places, means, errors, label=arm, **style)
         panel.set_xticks(range(len(labels)), [str(count) for count in labels])
         panel.set_xlabel("labelled cases", fontsize=8)
-        panel.set_title(name, fontsize=10, color=TEXT_COLOUR)
+        panel.set_title(title, fontsize=10, color=TEXT_COLOUR)
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("mean Dice", fontsize=8)
-    panels[0].legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
-    caption = "one pre-training an arm; dots: mean over seeds and test cases; bars: 95 % bootstrap interval over both"
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("mean Dice", fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
     drawing.supxlabel(caption, fontsize=7, color=TEXT_COLOUR)
     return drawing
+
+
+def figure(read: Mapping[Cell, tuple[list[str], Array]], arms: Sequence[str]) -> Figure:
+    """Draw mean Dice of each arm, see :func:`dice_figure`."""
+    labels = sorted({cell.labels for cell in read})
+    panels: dict[str, dict[str, dict[int, tuple[float, tuple[float, float]]]]] = {}
+    for data in dict.fromkeys(cell.data for cell in read):
+        for arm in arms:
+            scores = {count: np.nanmean(read[Cell(data, arm, count)][1], axis=2) for count in labels}
+            found = {count: (float(s.mean()), interval(s)) for count, s in scores.items()}
+            panels.setdefault(data, {})[arm] = found
+    caption = "one pre-training an arm; dots: mean over seeds and test cases; bars: 95 % bootstrap interval over both"
+    return dice_figure(panels, labels, caption)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from shared_networks.errors import InputError
 from shared_networks.files import write_json
 
 ROOT = Path(__file__).parents[3]
+PRETRAINING, SEGMENTER = "hi_end_mae_pretrain", "hi_end_mae_btcv_seg"
 
 
 class Run(NamedTuple):
@@ -48,6 +50,18 @@ def bundle_run(part: str, folder: Path, bundle: str, configs: Sequence[str], opt
     pairs = [(f"--{key}", value if isinstance(value, str) else repr(value)) for key, value in options.items()]
     words = ["-W", "ignore", "-m", "monai.bundle", "run", "--config_file", files]
     return Run(part, folder, bundle, [*words, *(word for pair in pairs for word in pair)])
+
+
+def preparing(data: Path, folder: Path, size: dict[str, Any]) -> Run:
+    """Resamples the scans that pre-training reads."""
+    options = {"dataset_dir": str(data), "prepared_dir": str(folder / "store"), "spacing": size["network"]["spacing"]}
+    return bundle_run("preparing", folder, PRETRAINING, ["prepare"], {**options, "min_size": 8, "num_workers": 0})
+
+
+def pretraining_epochs(steps: int, settings: Mapping[str, Any], cases: int) -> int:
+    """Returns how many epochs have the steps, with the settings' share of the cases left to validation."""
+    validation = max(1, round(settings["val_fraction"] * cases))
+    return math.ceil(steps / math.ceil((cases - validation) / settings["batch_size"]))
 
 
 def execute(run: Run) -> dict[str, Any]:
