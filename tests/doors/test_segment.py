@@ -98,7 +98,10 @@ def test_settings_and_weights_reach_the_bundle(ct: Path, labels: Labels, tmp_pat
     assert liver.sum() > 0.7 * (labels[0] == 6).sum()
 
 
-def test_the_process_is_left_as_it_was(ct: Path) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_process_is_left_as_it_was(ct: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not deterministic)
     path, hook = [*sys.path], sys.excepthook
     random.seed(3)
     np.random.seed(3)
@@ -111,7 +114,8 @@ def test_the_process_is_left_as_it_was(ct: Path) -> None:
         segment(ct, organ_probability="heart")
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
     assert sys.path == path and sys.excepthook is hook
-    assert not torch.backends.cudnn.deterministic
+    assert torch.backends.cudnn.deterministic is deterministic
+    assert torch.backends.cudnn.benchmark is not deterministic
 
 
 VOLUME = np.zeros((8, 9, 10), np.int16)
