@@ -2,8 +2,8 @@
 
 Hatamizadeh et al., "UNETR: Transformers for 3D medical image segmentation", WACV 2022, as the Hi-End-MAE paper
 fine-tunes it: the token grid is doubled three times, and a trilinear resize closes the gap to the image size
-(8 -> 64 -> 96 for patches of 12). Small patches need two doublings alone (12 -> 48 -> 72 for patches of 6): a third
-makes the volume finer than the image and costs five times the work.
+(8 -> 64 -> 96 for patches of 12). Small patches need two doublings alone (12 -> 48 -> 72 for patches of 6), and those
+below 4 voxels one: a further one makes the volume finer than the image and costs five times the work.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class HiEndUNETR(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs over the token width.
         out_indices: three zero-based encoder blocks that feed the skips, ascending.
-        num_upsamples: doublings of the token grid before the resize: 3 as published, or 2 for patches below 8 voxels.
+        num_upsamples: doublings of the token grid before the resize: 3 as published, 2 for patches below 8 voxels, or 1
+            below 4.
         norm_name: normalisation of the convolution blocks.
         dropout: dropout in the encoder; MONAI Label's uncertainty scoring sets it.
         use_checkpoint: recompute encoder blocks in the backward pass to save memory.
@@ -85,8 +86,8 @@ class HiEndUNETR(nn.Module):
         super().__init__()
         if len(out_indices) != 3:
             raise InputError(f"out_indices {list(out_indices)} must be three, one for each skip of the UNETR.")
-        if num_upsamples not in (2, 3):
-            raise InputError(f"num_upsamples is {num_upsamples}; give 3, or 2 for patches below 8 voxels.")
+        if num_upsamples not in (1, 2, 3):
+            raise InputError(f"num_upsamples is {num_upsamples}; give 3, 2 for patches below 8 voxels, or 1 below 4.")
         self.vit = ViTEncoder(
             in_channels=in_channels,
             img_size=img_size,
@@ -103,13 +104,14 @@ class HiEndUNETR(nn.Module):
         f = feature_size
         conv: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
         lift: dict[str, Any] = {**conv, "stride": 1, "upsample_kernel_size": 2, "conv_block": True}
-        first = 2 if num_upsamples == 3 else 1  # 1: the deepest skip stays on the token grid
+        deepest, middle = (2 if num_upsamples > above else 1 for above in (2, 1))  # 1 stays on the token grid
+        lift_middle, lift_deepest = ({**lift, "upsample_kernel_size": size} for size in (middle, deepest))
         self.encoder1 = UnetrBasicBlock(3, in_channels, f, stride=1, **conv)
         self.encoder2 = UnetrPrUpBlock(3, hidden_size, 2 * f, num_layer=num_upsamples - 1, **lift)
-        self.encoder3 = UnetrPrUpBlock(3, hidden_size, 4 * f, num_layer=num_upsamples - 2, **lift)
-        self.encoder4 = UnetrPrUpBlock(3, hidden_size, 8 * f, num_layer=0, **{**lift, "upsample_kernel_size": first})
-        self.decoder5 = UnetrUpBlock(3, hidden_size, 8 * f, upsample_kernel_size=first, **conv)
-        self.decoder4 = UnetrUpBlock(3, 8 * f, 4 * f, upsample_kernel_size=2, **conv)
+        self.encoder3 = UnetrPrUpBlock(3, hidden_size, 4 * f, num_layer=max(num_upsamples - 2, 0), **lift_middle)
+        self.encoder4 = UnetrPrUpBlock(3, hidden_size, 8 * f, num_layer=0, **lift_deepest)
+        self.decoder5 = UnetrUpBlock(3, hidden_size, 8 * f, upsample_kernel_size=deepest, **conv)
+        self.decoder4 = UnetrUpBlock(3, 8 * f, 4 * f, upsample_kernel_size=middle, **conv)
         self.decoder3 = UnetrUpBlock(3, 4 * f, 2 * f, upsample_kernel_size=2, **conv)
         self.decoder2 = ResizeUpBlock(2 * f, f, norm_name)
         self.out = UnetOutBlock(3, f, out_channels)

@@ -53,7 +53,8 @@ def test_every_override_is_in_the_configs(size: str, store: Path) -> None:
         for key in options(run):
             *parents, last = key.split("#")
             node = ConfigParser(config)["#".join(parents)] if parents else config
-            assert last in node or last == "_disabled_", f"{run.bundle}: {key}"
+            there = int(last) < len(node) if isinstance(node, list) else last in node or last == "_disabled_"
+            assert there, f"{run.bundle}: {key}"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -71,10 +72,10 @@ def test_arms_are_fine_tuned_alike(size: str, store: Path) -> None:
 def test_steps_do_not_depend_on_the_number_of_cases(store: Path) -> None:
     size = SIZES["cpu"]
     for labels in size["labels"]:
-        run, _ = runs.fine_tuning(store, store, None, store, size, Variant(), Trial(Cell(OURS, labels, 768), 0, 0))
+        run, _ = runs.fine_tuning(store, store, None, store, size, Variant(), Trial(Cell(OURS, labels, 384), 0, 0))
         found = {key: int(options(run)[key]) for key in ("epochs", "batch_size", "num_samples")}
-        assert found["epochs"] * labels / found["batch_size"] == 768
-        assert found["batch_size"] * found["num_samples"] == 16
+        assert found["epochs"] * labels / found["batch_size"] == 384
+        assert found["batch_size"] * found["num_samples"] == size["fine-tuning"]["crops"]
     epochs = int(options(runs.pretraining(store, store, store, size, Variant(), 0))["epochs"])
     training = 128 - round(0.1 * 128)
     assert size["pretraining"]["steps"] <= epochs * -(-training // 4) < size["pretraining"]["steps"] + training
@@ -82,18 +83,19 @@ def test_steps_do_not_depend_on_the_number_of_cases(store: Path) -> None:
 
 def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     size = SIZES["cpu"]
+    steps = size["fine-tuning"]["steps"]
     variants = variants_of(size, real=True, ablations=True)
     repeats = {name: 1 if variant.pretraining is None else 3 for name, variant in variants.items()}
     found = runs.trials(size, variants, repeats)
     assert len(found) == len(set(found))
     count = Counter(trial.cell for trial in found)
     for labels in size["labels"]:
-        assert [count[Cell(arm, labels, 768)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
-    assert [count[Cell(SCRATCH, 16, steps)] for steps in (192, 384, 768, 1536)] == [3] * 4
-    assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, 768)} == {(0, 0), (1, 1), (2, 2)}
+        assert [count[Cell(arm, labels, steps)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
+    assert [count[Cell(SCRATCH, 16, round(share * steps))] for share in (0.25, 0.5, 1, 2)] == [3] * 4
+    assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell.variant == "strong augmentation, from scratch"} == {(0, 0), (0, 1), (0, 2)}
     # What answers most comes first: every arm with 4 labels, once.
-    assert [t.cell for t in found[:4]] == [Cell(arm, 4, 768) for arm in ARMS]
+    assert [t.cell for t in found[:4]] == [Cell(arm, 4, steps) for arm in ARMS]
 
 
 def test_ablations_of_real_scans_need_some() -> None:
@@ -182,6 +184,28 @@ def test_raw_numbers_are_read_again(reports: dict[Trial, Path], tmp_path: Path) 
     figure = results.figure(read, [SCRATCH, OURS], 8)
     assert [panel.get_title() for panel in figure.axes] == ["synthetic CTs", "real CT"]
     assert [len(panel.containers) for panel in figure.axes] == [2, 2]
+
+
+def test_scans_without_an_organ_are_left_out(tmp_path: Path) -> None:
+    for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        (tmp_path / "made" / part).mkdir(parents=True)
+    (tmp_path / "made" / "dataset.json").write_text("{}")
+    for name, organ in (("train_0", 0), ("train_1", 3), ("train_2", 2), ("test_0", 1)):
+        end = "Tr" if name.startswith("train") else "Ts"
+        for file in (f"labels{end}/{name}", f"images{end}/{name}_0000"):
+            nib.save(nib.Nifti1Image(np.full((2, 3, 4), organ, np.uint8), np.eye(4)), tmp_path / f"made/{file}.nii.gz")
+    made, folder = tmp_path / "made", tmp_path / "labelled"
+    for _ in range(2):
+        runs.gather_labelled(folder, made, {"labelled": 1, "test": 1})
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == [
+        "dataset.json",
+        "imagesTr/train_1_0000.nii.gz",
+        "imagesTs/test_0_0000.nii.gz",
+        "labelsTr/train_1.nii.gz",
+        "labelsTs/test_0.nii.gz",
+    ]
+    with pytest.raises(InputError, match=re.escape(f"{made}: 2 scans of labelsTr show an organ; 3 are needed")):
+        runs.gather_labelled(folder, made, {"labelled": 3, "test": 1})
 
 
 def test_test_cases_of_other_sources_are_resampled_with_their_labels(tmp_path: Path) -> None:

@@ -79,12 +79,19 @@ def test_logits_have_the_size_of_the_image(img_size, patch_size, channels):
     assert network(draw(1, channels, *size)).shape == (1, 5, *size)
 
 
-def test_two_upsamplings_leave_the_deepest_features_on_the_token_grid():
-    network, image = tiny(num_upsamples=2).eval(), draw(1, 2, 12, 18, 8)
+@pytest.mark.parametrize(
+    ("num_upsamples", "sizes"),
+    [
+        (2, [(32, 2, 3, 2), (16, 4, 6, 4), (8, 8, 12, 8)]),
+        (1, [(32, 2, 3, 2), (16, 2, 3, 2), (8, 4, 6, 4)]),
+    ],
+)
+def test_fewer_upsamplings_leave_deep_features_on_the_token_grid(num_upsamples, sizes):
+    network, image = tiny(num_upsamples=num_upsamples).eval(), draw(1, 2, 12, 18, 8)
     _, features = network.vit(image)
     deep, middle, shallow = (tokens_to_volume(feature, [2, 3, 2]) for feature in reversed(features))
     skips = network.encoder4(deep), network.encoder3(middle), network.encoder2(shallow)
-    assert [tuple(skip.shape[1:]) for skip in skips] == [(32, 2, 3, 2), (16, 4, 6, 4), (8, 8, 12, 8)]
+    assert [tuple(skip.shape[1:]) for skip in skips] == sizes
     with torch.no_grad():
         logits = network(image)
         assert logits.shape == (1, 5, 12, 18, 8)
@@ -231,7 +238,7 @@ def test_network_needs_three_out_indices(out_indices):
         ({"img_size": (12, 20, 8)}, r"image size \(12, 20, 8\) is not divisible by patch size \(6, 6, 4\)"),
         ({"hidden_size": 20}, "hidden size 20 is not divisible by 6"),
         ({"num_heads": 5}, "hidden size 24 is not divisible by 5 heads"),
-        ({"num_upsamples": 1}, "num_upsamples is 1; give 3, or 2 for patches below 8 voxels"),
+        ({"num_upsamples": 0}, "num_upsamples is 0; give 3, 2 for patches below 8 voxels, or 1 below 4"),
     ],
 )
 def test_network_refuses_sizes_and_out_indices_that_do_not_fit(changes, message):

@@ -99,14 +99,16 @@ def run_all(
         InputError: see :mod:`.runs`, and :func:`..transfer.runs.execute_all`.
     """
     counts, data = size["phantoms"], out / "data"
-    labelled, synthetic = data / "labelled", data / "unlabelled"
+    patients, synthetic = data / "patients", data / "unlabelled"
     made = [
-        runs.phantoms(labelled, size, counts["labelled"], counts["test"], 500),
+        # Some more, as one in twenty shows no organ.
+        runs.phantoms(patients, size, *(count + count // 5 + 2 for count in (counts["labelled"], counts["test"])), 500),
         runs.phantoms(synthetic, size, counts["unlabelled"], 0, 600),
     ]
     sitting.run([[run] for run in made])
     if not all(map(is_done, made)):
         return {}, {}
+    labelled = runs.gather_labelled(data / "labelled", patients, counts)
     cases = runs.gather_tests(data / "tests", labelled, tests, counts["voxel_mm"])
     shown = runs.gather_scans(data / "shown", [cases / "imagesTs"], 1)
     scans = {"synthetic": [synthetic / "imagesTr"], "real": [folder.resolve() for folder in unlabelled]}

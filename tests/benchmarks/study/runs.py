@@ -162,6 +162,27 @@ def claim(folder: Path, sources: Any) -> None:
     write_json(note, sources)
 
 
+def gather_labelled(folder: Path, made: Path, counts: Mapping[str, int]) -> Path:
+    """Link the first synthetic scans, `labelled` to train and `test` to test, that show an organ: a cut leg has none.
+
+    Raises:
+        InputError: too few do.
+    """
+    write_json(folder / "dataset.json", json.loads((made / "dataset.json").read_text()))
+    for part, count in (("Tr", counts["labelled"]), ("Ts", counts["test"])):
+        labels = [file for file in sorted((made / f"labels{part}").iterdir()) if np.any(nib.load(file).dataobj)][:count]
+        if len(labels) < count:
+            raise InputError(f"{made}: {len(labels)} scans of labels{part} show an organ; {count} are needed")
+        for label in labels:
+            scan = made / f"images{part}" / f"{label.name.split('.')[0]}_0000.nii.gz"
+            for file in (label, scan):
+                target = folder / file.parent.name / file.name
+                target.parent.mkdir(exist_ok=True)
+                if not target.exists():
+                    os.link(file, target)
+    return folder
+
+
 def gather_tests(folder: Path, labelled: Path, others: Mapping[str, Path], voxel_mm: float) -> Path:
     """Put all test cases into one data set, so that a network is loaded once for all of them.
 

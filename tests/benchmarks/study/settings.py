@@ -40,7 +40,31 @@ ARMS = {
     FROZEN: Variant(encoder_of=OURS, fine_tuning={"optimizer#params#freeze_encoder": True}),
 }
 
-STRONG = ("strong_augmentation",)
+CROP = "train#random_transforms#0"
+
+
+def organ_crops(spatial_size: str) -> Settings:
+    """Centre every other crop on an organ, each as often: a fine-tuning of few steps else sees little but the liver."""
+    return {
+        "_target_": "RandCropByLabelClassesd",
+        "keys": ["image", "label"],
+        "label_key": "label",
+        "spatial_size": spatial_size,
+        "ratios": "$[@num_classes - 1] + [1] * (@num_classes - 1)",
+        "num_classes": "@num_classes",
+        "num_samples": "@num_samples",
+        "image_key": "image",
+        "image_threshold": 0,
+        "allow_smaller": True,
+        "warn": False,
+    }
+
+
+# The overlay's crops are larger, so that a turned one is filled.
+STRONG: Settings = {
+    "configs": ("strong_augmentation",),
+    "fine_tuning": {CROP: organ_crops("$[n * 4 // 3 for n in @img_size]")},
+}
 
 # Each but for one thing as Hi-End-MAE, which has taps 3, 6 and 9, a decoder of 5 blocks, mask ratio 0.75 and patches of
 # 18 mm, and was pre-trained on synthetic CTs. Augmentation and patches change fine-tuning too: these have a training
@@ -54,8 +78,8 @@ ABLATIONS = {
     "mask ratio 0.9": Variant({"network_def#mask_ratio": 0.9}),
     "real CTs": Variant(unlabelled="real"),
     "real and synthetic CTs": Variant(unlabelled="both"),
-    "strong augmentation": Variant(encoder_of=OURS, configs=STRONG),
-    "strong augmentation, from scratch": Variant(None, configs=STRONG),
+    "strong augmentation": Variant(encoder_of=OURS, **STRONG),
+    "strong augmentation, from scratch": Variant(None, **STRONG),
 }
 ABLATION_LABELS = 4
 CURVE = (0.25, 0.5, 2.0)
@@ -63,12 +87,18 @@ CURVE = (0.25, 0.5, 2.0)
 CURVE_LABELS = 16
 
 
+def upsamplings(patch_size: int) -> Settings:
+    """As many doublings as suit patches, see :class:`shared_networks.networks.unetr.HiEndUNETR`."""
+    return {"network_def#num_upsamples": 1 if patch_size < 4 else 2 if patch_size < 8 else 3}
+
+
 def patch_ablations(size: Settings) -> dict[str, Variant]:
     """Variants of a size with other patches, by millimetres."""
     found: dict[str, Variant] = {}
     for voxels in size["patches"]:
         name, network = f"patches of {voxels * size['network']['spacing'][0]:g} mm", {"patch_size": voxels}
-        found |= {name: Variant(network=network), f"{name}, from scratch": Variant(None, network=network)}
+        for end, pretraining in (("", AS_IS), (", from scratch", None)):
+            found[name + end] = Variant(pretraining, network=network, fine_tuning=upsamplings(voxels))
     return found
 
 
@@ -89,9 +119,11 @@ _FINE_TUNING: Settings = {
     "background_weight": 0.1,
     "flip_axes": [],
     "optimizer#params#layer_decay": 0.75,
-    "network_def#num_upsamples": 2,
+    CROP: organ_crops("@img_size"),
+    "train#random_transforms#2#prob": 0.0,
 }
-"""The recipes of the weights that ship, with a decay by layers: without it a pre-trained encoder forgets."""
+"""The recipes of the weights that ship, without crops turned by right angles. With a decay by layers: without it a
+pre-trained encoder forgets."""
 
 # `network` is for every bundle, `encoder` for both trainings. Steps of fine-tuning, and the crops of each, are the same
 # for any number of cases; the crops come from up to 4 cases.
@@ -114,7 +146,9 @@ SIZES: dict[str, Settings] = {
             "network_def#decoder_hidden_size": 12,
             "network_def#decoder_num_heads": 2,
         },
-        "fine-tuning": _FINE_TUNING | {"steps": 4, "crops": 1, "num_workers": 0, "network_def#feature_size": 4},
+        "fine-tuning": _FINE_TUNING
+        | upsamplings(2)
+        | {"steps": 4, "crops": 1, "num_workers": 0, "network_def#feature_size": 4},
     },
     "cpu": {
         "arms": list(ARMS),
@@ -123,19 +157,21 @@ SIZES: dict[str, Settings] = {
         "seeds": [0, 1, 2],
         "phantoms": {"unlabelled": 128, "labelled": 64, "test": 12, "voxel_mm": 4.0},
         # At this width float32 is faster than bfloat16 on a CPU, as the bundles choose; a GPU is used if there is one.
-        "network": {"spacing": [4.5, 4.5, 4.5], "img_size": [24, 24, 24], "patch_size": 4},
-        "patches": [3, 8],
-        "encoder": {"network_def#hidden_size": 96, "network_def#num_heads": 6},
+        "network": {"spacing": [6.0, 6.0, 6.0], "img_size": [24, 24, 24], "patch_size": 3},
+        "patches": [2, 6],
+        "encoder": {"network_def#hidden_size": 48, "network_def#num_heads": 2},
         "pretraining": _PRETRAINING
         | {
-            "steps": 1280,
+            "steps": 512,
             "batch_size": 4,
             "num_samples": 8,
             "num_workers": 0,
             "network_def#decoder_hidden_size": 48,
-            "network_def#decoder_num_heads": 3,
+            "network_def#decoder_num_heads": 2,
         },
-        "fine-tuning": _FINE_TUNING | {"steps": 768, "crops": 16, "num_workers": 0, "network_def#feature_size": 8},
+        "fine-tuning": _FINE_TUNING
+        | upsamplings(3)
+        | {"learning_rate": 0.01, "steps": 384, "crops": 4, "num_workers": 0, "network_def#feature_size": 16},
     },
     # The small network, of which weights ship.
     "small": {
@@ -157,7 +193,9 @@ SIZES: dict[str, Settings] = {
             "network_def#decoder_hidden_size": 96,
             "network_def#decoder_num_heads": 6,
         },
-        "fine-tuning": _FINE_TUNING | {"steps": 1024, "crops": 16, "num_workers": 2, "network_def#feature_size": 16},
+        "fine-tuning": _FINE_TUNING
+        | upsamplings(6)
+        | {"steps": 1024, "crops": 16, "num_workers": 2, "network_def#feature_size": 16},
     },
     # The published network and patches.
     "gpu": {
@@ -171,6 +209,6 @@ SIZES: dict[str, Settings] = {
         "patches": [8, 24],
         "encoder": {"network_def#hidden_size": 1536, "network_def#num_heads": 16},
         "pretraining": _PRETRAINING | {"steps": 10240, "batch_size": 4, "num_samples": 8, "num_workers": 8},
-        "fine-tuning": _FINE_TUNING | {"steps": 8192, "crops": 4, "num_workers": 8, "network_def#num_upsamples": 3},
+        "fine-tuning": _FINE_TUNING | upsamplings(12) | {"steps": 8192, "crops": 4, "num_workers": 8},
     },
 }
