@@ -92,10 +92,12 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     for labels in size["labels"]:
         assert [count[Cell(arm, labels, steps)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
     assert [count[Cell(SCRATCH, 16, round(share * steps))] for share in (0.25, 0.5, 1, 2)] == [3] * 4
+    assert {t[1:] for t in found if t.cell == Cell(OURS, 16, 2 * steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell.variant == "strong augmentation, from scratch"} == {(0, 0), (0, 1), (0, 2)}
-    # What answers most comes first: every arm with 4 labels, once.
+    # The main measure comes first: every arm with 4 labels.
     assert [t.cell for t in found[:4]] == [Cell(arm, 4, steps) for arm in ARMS]
+    assert {t.cell.labels for t in found[:30]} == {4}
 
 
 def test_ablations_of_real_scans_need_some() -> None:
@@ -145,6 +147,24 @@ def test_pre_trainings_that_are_not_whole_are_left_out() -> None:
     np.testing.assert_array_equal(part.dice[:, 0, 0], [0, 1, 2])
     assert results.whole(scores(values[:3], [(0, 0), (1, 1), (2, 2)]), [0, 1, 2]) is not None
     assert results.whole(scores(values[:2], [(0, 0), (1, 1)]), [0, 1, 2]) is None
+
+
+def test_curve_has_the_steps_of_which_both_arms_are_there() -> None:
+    diagonal = [(0, 0), (1, 1), (2, 2)]
+    read = {
+        ("synthetic", Cell(SCRATCH, 16, 8)): scores(np.full((3, 4), 0.5), [(0, 0), (0, 1), (0, 2)]),
+        ("synthetic", Cell(OURS, 16, 8)): scores(np.full((9, 4), 0.6), GRID),
+        ("synthetic", Cell(SCRATCH, 16, 16)): scores(np.full((3, 4), 0.7), [(0, 0), (0, 1), (0, 2)]),
+        ("synthetic", Cell(OURS, 16, 16)): scores(np.full((3, 4), 0.725), diagonal),
+        ("synthetic", Cell(OURS, 16, 4)): scores(np.full((3, 4), 0.1), diagonal),
+        ("synthetic", Cell(OURS, 4, 32)): scores(np.full((3, 4), 0.1), diagonal),
+    }
+    assert results.curve_table(read, "synthetic", (SCRATCH, OURS), 16).splitlines() == [
+        "| steps | from scratch | Hi-End-MAE | Hi-End-MAE less from scratch |",
+        "| --- | --- | --- | --- |",
+        "| 8 | 0.500 (0.500 to 0.500) | 0.600 (0.600 to 0.600) | +0.100 (+0.100 to +0.100) |",
+        "| 16 | 0.700 (0.700 to 0.700) | 0.725 (0.725 to 0.725) | +0.025 (+0.025 to +0.025) |",
+    ]
 
 
 @pytest.fixture

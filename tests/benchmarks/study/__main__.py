@@ -20,10 +20,11 @@ from ..transfer.runs import Run, execute_all, is_done, preparing
 from . import results, runs
 from .runs import Cell, Trial, slug
 from .settings import (
-    ABLATION_LABELS,
     ABLATIONS,
     ARMS,
+    CURVE_ARMS,
     CURVE_LABELS,
+    MAIN_LABELS,
     OURS,
     SCRATCH,
     SIZES,
@@ -165,7 +166,7 @@ def report(
         sections += ["## Pre-trainings", results.pretraining_table(pretrainings)]
     if read:
         results.figure(read, arms, steps).savefig(out / "transfer.png")
-    base, scratch = Cell(OURS, ABLATION_LABELS, steps), Cell(SCRATCH, ABLATION_LABELS, steps)
+    base, scratch = Cell(OURS, MAIN_LABELS, steps), Cell(SCRATCH, MAIN_LABELS, steps)
     for test_set in dict.fromkeys(name for name, _ in read):
         others = dict.fromkeys(cell.variant for name, cell in read if name == test_set and cell.variant not in arms)
         count = len(next(s.cases for (name, _), s in read.items() if name == test_set))
@@ -174,8 +175,8 @@ def report(
             *results.arms_tables(read, test_set, arms, steps),
             "By organ:",
             results.organ_table(read, test_set, [Cell(arm, n, steps) for n in size["labels"] for arm in arms]),
-            f"From scratch with {CURVE_LABELS} labelled cases:",
-            results.curve_table(read, test_set, SCRATCH, CURVE_LABELS),
+            f"By steps, with {CURVE_LABELS} labelled cases:",
+            results.curve_table(read, test_set, CURVE_ARMS, CURVE_LABELS),
         ]
         if others:
             sections += ["Ablations:", results.ablation_table(read, test_set, others, base, scratch)]

@@ -210,14 +210,15 @@ def organ_table(read: Mapping[tuple[str, Cell], Scores], test_set: str, cells: S
     return table(["organ", *(f"{cell.variant}, {cell.labels}" for cell, _ in there)], rows)
 
 
-def curve_table(read: Mapping[tuple[str, Cell], Scores], test_set: str, variant: str, labels: int) -> str:
-    """Return mean Dice by the number of steps."""
-    found = sorted(
-        (cell.steps, scores)
-        for (name, cell), scores in read.items()
-        if name == test_set and cell.variant == variant and cell.labels == labels
-    )
-    return table(["steps", "mean Dice"], [[steps, mean_of(scores)] for steps, scores in found])
+def curve_table(read: Mapping[tuple[str, Cell], Scores], test_set: str, arms: Sequence[str], labels: int) -> str:
+    """Return mean Dice of two arms, and the second less the first, by the number of steps."""
+    steps = sorted({cell.steps for name, cell in read if name == test_set and cell.labels == labels})
+    rows = []
+    for count in steps:
+        first, second = (read.get((test_set, Cell(arm, labels, count))) for arm in arms)
+        if first and second:
+            rows.append([count, mean_of(first), mean_of(second), difference(second, first)])
+    return table(["steps", *arms, f"{arms[1]} less {arms[0]}"], rows)
 
 
 def figure(read: Mapping[tuple[str, Cell], Scores], arms: Sequence[str], steps: int) -> Figure:

@@ -18,7 +18,7 @@ from shared_networks.errors import InputError
 from shared_networks.files import write_json
 
 from ..transfer.runs import PRETRAINING, SEGMENTER, Run, bundle_run, pretraining_epochs
-from .settings import ABLATION_LABELS, ARMS, CURVE, CURVE_LABELS, SCRATCH, Settings, Variant
+from .settings import ARMS, CURVE, CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, Settings, Variant
 
 SYNTHETIC = "synthetic"
 
@@ -45,27 +45,29 @@ def slug(name: str) -> str:
 
 
 def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mapping[str, int]) -> list[Trial]:
-    """List all fine-tunings: those first that answer most.
+    """List all fine-tunings: those first that the main measure needs.
 
     Arms have every pre-training with every seed. Ablations and the curve have one fine-tuning for each seed, and a
     pre-training of its own for each.
     """
     steps, seeds = size["fine-tuning"]["steps"], size["seeds"]
     found = []
-    for number in range(max(pretrainings.values())):
-        for seed in seeds:
-            for labels in sorted(size["labels"], key=lambda count: (count != ABLATION_LABELS, count)):
+    for labels in sorted(size["labels"], key=lambda count: (count != MAIN_LABELS, count)):
+        for number in range(max(pretrainings.values())):
+            for seed in seeds:
                 for arm in size["arms"]:
                     if number < pretrainings[arm]:
                         found.append(Trial(Cell(arm, labels, steps), number, seed))
-    if CURVE_LABELS in size["labels"]:
-        curve = [Cell(SCRATCH, CURVE_LABELS, round(share * steps)) for share in CURVE]
-        found += [Trial(cell, 0, seed) for seed in seeds for cell in curve]
+    for position, seed in enumerate(seeds):
+        for arm in CURVE_ARMS:
+            if arm in size["arms"] and CURVE_LABELS in size["labels"]:
+                cells = [Cell(arm, CURVE_LABELS, round(share * steps)) for share in CURVE]
+                found += [Trial(cell, position % pretrainings[arm], seed) for cell in cells]
     for position, seed in enumerate(seeds):
         for name in variants:
             if name not in ARMS:
                 number = position % pretrainings[name]
-                found.append(Trial(Cell(name, ABLATION_LABELS, steps), number, seed))
+                found.append(Trial(Cell(name, MAIN_LABELS, steps), number, seed))
     return found
 
 

@@ -81,9 +81,10 @@ ABLATIONS = {
     "strong augmentation": Variant(encoder_of=OURS, **STRONG),
     "strong augmentation, from scratch": Variant(None, **STRONG),
 }
-ABLATION_LABELS = 4
+MAIN_LABELS = 4
 CURVE = (0.25, 0.5, 2.0)
-"""Shares of the steps for which the from-scratch arm is trained too, with `CURVE_LABELS`."""
+"""Shares of the steps for which `CURVE_ARMS` are trained too, with `CURVE_LABELS`."""
+CURVE_ARMS = (SCRATCH, OURS)
 CURVE_LABELS = 16
 
 
@@ -171,7 +172,7 @@ SIZES: dict[str, Settings] = {
         },
         "fine-tuning": _FINE_TUNING
         | upsamplings(3)
-        | {"learning_rate": 0.01, "steps": 384, "crops": 4, "num_workers": 0, "network_def#feature_size": 16},
+        | {"learning_rate": 0.01, "steps": 512, "crops": 4, "num_workers": 0, "network_def#feature_size": 16},
     },
     # The small network, of which weights ship.
     "small": {
