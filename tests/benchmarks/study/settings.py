@@ -160,7 +160,7 @@ SIZES: dict[str, Settings] = {
         # At this width float32 is faster than bfloat16 on a CPU, as the bundles choose; a GPU is used if there is one.
         "network": {"spacing": [6.0, 6.0, 6.0], "img_size": [24, 24, 24], "patch_size": 3},
         "patches": [2, 6],
-        "encoder": {"network_def#hidden_size": 48, "network_def#num_heads": 2},
+        "encoder": {"network_def#hidden_size": 96, "network_def#num_heads": 4},
         "pretraining": _PRETRAINING
         | {
             "steps": 512,
@@ -172,7 +172,7 @@ SIZES: dict[str, Settings] = {
         },
         "fine-tuning": _FINE_TUNING
         | upsamplings(3)
-        | {"learning_rate": 0.01, "steps": 512, "crops": 4, "num_workers": 0, "network_def#feature_size": 16},
+        | {"learning_rate": 0.01, "steps": 384, "crops": 4, "num_workers": 0, "network_def#feature_size": 16},
     },
     # The small network, of which weights ship.
     "small": {
