@@ -21,7 +21,7 @@ from tests.benchmarks.study import results, runs
 from tests.benchmarks.study.__main__ import DESIGN, Sitting, find_folders, variants_of
 from tests.benchmarks.study.results import Scores
 from tests.benchmarks.study.runs import Cell, Trial
-from tests.benchmarks.study.settings import ABLATIONS, ARMS, FROZEN, OURS, PLAIN, SCRATCH, SIZES, Variant
+from tests.benchmarks.study.settings import ABLATIONS, ARMS, CROP, FROZEN, OURS, PLAIN, SCRATCH, SIZES, Variant
 from tests.benchmarks.test_transfer import options
 from tests.benchmarks.transfer.runs import Run
 from tests.conftest import ROOT
@@ -67,6 +67,20 @@ def test_arms_are_fine_tuned_alike(size: str, store: Path) -> None:
     assert scratch.pop("pretrained_encoder") == ""
     assert plain == ours == scratch | {"pretrained_encoder": str(store / "model.pt")}
     assert frozen == ours | {"optimizer#params#freeze_encoder": "True"}
+
+
+def test_strong_augmentation_is_the_overlays(store: Path) -> None:
+    """But for what its crops are centred on: an override by number must not meet another transform."""
+    configs = ROOT / "hi_end_mae_btcv_seg" / "configs"
+    overlay = ConfigParser.load_config_files([str(configs / f"{n}.json") for n in ("train", "strong_augmentation")])
+    variant = ABLATIONS["strong augmentation"]
+    trial = Trial(Cell("strong augmentation", 4, 384), 0, 0)
+    words = options(runs.fine_tuning(store, store, None, store, SIZES["cpu"], variant, trial)[0])
+    config = ConfigParser(overlay)
+    for key, value in words.items():
+        if key.startswith("train#random_transforms#") and key != CROP:
+            assert config[key] == float(value)
+    assert f"'spatial_size': '{config[CROP]['spatial_size']}'" in words[CROP]
 
 
 def test_steps_do_not_depend_on_the_number_of_cases(store: Path) -> None:

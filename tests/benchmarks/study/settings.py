@@ -41,6 +41,7 @@ ARMS = {
 }
 
 CROP = "train#random_transforms#0"
+THIRD = "train#random_transforms#2#prob"
 
 
 def organ_crops(spatial_size: str) -> Settings:
@@ -60,10 +61,10 @@ def organ_crops(spatial_size: str) -> Settings:
     }
 
 
-# The overlay's crops are larger, so that a turned one is filled.
+# The overlay's crops are larger, so that a turned one is filled, and its third transform is another one.
 STRONG: Settings = {
     "configs": ("strong_augmentation",),
-    "fine_tuning": {CROP: organ_crops("$[n * 4 // 3 for n in @img_size]")},
+    "fine_tuning": {CROP: organ_crops("$[n * 4 // 3 for n in @img_size]"), THIRD: 0.2},
 }
 
 # Each but for one thing as Hi-End-MAE, which has taps 3, 6 and 9, a decoder of 5 blocks, mask ratio 0.75 and patches of
@@ -121,7 +122,7 @@ _FINE_TUNING: Settings = {
     "flip_axes": [],
     "optimizer#params#layer_decay": 0.75,
     CROP: organ_crops("@img_size"),
-    "train#random_transforms#2#prob": 0.0,
+    THIRD: 0.0,
 }
 """The recipes of the weights that ship, without crops turned by right angles. With a decay by layers: without it a
 pre-trained encoder forgets."""
