@@ -3,7 +3,7 @@
 Hatamizadeh et al., "UNETR: Transformers for 3D medical image segmentation", WACV 2022, as the Hi-End-MAE paper
 fine-tunes it: the token grid is doubled three times, and a trilinear resize closes the gap to the image size
 (8 -> 64 -> 96 for patches of 12). Small patches need two doublings alone (12 -> 48 -> 72 for patches of 6), and those
-below 4 voxels one: a further one makes the volume finer than the image and costs five times the work.
+below 4 voxels one: a further one makes the volume finer than the image. For patches of 6 it costs five times the work.
 """
 
 from __future__ import annotations

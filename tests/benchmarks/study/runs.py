@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,13 @@ def claim(folder: Path, sources: Any) -> None:
     write_json(note, sources)
 
 
+def link(file: Path, target: Path) -> None:
+    """Give a file a second name, unless it has it."""
+    target.parent.mkdir(exist_ok=True)
+    if not target.exists():
+        os.link(file, target)
+
+
 def gather_labelled(folder: Path, made: Path, counts: Mapping[str, int]) -> Path:
     """Link the first synthetic scans, `labelled` to train and `test` to test, that show an organ: a cut leg has none.
 
@@ -172,16 +180,14 @@ def gather_labelled(folder: Path, made: Path, counts: Mapping[str, int]) -> Path
     """
     write_json(folder / "dataset.json", json.loads((made / "dataset.json").read_text()))
     for part, count in (("Tr", counts["labelled"]), ("Ts", counts["test"])):
-        labels = [file for file in sorted((made / f"labels{part}").iterdir()) if np.any(nib.load(file).dataobj)][:count]
+        files = sorted((made / f"labels{part}").iterdir())
+        labels = list(islice((file for file in files if np.any(nib.load(file).dataobj)), count))
         if len(labels) < count:
             raise InputError(f"{made}: {len(labels)} scans of labels{part} show an organ; {count} are needed")
         for label in labels:
             scan = made / f"images{part}" / f"{label.name.split('.')[0]}_0000.nii.gz"
             for file in (label, scan):
-                target = folder / file.parent.name / file.name
-                target.parent.mkdir(exist_ok=True)
-                if not target.exists():
-                    os.link(file, target)
+                link(file, folder / file.parent.name / file.name)
     return folder
 
 
@@ -198,11 +204,8 @@ def gather_tests(folder: Path, labelled: Path, others: Mapping[str, Path], voxel
     names = json.loads((labelled / "dataset.json").read_text())["labels"]
     write_json(folder / "dataset.json", json.loads((labelled / "dataset.json").read_text()))
     for part in ("imagesTs", "labelsTs"):
-        (folder / part).mkdir(exist_ok=True)
         for file in sorted((labelled / part).iterdir()):
-            target = folder / part / f"{SYNTHETIC}__{file.name}"
-            if not target.exists():
-                os.link(file, target)
+            link(file, folder / part / f"{SYNTHETIC}__{file.name}")
     for name, data in others.items():
         file = data / "dataset.json"
         if file.is_file() and (theirs := json.loads(file.read_text()).get("labels")) != names:
