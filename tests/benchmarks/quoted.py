@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.quoted
 
-After new measurements (`--out docs/results` of `tests.benchmarks.speed`, or the three files of
-`tests.benchmarks.transfer`) copy what it prints. Figures of other machines stand in `docs/results/README.md` alone.
+After new measurements (`--out docs/results` of `tests.benchmarks.speed`, or the four files of
+`tests.benchmarks.study`) copy what it prints. Figures of other machines stand in `docs/results/README.md` alone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .transfer.results import table
+from .study.report import table
+from .study.settings import MAIN_LABELS, OURS, SCRATCH
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SLICES = 300
 """Of the scan whose inference is quoted."""
-LABELLED = "4"
-"""Cases whose Dice the README quotes."""
 FLOAT32 = "float32"
 """The pre-training step as the bundle runs it."""
 BASELINE = "published way, float32"
@@ -118,39 +117,25 @@ def readme_table() -> str:
     """The README's."""
     times = {name: f"{found} times as fast" for name, found in ranges().items()}
     read, loaded = (crops(row)["crops/s a core"] for row in (STORE, WHOLE_VOLUMES))
-    dice = [dice_at(found, LABELLED) for found in transfer_tables()]
     code, network = "the authors' code", "the authors' network"
     scan = f"512 x 512 x {SLICES} voxels to labels, without the network"
-    data = ("synthetic CTs", "variants of one real CT")
     rows = [
         ("pre-training step of 4 crops, float32", code, times["pre-training step, float32"]),
         ("the same, bfloat16", f"{code}, float32", times["pre-training step, bfloat16"]),
         ("window of 96³, float32", network, times["window of 96³, float32"]),
         ("the same, bfloat16", f"{network}, float32", times["window of 96³, bfloat16"]),
-        (scan, "MONAI's transforms and inferer", times["inference chain, time"]),
-        ("the same, peak memory", "the same", f"{ranges()['inference chain, memory']} times less"),
+        (
+            scan,
+            "MONAI's transforms and inferer",
+            f"{times['inference chain, time']}, in {ranges()['inference chain, memory']} times less memory",
+        ),
         (
             "reading for pre-training",
             "whole volumes",
             f"{read:.0f} augmented crops a second and core against {loaded:.0f}",
         ),
-        *(
-            (
-                f"mean Dice of Hi-End-MAE, {LABELLED} labelled {kind}",
-                "plain MAE, no pre-training",
-                f"{means['Hi-End-MAE']} against {means['plain MAE']} and {means['from scratch']}",
-            )
-            for kind, means in zip(data, dice, strict=True)
-        ),
     ]
     return table(["measured", "compared with", "result"], rows)
-
-
-def dice_at(transfer: str, labelled: str) -> dict[str, str]:
-    """Mean Dice by arm, of a row of a table of :func:`transfer_tables`."""
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in transfer.splitlines())
-    (cells,) = [cells for number, *cells in rows if number == labelled]
-    return dict(zip(header[1:], (cell.split()[0] for cell in cells), strict=True))
 
 
 def step_line() -> str:
@@ -182,20 +167,38 @@ def tables(header: str) -> list[str]:
     return [block for block in (RESULTS / "transfer.md").read_text().split("\n\n") if block.startswith(header)]
 
 
-def transfer_tables() -> list[str]:
-    """Those of the results: mean Dice by labelled cases and arm, a table a data set."""
+def dice_tables() -> list[str]:
+    """Those of the results: mean Dice by labelled cases and arm, a table a test set."""
     return tables("| labelled cases | from scratch")
 
 
+def curve_tables() -> list[str]:
+    """Mean Dice by steps of fine-tuning, a table a test set."""
+    return tables("| steps |")
+
+
 def ablation_tables() -> list[str]:
-    """Those of the results: mean Dice by ablation, a table a data set, in the field's words."""
+    """Mean Dice by ablation, a table a test set, in the field's words."""
     return [found.replace("| taps: ", "| `out_indices`: ") for found in tables("|  | mean Dice |")]
 
 
-def differences() -> set[str]:
-    """Intervals of differences, of which the results quote some, such as `+0.02 to +0.09`."""
-    found = re.findall(r"\(([+-][\d.]+) to ([+-][\d.]+)\)", "".join(tables("| labelled cases | compared")))
-    return {f"{float(low):+.2f} to {float(high):+.2f}" for low, high in found}
+def difference(labels: int, compared: str, test_set: int = 0) -> str:
+    """Return a difference of mean Dice with its interval, such as `+0.070 (+0.031 to +0.108)`.
+
+    Args:
+        labels: number of labelled cases.
+        compared: such as `Hi-End-MAE less from scratch`.
+        test_set: number in the order of the file; 0 is the synthetic CTs.
+    """
+    found = tables("| labelled cases | compared")[test_set]
+    (row,) = (line for line in found.splitlines() if line.startswith(f"| {labels} | {compared} |"))
+    return row.split("|")[3].strip()
+
+
+def dice_figures() -> set[str]:
+    """All figures of these tables and of the differences, of which README and results quote some."""
+    found = [*dice_tables(), *curve_tables(), *ablation_tables(), *tables("| labelled cases | compared")]
+    return set(re.findall(r"[+-]?\d\.\d{3}", "".join(found)))
 
 
 def main() -> None:
@@ -208,7 +211,9 @@ def main() -> None:
         step_line(),
         memory_line(),
         fast_line(),
-        *transfer_tables(),
+        difference(MAIN_LABELS, f"{OURS} less {SCRATCH}"),
+        *dice_tables(),
+        *curve_tables(),
         *ablation_tables(),
         sep="\n\n",
     )

@@ -12,18 +12,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from monai.bundle import ConfigParser
 
 from shared_networks.errors import InputError
 from shared_networks.evaluation.tables import COLUMNS, measure_rows
 from shared_networks.files import write_csv
-from tests.benchmarks.study import results, runs
-from tests.benchmarks.study.__main__ import DESIGN, Sitting, find_folders, variants_of
+from shared_networks.networks.hi_end_mae import HiEndMAE
+from tests.benchmarks.study import report, results, runs
+from tests.benchmarks.study.__main__ import DESIGN, find_folders, variants_of
+from tests.benchmarks.study.execution import Run
 from tests.benchmarks.study.results import Scores
 from tests.benchmarks.study.runs import Cell, Trial
 from tests.benchmarks.study.settings import ABLATIONS, ARMS, CROP, FROZEN, OURS, PLAIN, SCRATCH, SIZES, Variant
-from tests.benchmarks.test_transfer import options
-from tests.benchmarks.transfer.runs import Run
 from tests.conftest import ROOT
 
 CELL = Cell(OURS, 4, 512)
@@ -33,6 +34,12 @@ CELL = Cell(OURS, 4, 512)
 def store(tmp_path: Path) -> Path:
     (tmp_path / "manifest.jsonl").write_text("{}\n" * 128)
     return tmp_path
+
+
+def options(run: Run) -> dict[str, str]:
+    """Overrides of a bundle's command."""
+    words = run.words[run.words.index("--config_file") + 2 :]
+    return {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
 def commands(size: str, store: Path) -> list[Run]:
@@ -67,6 +74,18 @@ def test_arms_are_fine_tuned_alike(size: str, store: Path) -> None:
     assert scratch.pop("pretrained_encoder") == ""
     assert plain == ours == scratch | {"pretrained_encoder": str(store / "model.pt")}
     assert frozen == ours | {"optimizer#params#freeze_encoder": "True"}
+
+
+def test_arms_differ_in_the_decoder_only_and_its_blocks_are_of_a_size() -> None:
+    def blocks(variant: Variant) -> tuple[int, int]:
+        changes = {key.removeprefix("network_def#"): value for key, value in (variant.pretraining or {}).items()}
+        network = HiEndMAE(hidden_size=96, num_heads=4, decoder_hidden_size=48, decoder_num_heads=2, **changes)
+        of_decoder = [*network.decoder.blocks.parameters(), *network.decoder.cross_blocks.parameters()]
+        return sum(p.numel() for p in network.vit.parameters()), sum(p.numel() for p in of_decoder)
+
+    plain, ours = blocks(ARMS[PLAIN]), blocks(ARMS[OURS])
+    assert plain[0] == ours[0]
+    assert plain[1] == pytest.approx(ours[1], rel=0.2)
 
 
 def test_strong_augmentation_is_the_overlays(store: Path) -> None:
@@ -105,7 +124,7 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     count = Counter(trial.cell for trial in found)
     for labels in size["labels"]:
         assert [count[Cell(arm, labels, steps)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
-    assert [count[Cell(SCRATCH, 16, round(share * steps))] for share in (0.25, 0.5, 1, 2)] == [3] * 4
+    assert [count[Cell(SCRATCH, 16, round(share * steps))] for share in (0.25, 0.5, 1, 2, 4)] == [3] * 5
     assert {t[1:] for t in found if t.cell == Cell(OURS, 16, 2 * steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell.variant == "strong augmentation, from scratch"} == {(0, 0), (0, 1), (0, 2)}
@@ -149,9 +168,9 @@ def test_difference_is_paired_by_seed_and_case() -> None:
     hard = rng.normal(0.5, 0.2, (3, 6))  # by seed and case
     scratch = scores(hard, [(0, seed) for seed in range(3)])
     ours = scores(np.concatenate([hard + 0.1] * 3), GRID)
-    assert results.difference(ours, scratch) == "+0.100 (+0.100 to +0.100)"
+    assert report.shown(report.difference(ours, scratch), "+") == "+0.100 (+0.100 to +0.100)"
     diagonal = scores(hard + 0.3, [(0, 0), (1, 1), (2, 2)])
-    assert results.difference(diagonal, ours) == "+0.200 (+0.200 to +0.200)"
+    assert report.shown(report.difference(diagonal, ours), "+") == "+0.200 (+0.200 to +0.200)"
 
 
 def test_pre_trainings_that_are_not_whole_are_left_out() -> None:
@@ -173,11 +192,9 @@ def test_curve_has_the_steps_of_which_both_arms_are_there() -> None:
         ("synthetic", Cell(OURS, 16, 4)): scores(np.full((3, 4), 0.1), diagonal),
         ("synthetic", Cell(OURS, 4, 32)): scores(np.full((3, 4), 0.1), diagonal),
     }
-    assert results.curve_table(read, "synthetic", (SCRATCH, OURS), 16).splitlines() == [
-        "| steps | from scratch | Hi-End-MAE | Hi-End-MAE less from scratch |",
-        "| --- | --- | --- | --- |",
-        "| 8 | 0.500 (0.500 to 0.500) | 0.600 (0.600 to 0.600) | +0.100 (+0.100 to +0.100) |",
-        "| 16 | 0.700 (0.700 to 0.700) | 0.725 (0.725 to 0.725) | +0.025 (+0.025 to +0.025) |",
+    assert report.curve_rows(read, "synthetic", (SCRATCH, OURS), 16) == [
+        [8, "0.500 (0.500 to 0.500)", "0.600 (0.600 to 0.600)", "+0.100 (+0.100 to +0.100)"],
+        [16, "0.700 (0.700 to 0.700)", "0.725 (0.725 to 0.725)", "+0.025 (+0.025 to +0.025)"],
     ]
 
 
@@ -188,9 +205,8 @@ def reports(tmp_path: Path) -> dict[Trial, Path]:
     for arm, number, seed in [(SCRATCH, 0, 0), (SCRATCH, 0, 1), (OURS, 0, 0), (OURS, 0, 1), (OURS, 1, 0)]:
         folder = found[Trial(Cell(arm, 4, 8), number, seed)] = tmp_path / f"{arm}{number}{seed}"
         measures = torch.full((3, 2, len(COLUMNS)), 0.5)
-        measures[..., COLUMNS.index("dice")] = (
-            torch.tensor([[0.5, 0.1], [0.6, torch.nan], [0.7, 0.3]]) + (arm == OURS) / 10
-        )
+        measures[..., COLUMNS.index("dice")] = torch.tensor([[0.5, 0.1], [0.6, 0.0], [0.7, 0.3]]) + (arm == OURS) / 10
+        measures[1, 1, COLUMNS.index("truth_ml")] = 0  # found where there is none
         if number == 0:
             folder.mkdir()
             names = ["synthetic__a", "synthetic__b", "real CT__ct_001"]
@@ -198,26 +214,53 @@ def reports(tmp_path: Path) -> dict[Trial, Path]:
     return found
 
 
+def drawn(panel: Axes) -> dict[str, list[float]]:
+    """Mean and ends of the one interval of each arm."""
+    found = {}
+    for container in panel.containers:
+        line, _, (bars,) = container.lines
+        found[container.get_label()] = [*line.get_ydata(), *bars.get_segments()[0][:, 1]]
+    return found
+
+
 def test_raw_numbers_are_read_again(reports: dict[Trial, Path], tmp_path: Path) -> None:
     rows = results.raw_rows(reports)
-    assert rows[0] == results.COLUMNS
-    assert len(rows) == 1 + 4 * 3 * 2
-    assert ["real CT", OURS, 4, 8, 0, 1, "ct_001", "liver", 0.8] in rows
+    assert rows[0] == [*results.COLUMNS, "liver", "spleen"]
+    assert len(rows) == 1 + 4 * 3
+    assert ["real CT", OURS, 4, 8, 0, 1, "ct_001", 0.8, 0.4] in rows
+    assert ["synthetic", SCRATCH, 4, 8, 0, 1, "b", 0.6, ""] in rows
     write_csv(tmp_path / "raw.csv", rows)
-    read = results.read_scores(tmp_path / "raw.csv")
+    read = results.read_scores(tmp_path / "raw.csv", [0, 1])
     found = read["synthetic", Cell(SCRATCH, 4, 8)]
     assert (found.trials, found.cases, found.organs) == ([(0, 0), (0, 1)], ["a", "b"], ["liver", "spleen"])
     np.testing.assert_allclose(found.dice, [[[0.5, 0.1], [0.6, np.nan]]] * 2, atol=1e-6)
-    means, differences = results.arms_tables(read, "synthetic", [SCRATCH, OURS], 8)
+    _, means, _, differences = report.arms_tables(read, "synthetic", [SCRATCH, OURS], 8)
     assert means.splitlines()[2].startswith("| 4 | 0.450 (")
     assert differences.splitlines()[2] == "| 4 | Hi-End-MAE less from scratch | +0.100 (+0.100 to +0.100) |"
-    assert results.organ_table(read, "real CT", [Cell(SCRATCH, 4, 8), Cell(OURS, 4, 8)]).splitlines()[2:] == [
+    assert report.organ_table(read, "real CT", [Cell(SCRATCH, 4, 8), Cell(OURS, 4, 8)]).splitlines()[2:] == [
         "| liver | 0.70 | 0.80 |",
         "| spleen | 0.30 | 0.40 |",
     ]
-    figure = results.figure(read, [SCRATCH, OURS], 8)
-    assert [panel.get_title() for panel in figure.axes] == ["synthetic CTs", "real CT"]
-    assert [len(panel.containers) for panel in figure.axes] == [2, 2]
+    figure = report.figure(read, [SCRATCH, OURS], 8)
+    assert [panel.get_title() for panel in figure.axes] == ["synthetic CTs", "real CT", "", ""]
+    for column, name in enumerate(("synthetic", "real CT")):
+        scratch, ours = (read[name, Cell(arm, 4, 8)] for arm in (SCRATCH, OURS))
+        wanted = {SCRATCH: report.mean_of(scratch), OURS: report.mean_of(ours)}
+        assert drawn(figure.axes[column]) == {arm: pytest.approx([mean, *ends]) for arm, (mean, ends) in wanted.items()}
+        mean, ends = report.difference(ours, scratch)
+        assert drawn(figure.axes[2 + column]) == {OURS: pytest.approx([mean, *ends])}
+
+
+def test_times_add_up_by_part() -> None:
+    records = [
+        {"part": "fine-tuning", "seconds": 60.0, "processor_seconds": 90.0},
+        {"part": "evaluation", "seconds": 12.0, "processor_seconds": 6.0},
+        {"part": "fine-tuning", "seconds": 120.0, "processor_seconds": 90.0},
+    ]
+    assert report.time_table(records).splitlines()[2:] == [
+        "| fine-tuning | 2 | 3.0 | 3.0 | 120 |",
+        "| evaluation | 1 | 0.1 | 0.2 | 12 |",
+    ]
 
 
 def test_scans_without_an_organ_are_left_out(tmp_path: Path) -> None:
@@ -272,8 +315,22 @@ def test_test_cases_of_other_sources_are_resampled_with_their_labels(tmp_path: P
     volume = (np.asarray(truth.dataobj) == 1).sum() * 8
     assert volume == pytest.approx((label == 1).sum() * 6, rel=0.15)
 
-    with pytest.raises(InputError, match=re.escape(f"{made}: made of {{'real CT': ")):
-        runs.gather_tests(made, tmp_path / "labelled", {}, 2.0)
+    # Other sets have a folder of their own, so that they may come later, and the networks are evaluated again.
+    other = runs.gather_tests(made, tmp_path / "labelled", {}, 2.0)
+    assert other.name == "tests_2" and [file.name for file in (other / "labelsTs").iterdir()] == [
+        "synthetic__test_000.nii.gz"
+    ]
+    for _ in range(2):
+        assert runs.gather_tests(made, tmp_path / "labelled", {"real CT": tmp_path / "real"}, 2.0) == made
+        assert runs.gather_tests(made, tmp_path / "labelled", {}, 2.0) == other
+    first, then = (
+        [
+            run.folder
+            for run in runs.fine_tuning(made, tests, None, tmp_path, SIZES["cpu"], ARMS[OURS], Trial(CELL, 0, 0))
+        ]
+        for tests in (made, other)
+    )
+    assert first == [tmp_path, tmp_path / "report"] and then == [tmp_path, tmp_path / "report_2"]
     (tmp_path / "real" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1}}))
     with pytest.raises(InputError, match=r"dataset\.json: its labels are .*'liver': 1"):
         runs.gather_tests(tmp_path / "again", tmp_path / "labelled", {"real CT": tmp_path / "real"}, 2.0)
@@ -300,19 +357,6 @@ def test_scans_of_several_folders_have_names_of_their_own(tmp_path: Path) -> Non
 def test_test_sets_that_are_none_are_refused(given: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_folders([given])
-
-
-def test_after_the_time_only_what_is_done_is_read(tmp_path: Path) -> None:
-    def write(name: str) -> Run:
-        return Run("testing", tmp_path / name, ".", ["-c", f"open({str(tmp_path / name / 'x')!r}, 'a').write('x')"])
-
-    sitting = Sitting(1, None)
-    sitting.run([[write("a")]])
-    over = Sitting(1, 0)
-    over.run([[write("a"), write("b")], [write("c")]])
-    assert over.records == sitting.records
-    assert (tmp_path / "a" / "x").read_text() == "x"
-    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
 
 
 def test_design_says_what_the_sizes_do() -> None:
@@ -354,11 +398,12 @@ def test_the_whole_chain_runs_once(tmp_path: Path) -> None:
         ("real CT", "train_000"),
         ("real CT", "train_001"),
     }
-    assert all(0 <= float(row["dice"]) <= 1 for row in rows if row["dice"])
+    dice = [float(value) for row in rows for value in list(row.values())[len(results.COLUMNS) :] if value]
+    assert dice and all(0 <= value <= 1 for value in dice)
     text = (tmp_path / "out" / "transfer.md").read_text()
     assert text.startswith(DESIGN.read_text().strip()) and "2 of 2 fine-tunings are done, and 1 pre-trainings." in text
     assert "| 1 | Hi-End-MAE, frozen less Hi-End-MAE | " in text
-    for picture in ("transfer.png", "reconstructions.png"):
+    for picture in ("transfer.png", "reconstructions.jpg"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
     models = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.pt")}
     assert len(models) == 3

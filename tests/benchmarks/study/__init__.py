@@ -7,10 +7,10 @@ Every step is a command of the bundles, as a user types it, and `--jobs` of them
 run again, and an interrupted training goes on; other settings in the same folder are refused. After `--minutes` no
 further run begins, and the report is of what is there. The runs that answer most come first.
 
-`--test NAME=FOLDER` adds labelled scans of another source to the test cases, `--unlabelled FOLDER` real CTs to
-pre-train on, for the ablations alone.
+`--test NAME=FOLDER` adds labelled scans of another source to the test cases; given later, it tests the trained networks
+again. `--unlabelled FOLDER` adds real CTs to pre-train on, for the ablations alone.
 
-In the folder are then `transfer.md` with the tables, `transfer.csv` with a row a case and organ, `transfer.png` and
-`reconstructions.png`. `--size small` is the same for the network of which weights ship, `--size gpu` for the published
+In the folder are then `transfer.md` with the tables, `transfer.csv` with a row a case, `transfer.png` and
+`reconstructions.jpg`. `--size small` is the same for the network of which weights ship, `--size gpu` for the published
 one; `--size smoke` shows that the chain runs.
 """

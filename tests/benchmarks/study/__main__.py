@@ -8,25 +8,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from shared_networks.errors import InputError
-from shared_networks.files import write_csv
 
 from .. import study
 from ..loader import machine
-from ..transfer.results import time_table
-from ..transfer.runs import Run, execute_all, is_done, preparing
-from . import results, runs
-from .runs import Cell, Trial, slug
+from . import runs
+from .execution import Run, Sitting, is_done
+from .report import report, time_table
+from .runs import Trial, slug
 from .settings import (
     ABLATIONS,
     ARMS,
-    CURVE_ARMS,
-    CURVE_LABELS,
-    MAIN_LABELS,
-    OURS,
-    SCRATCH,
     SIZES,
     Settings,
     Variant,
@@ -34,28 +27,6 @@ from .settings import (
 )
 
 DESIGN = Path(__file__).with_name("design.md")
-
-
-class Sitting:
-    """Runs that stop to begin when the time is over.
-
-    Args:
-        jobs: runs at a time.
-        minutes: after which no further run begins; None for no end.
-    """
-
-    def __init__(self, jobs: int, minutes: float | None) -> None:
-        self.jobs = jobs
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-        self.records: list[dict[str, Any]] = []
-
-    @property
-    def over(self) -> bool:
-        return self.end is not None and time.monotonic() >= self.end
-
-    def run(self, chains: Sequence[Sequence[Run]]) -> None:
-        """Run chains of commands, see :func:`..transfer.runs.execute_all`."""
-        self.records += execute_all(chains, self.jobs, until=lambda: self.over)
 
 
 def find_folders(given: Sequence[str]) -> dict[str, Path]:
@@ -97,7 +68,7 @@ def run_all(
         Folders of pre-trainings, by variant and number, and of evaluations; none before all scans are made.
 
     Raises:
-        InputError: see :mod:`.runs`, and :func:`..transfer.runs.execute_all`.
+        InputError: see :mod:`.runs`, and :func:`.execution.execute_all`.
     """
     counts, data = size["phantoms"], out / "data"
     patients, synthetic = data / "patients", data / "unlabelled"
@@ -111,12 +82,12 @@ def run_all(
         return {}, {}
     labelled = runs.gather_labelled(data / "labelled", patients, counts)
     cases = runs.gather_tests(data / "tests", labelled, tests, counts["voxel_mm"])
-    shown = runs.gather_scans(data / "shown", [cases / "imagesTs"], 1)
+    shown = runs.gather_scans(data / "shown", [data / "tests" / "imagesTs"], 1)
     scans = {"synthetic": [synthetic / "imagesTr"], "real": [folder.resolve() for folder in unlabelled]}
     scans["both"] = scans["synthetic"] + scans["real"]
     used = {variant.unlabelled for variant in variants.values()}
     sources = {name: runs.gather_scans(data / f"scans_{name}", scans[name]) for name in scans if name in used}
-    made = [preparing(folder, out / "prepared" / name, size) for name, folder in sources.items()]
+    made = [runs.preparing(folder, out / "prepared" / name, size) for name, folder in sources.items()]
     sitting.run([[run] for run in made])
     if not all(map(is_done, made)):
         return {}, {}
@@ -141,46 +112,10 @@ def run_all(
         place = out / "fine-tuning" / slug(" ".join(map(str, trial.cell))) / f"{trial.pretraining}_{trial.seed}"
         chain = runs.fine_tuning(labelled, cases, encoder, place, size, variant, trial)
         phases[ablated, "fine-tuning"].append(chain)
-        reports[trial] = place / "report"
+        reports[trial] = chain[-1].folder
     for chains in phases.values():
         sitting.run(chains)
     return {key: run.folder.parent for key, run in pretrainings.items() if is_done(run)}, reports
-
-
-def report(
-    out: Path, size: Settings, pretrainings: Mapping[tuple[str, int], Path], reports: Mapping[Trial, Path]
-) -> list[str]:
-    """Write raw numbers and figures, and return the sections of the text."""
-    if not reports:
-        return ["The scans are not all made yet."]
-    arms, steps = size["arms"], size["fine-tuning"]["steps"]
-    write_csv(out / "transfer.csv", results.raw_rows(reports))
-    found = {
-        key: results.whole(scores, size["seeds"]) for key, scores in results.read_scores(out / "transfer.csv").items()
-    }
-    read = {key: scores for key, scores in found.items() if scores}
-    there = sum((folder / "metrics.csv").is_file() for folder in reports.values())
-    sections = [f"{there} of {len(reports)} fine-tunings are done, and {len(pretrainings)} pre-trainings."]
-    if pretrainings:
-        results.reconstructions(pretrainings).savefig(out / "reconstructions.png")
-        sections += ["## Pre-trainings", results.pretraining_table(pretrainings)]
-    if read:
-        results.figure(read, arms, steps).savefig(out / "transfer.png")
-    base, scratch = Cell(OURS, MAIN_LABELS, steps), Cell(SCRATCH, MAIN_LABELS, steps)
-    for test_set in dict.fromkeys(name for name, _ in read):
-        others = dict.fromkeys(cell.variant for name, cell in read if name == test_set and cell.variant not in arms)
-        count = len(next(s.cases for (name, _), s in read.items() if name == test_set))
-        sections += [
-            f"## {test_set}, {count} cases",
-            *results.arms_tables(read, test_set, arms, steps),
-            "By organ:",
-            results.organ_table(read, test_set, [Cell(arm, n, steps) for n in size["labels"] for arm in arms]),
-            f"By steps, with {CURVE_LABELS} labelled cases:",
-            results.curve_table(read, test_set, CURVE_ARMS, CURVE_LABELS),
-        ]
-        if others:
-            sections += ["Ablations:", results.ablation_table(read, test_set, others, base, scratch)]
-    return sections
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -18,9 +19,10 @@ from shared_networks.datasets.nifti import is_nifti
 from shared_networks.errors import InputError
 from shared_networks.files import write_json
 
-from ..transfer.runs import PRETRAINING, SEGMENTER, Run, bundle_run, pretraining_epochs
+from .execution import Run, bundle_run
 from .settings import ARMS, CURVE, CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, Settings, Variant
 
+PRETRAINING, SEGMENTER = "hi_end_mae_pretrain", "hi_end_mae_btcv_seg"
 SYNTHETIC = "synthetic"
 
 
@@ -80,6 +82,18 @@ def phantoms(folder: Path, size: Settings, train: int, test: int, seed: int) -> 
     return Run("synthetic scans", folder.parent / f"{folder.name}_made", ".", words)
 
 
+def preparing(data: Path, folder: Path, size: Settings) -> Run:
+    """Resample the scans that pre-training reads."""
+    options = {"dataset_dir": str(data), "prepared_dir": str(folder / "store"), "spacing": size["network"]["spacing"]}
+    return bundle_run("preparing", folder, PRETRAINING, ["prepare"], {**options, "min_size": 8, "num_workers": 0})
+
+
+def pretraining_epochs(steps: int, settings: Mapping[str, Any], cases: int) -> int:
+    """Return how many epochs have the steps, with the settings' share of the cases left to validation."""
+    validation = max(1, round(settings["val_fraction"] * cases))
+    return math.ceil(steps / math.ceil((cases - validation) / settings["batch_size"]))
+
+
 def pretraining(store: Path, probe: Path, folder: Path, size: Settings, variant: Variant, seed: int) -> Run:
     """Pre-train for the size's steps, on however many cases; the last weights are taken."""
     cases = len((store / "manifest.jsonl").read_text().splitlines())
@@ -134,7 +148,7 @@ def fine_tuning(
         "warmup_epochs": max(1, epochs // 20),
         "val_interval": epochs,
     }
-    report = folder / "report"
+    report = folder / tests.name.replace("tests", "report")
     evaluation = {
         "dataset_dir": str(tests),
         "label_names": "@model_labels",
@@ -153,16 +167,22 @@ def fine_tuning(
     ]
 
 
+def made_of(folder: Path) -> Any:
+    """Return what is noted beside a folder, None where nothing is."""
+    note = folder.with_name(f"{folder.name}.json")
+    return json.loads(note.read_text()) if note.is_file() else None
+
+
 def claim(folder: Path, sources: Any) -> None:
     """Note beside a folder what it is made of.
 
     Raises:
         InputError: it was made of something else.
     """
-    note = folder.with_name(f"{folder.name}.json")
-    if note.is_file() and (before := json.loads(note.read_text())) != sources:
+    before = made_of(folder)
+    if before not in (None, sources):
         raise InputError(f"{folder}: made of {before}, and not of {sources}; give another --out, or remove it")
-    write_json(note, sources)
+    write_json(folder.with_name(f"{folder.name}.json"), sources)
 
 
 def link(file: Path, target: Path) -> None:
@@ -197,10 +217,18 @@ def gather_tests(folder: Path, labelled: Path, others: Mapping[str, Path], voxel
     A case's name begins with its set's, as in `real CT__ct_001`. Scans of other sets are resampled to cubes of
     `voxel_mm` at least, labels to the nearest voxel, so that their size does not rule the time.
 
+    Returns:
+        The folder, or where it has other sets, the next one: `tests_2` after `tests`.
+
     Raises:
-        InputError: a set has no labelled scans, or other labels than the synthetic ones, or there were other sets.
+        InputError: a set has no labelled scans, or other labels than the synthetic ones.
     """
-    claim(folder, {name: str(data) for name, data in others.items()})
+    sources = {name: str(data) for name, data in others.items()}
+    first, number = folder, 1
+    while made_of(folder) not in (None, sources):
+        number += 1
+        folder = first.with_name(f"{first.name}_{number}")
+    claim(folder, sources)
     names = json.loads((labelled / "dataset.json").read_text())["labels"]
     write_json(folder / "dataset.json", json.loads((labelled / "dataset.json").read_text()))
     for part in ("imagesTs", "labelsTs"):

@@ -83,7 +83,7 @@ ABLATIONS = {
     "strong augmentation, from scratch": Variant(None, **STRONG),
 }
 MAIN_LABELS = 4
-CURVE = (0.25, 0.5, 2.0)
+CURVE = (0.25, 0.5, 2.0, 4.0)
 """Shares of the steps for which `CURVE_ARMS` are trained too, with `CURVE_LABELS`."""
 CURVE_ARMS = (SCRATCH, OURS)
 CURVE_LABELS = 16

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ from shared_networks.errors import InputError
 from shared_networks.files import write_json
 
 ROOT = Path(__file__).parents[3]
-PRETRAINING, SEGMENTER = "hi_end_mae_pretrain", "hi_end_mae_btcv_seg"
 
 
 class Run(NamedTuple):
@@ -37,7 +35,7 @@ class Run(NamedTuple):
 
 
 def bundle_run(part: str, folder: Path, bundle: str, configs: Sequence[str], options: dict[str, Any]) -> Run:
-    """A run of a bundle with overrides, as a user types it.
+    """Return a run of a bundle with overrides, as a user types it.
 
     Args:
         part: see :class:`Run`.
@@ -52,20 +50,8 @@ def bundle_run(part: str, folder: Path, bundle: str, configs: Sequence[str], opt
     return Run(part, folder, bundle, [*words, *(word for pair in pairs for word in pair)])
 
 
-def preparing(data: Path, folder: Path, size: dict[str, Any]) -> Run:
-    """Resamples the scans that pre-training reads."""
-    options = {"dataset_dir": str(data), "prepared_dir": str(folder / "store"), "spacing": size["network"]["spacing"]}
-    return bundle_run("preparing", folder, PRETRAINING, ["prepare"], {**options, "min_size": 8, "num_workers": 0})
-
-
-def pretraining_epochs(steps: int, settings: Mapping[str, Any], cases: int) -> int:
-    """Returns how many epochs have the steps, with the settings' share of the cases left to validation."""
-    validation = max(1, round(settings["val_fraction"] * cases))
-    return math.ceil(steps / math.ceil((cases - validation) / settings["batch_size"]))
-
-
 def execute(run: Run) -> dict[str, Any]:
-    """Runs a command, unless its results are there.
+    """Run a command, unless its results are there.
 
     Returns:
         `run.json`: the command, its seconds, and seconds of processor time.
@@ -105,7 +91,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 def is_done(run: Run) -> bool:
-    """Returns whether the results of a command are there."""
+    """Return whether the results of a command are there."""
     record = run.folder / "run.json"
     return record.is_file() and "seconds" in json.loads(record.read_text())
 
@@ -116,7 +102,7 @@ def execute_all(
     say: Callable[[str], None] = print,
     until: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Runs chains of commands side by side, those of a chain one after the other.
+    """Run chains of commands side by side, those of a chain one after the other.
 
     Args:
         chains: of commands.
@@ -132,7 +118,7 @@ def execute_all(
     """
 
     def follow(chain: Sequence[Run]) -> list[dict[str, Any]]:
-        records = []
+        records: list[dict[str, Any]] = []
         for run in chain:
             if until() and not is_done(run):
                 return records
@@ -149,3 +135,25 @@ def execute_all(
     for future in ended:
         future.result()
     return [record for future in futures for record in future.result()]
+
+
+class Sitting:
+    """Runs that stop to begin when the time is over.
+
+    Args:
+        jobs: runs at a time.
+        minutes: after which no further run begins; None for no end.
+    """
+
+    def __init__(self, jobs: int, minutes: float | None) -> None:
+        self.jobs = jobs
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.records: list[dict[str, Any]] = []
+
+    @property
+    def over(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+    def run(self, chains: Sequence[Sequence[Run]]) -> None:
+        """Run chains of commands, see :func:`execute_all`."""
+        self.records += execute_all(chains, self.jobs, until=lambda: self.over)

@@ -1,0 +1,249 @@
+"""From numbers to text and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from shared_networks.datasets.labels import label_colour
+from shared_networks.figures.planes import TEXT_COLOUR
+from shared_networks.files import write_csv
+
+from .results import Scores, curves, ends, matched, nested, raw_rows, read_scores
+from .runs import SYNTHETIC, Cell, Trial
+from .settings import CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, OURS, SCRATCH, Settings
+
+Estimate = tuple[float, tuple[float, float]]
+"""A mean, and the ends of its 95 % interval."""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def mean_of(scores: Scores) -> Estimate:
+    """Return the mean with its interval."""
+    return float(scores.by_case().mean()), ends(nested([scores])[:, 0])
+
+
+def difference(first: Scores, second: Scores) -> Estimate:
+    """Return first less second with its interval, paired."""
+    first, second = matched(first, second)
+    draws = nested([first, second])
+    return float(first.by_case().mean() - second.by_case().mean()), ends(draws[:, 0] - draws[:, 1])
+
+
+def shown(estimate: Estimate, sign: str = "") -> str:
+    """Return a mean with its interval as text, such as `0.512 (0.470 to 0.550)`."""
+    mean, (low, high) = estimate
+    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def pretraining_table(folders: Mapping[tuple[str, int], Path]) -> str:
+    """Return a row for each pre-training."""
+    header = ["", "pre-training", "masked error, training", "masked error, validation", "probe, Dice", "effective rank"]
+    variants = list(dict.fromkeys(variant for variant, _ in folders))
+    rows = []
+    for variant, number in sorted(folders, key=lambda key: (variants.index(key[0]), key[1])):
+        found = curves(folders[variant, number])
+        ended = [found.get(tag, float("nan")) for tag in ("masked_mse", "val_masked_mse", "probe_dice")]
+        rows.append([variant, number, *(f"{value:.3f}" for value in ended), f"{found.get('effective_rank', 0):.1f}"])
+    return table(header, rows)
+
+
+def arms_tables(read: Mapping[tuple[str, Cell], Scores], test_set: str, arms: Sequence[str], steps: int) -> list[str]:
+    """Return means by number of labelled cases, and the differences of all pairs of arms."""
+    labels = sorted({cell.labels for name, cell in read if name == test_set and cell.variant in arms})
+    cells = {(arm, count): read.get((test_set, Cell(arm, count, steps))) for arm in arms for count in labels}
+    means, differences = [], []
+    for count in labels:
+        row = [cells[arm, count] for arm in arms]
+        means.append([count, *(f"{shown(mean_of(s))}, {len(s.trials)}" if s else "not run" for s in row)])
+        for later in range(len(arms)):
+            for earlier in range(later):
+                first, second = row[later], row[earlier]
+                if first and second:
+                    differences.append(
+                        [count, f"{arms[later]} less {arms[earlier]}", shown(difference(first, second), "+")]
+                    )
+    return [
+        "Mean Dice, its 95 % interval, and the number of fine-tunings:",
+        table(["labelled cases", *arms], means),
+        "Differences:",
+        table(["labelled cases", "compared", "difference of mean Dice"], differences),
+    ]
+
+
+def ablation_table(
+    read: Mapping[tuple[str, Cell], Scores], test_set: str, names: Iterable[str], base: Cell, scratch: Cell
+) -> str:
+    """Return ablations against Hi-End-MAE, or from scratch against from scratch."""
+    rows = []
+    for name in names:
+        found = read.get((test_set, base._replace(variant=name)))
+        other = read.get((test_set, scratch if name.endswith("from scratch") else base))
+        if found and other:
+            rows.append([name, shown(mean_of(found)), shown(difference(found, other), "+")])
+    return table(["", "mean Dice", "less Hi-End-MAE, or from scratch"], rows)
+
+
+def organ_table(read: Mapping[tuple[str, Cell], Scores], test_set: str, cells: Sequence[Cell]) -> str:
+    """Return mean Dice by organ that is in some case's truth."""
+    there = [(cell, read[test_set, cell]) for cell in cells if (test_set, cell) in read]
+    organs = [o for n, o in enumerate(there[0][1].organs) if any(not np.isnan(s.dice[..., n]).all() for _, s in there)]
+    rows = []
+    for organ in organs:
+        values = (s.dice[..., s.organs.index(organ)] for _, s in there)
+        rows.append([organ, *("" if np.isnan(v).all() else f"{np.nanmean(v):.2f}" for v in values)])
+    return table(["organ", *(f"{cell.variant}, {cell.labels}" for cell, _ in there)], rows)
+
+
+def curve_rows(
+    read: Mapping[tuple[str, Cell], Scores], test_set: str, arms: Sequence[str], labels: int
+) -> list[list[Any]]:
+    """Return mean Dice of two arms, and the second less the first, by the number of steps."""
+    steps = sorted({cell.steps for name, cell in read if name == test_set and cell.labels == labels})
+    rows = []
+    for count in steps:
+        first, second = (read.get((test_set, Cell(arm, labels, count))) for arm in arms)
+        if first and second:
+            rows.append([count, shown(mean_of(first)), shown(mean_of(second)), shown(difference(second, first), "+")])
+    return rows
+
+
+def time_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return how long the parts took, from the records of their runs."""
+    rows = []
+    for part in dict.fromkeys(record["part"] for record in records):
+        found = [record for record in records if record["part"] == part]
+        minutes = [sum(record[key] for record in found) / 60 for key in ("processor_seconds", "seconds")]
+        slowest = max(record["seconds"] for record in found)
+        rows.append([part, len(found), *(f"{value:.1f}" for value in minutes), f"{slowest:.0f}"])
+    return table(["part", "runs", "processor minutes", "minutes, added up", "slowest run, s"], rows)
+
+
+def draw(panel: Axes, arms: Mapping[str, Mapping[int, Estimate]], labels: Sequence[int]) -> None:
+    """Draw means with their intervals against the number of labelled cases, a line an arm.
+
+    Args:
+        panel: to draw in.
+        arms: mean and interval by number of labelled cases, by arm.
+        labels: all numbers of labelled cases.
+    """
+    for number, (arm, found) in enumerate(arms.items()):
+        if not found:
+            continue
+        means = np.array([mean for mean, _ in found.values()])
+        errors = np.abs(np.array([ends for _, ends in found.values()]).T - means)
+        places = np.array([labels.index(count) for count in found]) + 0.06 * (number - (len(arms) - 1) / 2)
+        style = {"color": label_colour((5, 1, 3, 6)[number % 4]), "marker": "o", "markersize": 4, "capsize": 3}
+        panel.errorbar(places, means, errors, label=arm, **style)
+    panel.set_xlim(-0.4, len(labels) - 0.6)
+    panel.set_xticks(range(len(labels)), [str(count) for count in labels])
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def figure(read: Mapping[tuple[str, Cell], Scores], arms: Sequence[str], steps: int) -> Figure:
+    """Draw mean Dice of each arm, and below it the difference from the first arm: a column a test set."""
+    labels = sorted({cell.labels for _, cell in read if cell.variant in arms})
+    names = list(dict.fromkeys(name for name, _ in read))
+    drawing = Figure(figsize=(0.6 + 3.8 * len(names), 5.4), dpi=160, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panels = drawing.subplots(2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
+    for name, (upper, lower) in zip(names, panels.T, strict=True):
+        scores = {
+            arm: {n: s for n in labels if (s := read.get((name, Cell(arm, n, steps)))) is not None} for arm in arms
+        }
+        first = scores[arms[0]]
+        means = {arm: {n: mean_of(s) for n, s in found.items()} for arm, found in scores.items()}
+        gains = {
+            arm: {n: difference(s, first[n]) for n, s in found.items() if n in first and arm != arms[0]}
+            for arm, found in scores.items()
+        }
+        draw(upper, means, labels)
+        draw(lower, gains, labels)
+        lower.axhline(0, color=TEXT_COLOUR, linewidth=0.8)
+        upper.set_title(f"{name} CTs" if name == SYNTHETIC else name, fontsize=10, color=TEXT_COLOUR)
+        lower.set_xlabel("labelled cases", fontsize=8)
+    panels[0, 0].set_ylim(bottom=0)
+    panels[0, 0].set_ylabel("mean Dice", fontsize=8)
+    panels[1, 0].set_ylabel(f"less {arms[0]}", fontsize=8)
+    panels[0, 0].legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
+    caption = "dots: means; bars: 95 % bootstrap intervals over pre-trainings, seeds and cases; differences are paired"
+    drawing.supxlabel(caption, fontsize=7, color=TEXT_COLOUR)
+    return drawing
+
+
+def reconstructions(folders: Mapping[tuple[str, int], Path]) -> Figure:
+    """Put the pictures that inference drew of each pre-training together: a row a variant, a column a pre-training."""
+    images = {
+        key: imread(next(iter(sorted((folder / "drawn").glob("*_reconstruction.png")))))
+        for key, folder in folders.items()
+    }
+    variants, numbers = list(dict.fromkeys(name for name, _ in images)), sorted({number for _, number in images})
+    height, width = next(iter(images.values())).shape[:2]
+    size = 4 * len(numbers), (4 * height / width + 0.2) * len(variants)
+    drawing = Figure(figsize=size, dpi=100, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panels = drawing.subplots(len(variants), len(numbers), squeeze=False)
+    for (row, column), panel in np.ndenumerate(panels):
+        key = variants[row], numbers[column]
+        if key in images:
+            panel.imshow(images[key])
+            panel.set_title(f"{key[0]}, pre-training {key[1]}", fontsize=8, color=TEXT_COLOUR)
+        panel.axis("off")
+    return drawing
+
+
+def dice_sections(read: Mapping[tuple[str, Cell], Scores], size: Settings) -> list[str]:
+    """Return what is to be said of each test set."""
+    arms, steps = size["arms"], size["fine-tuning"]["steps"]
+    base, scratch = Cell(OURS, MAIN_LABELS, steps), Cell(SCRATCH, MAIN_LABELS, steps)
+    sections = []
+    for test_set in dict.fromkeys(name for name, _ in read):
+        others = dict.fromkeys(cell.variant for name, cell in read if name == test_set and cell.variant not in arms)
+        count = len(next(s.cases for (name, _), s in read.items() if name == test_set))
+        sections += [
+            f"## {test_set}, {count} case{'s' if count > 1 else ''}",
+            *arms_tables(read, test_set, arms, steps),
+            "By organ:",
+            organ_table(read, test_set, [Cell(arm, n, steps) for n in size["labels"] for arm in arms]),
+        ]
+        curve = curve_rows(read, test_set, CURVE_ARMS, CURVE_LABELS)
+        if len(curve) > 1:
+            header = ["steps", *CURVE_ARMS, f"{CURVE_ARMS[1]} less {CURVE_ARMS[0]}"]
+            sections += [f"By steps, with {CURVE_LABELS} labelled cases:", table(header, curve)]
+        if others:
+            sections += ["Ablations:", ablation_table(read, test_set, others, base, scratch)]
+    return sections
+
+
+def report(
+    out: Path, size: Settings, pretrainings: Mapping[tuple[str, int], Path], reports: Mapping[Trial, Path]
+) -> list[str]:
+    """Write raw numbers and figures, and return the sections of the text."""
+    if not reports:
+        return ["The scans are not all made yet."]
+    write_csv(out / "transfer.csv", raw_rows(reports))
+    read = read_scores(out / "transfer.csv", size["seeds"])
+    there = sum((folder / "metrics.csv").is_file() for folder in reports.values())
+    sections = [f"{there} of {len(reports)} fine-tunings are done, and {len(pretrainings)} pre-trainings."]
+    if pretrainings:
+        reconstructions(pretrainings).savefig(out / "reconstructions.jpg", pil_kwargs={"quality": 80})
+        picture = "![A test scan, and what each makes of it](reconstructions.jpg)"
+        sections += ["## Pre-trainings", pretraining_table(pretrainings), picture]
+    if read:
+        figure(read, size["arms"], size["fine-tuning"]["steps"]).savefig(out / "transfer.png")
+        sections += ["![Mean Dice by labelled cases](transfer.png)"]
+    return sections + dice_sections(read, size)
