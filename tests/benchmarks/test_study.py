@@ -131,6 +131,9 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     # The main measure comes first: every arm with 4 labels.
     assert [t.cell for t in found[:4]] == [Cell(arm, 4, steps) for arm in ARMS]
     assert {t.cell.labels for t in found[:30]} == {4}
+    assert {t.pretraining for t in found[30:66]} == {0} and {t.cell.labels for t in found[30:66]} == {1, 16, 64}
+    assert {t.cell.variant for t in found[66:90]} == {SCRATCH, OURS}
+    assert {t.cell.variant for t in found[-54:]} == {PLAIN, OURS, FROZEN}
 
 
 def test_ablations_of_real_scans_need_some() -> None:

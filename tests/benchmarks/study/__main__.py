@@ -95,12 +95,10 @@ def run_all(
     repeats = {name: 1 if variant.pretraining is None else size["pretrainings"] for name, variant in variants.items()}
     pretrainings: dict[tuple[str, int], Run] = {}
     reports: dict[Trial, Path] = {}
-    phases: dict[tuple[bool, str], list[Sequence[Run]]] = {
-        (ablated, part): [] for ablated in (False, True) for part in ("pre-training", "fine-tuning")
-    }
+    arms: list[Sequence[Run]] = []  # their pre-trainings, on which many fine-tunings wait
+    chains: dict[Trial | tuple[str, int], list[Run]] = {}  # by trial; those of an ablation begin with its pre-training
     for trial in runs.trials(size, variants, repeats):
-        variant, ablated = variants[trial.cell.variant], trial.cell.variant not in size["arms"]
-        encoder = None
+        variant, encoder, key = variants[trial.cell.variant], None, trial
         if variant.pretraining is not None:
             owner = variant.encoder_of or trial.cell.variant, trial.pretraining
             encoder = out / "pretraining" / slug(owner[0]) / str(owner[1])
@@ -108,13 +106,17 @@ def run_all(
                 store = out / "prepared" / variants[owner[0]].unlabelled / "store"
                 first = runs.pretraining(store, labelled, encoder, size, variants[owner[0]], owner[1])
                 then = pretrainings[owner] = runs.reconstruction(shown, encoder, size, variants[owner[0]])
-                phases[ablated, "pre-training"].append([first, then])
+                if owner[0] in size["arms"]:
+                    arms.append([first, then])
+                else:
+                    chains[owner] = [first, then]
+            key = owner if owner in chains else trial
         place = out / "fine-tuning" / slug(" ".join(map(str, trial.cell))) / f"{trial.pretraining}_{trial.seed}"
         chain = runs.fine_tuning(labelled, cases, encoder, place, size, variant, trial)
-        phases[ablated, "fine-tuning"].append(chain)
+        chains.setdefault(key, []).extend(chain)
         reports[trial] = chain[-1].folder
-    for chains in phases.values():
-        sitting.run(chains)
+    sitting.run(arms)
+    sitting.run(list(chains.values()))
     return {key: run.folder.parent for key, run in pretrainings.items() if is_done(run)}, reports
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,30 +48,41 @@ def slug(name: str) -> str:
 
 
 def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mapping[str, int]) -> list[Trial]:
-    """List all fine-tunings: those first that the main measure needs.
+    """List all fine-tunings: those of the main measure, one pre-training of the other arms, curve, ablations, the rest.
 
     Arms have every pre-training with every seed. Ablations and the curve have one fine-tuning for each seed, and a
     pre-training of its own for each.
     """
     steps, seeds = size["fine-tuning"]["steps"], size["seeds"]
-    found = []
-    for labels in sorted(size["labels"], key=lambda count: (count != MAIN_LABELS, count)):
-        for number in range(max(pretrainings.values())):
-            for seed in seeds:
-                for arm in size["arms"]:
-                    if number < pretrainings[arm]:
-                        found.append(Trial(Cell(arm, labels, steps), number, seed))
-    for position, seed in enumerate(seeds):
-        for arm in CURVE_ARMS:
-            if arm in size["arms"] and CURVE_LABELS in size["labels"]:
-                cells = [Cell(arm, CURVE_LABELS, round(share * steps)) for share in CURVE]
-                found += [Trial(cell, position % pretrainings[arm], seed) for cell in cells]
-    for position, seed in enumerate(seeds):
-        for name in variants:
-            if name not in ARMS:
-                number = position % pretrainings[name]
-                found.append(Trial(Cell(name, MAIN_LABELS, steps), number, seed))
-    return found
+
+    def arms(labels: Sequence[int], numbers: Sequence[int]) -> list[Trial]:
+        return [
+            Trial(Cell(arm, count, steps), number, seed)
+            for count in labels
+            for number in numbers
+            for seed in seeds
+            for arm in size["arms"]
+            if number < pretrainings[arm]
+        ]
+
+    def others(names: Iterable[str], labels: int, counts: Sequence[int]) -> list[Trial]:
+        return [
+            Trial(Cell(name, labels, count), position % pretrainings[name], seed)
+            for position, seed in enumerate(seeds)
+            for name in names
+            for count in counts
+        ]
+
+    rest = [count for count in size["labels"] if count != MAIN_LABELS]
+    numbers = range(max(pretrainings.values()))
+    curve = [arm for arm in CURVE_ARMS if arm in size["arms"] and CURVE_LABELS in rest]
+    return [
+        *arms([count for count in size["labels"] if count == MAIN_LABELS], numbers),
+        *arms(rest, numbers[:1]),
+        *others(curve, CURVE_LABELS, [round(share * steps) for share in CURVE]),
+        *others([name for name in variants if name not in ARMS], MAIN_LABELS, [steps]),
+        *arms(rest, numbers[1:]),
+    ]
 
 
 def phantoms(folder: Path, size: Settings, train: int, test: int, seed: int) -> Run:
