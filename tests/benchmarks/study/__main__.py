@@ -17,14 +17,7 @@ from . import runs
 from .execution import Run, Sitting, is_done
 from .report import report, time_table
 from .runs import Trial, slug
-from .settings import (
-    ABLATIONS,
-    ARMS,
-    SIZES,
-    Settings,
-    Variant,
-    patch_ablations,
-)
+from .settings import ABLATIONS, ARMS, SIZES, Settings, Variant, patch_ablations
 
 DESIGN = Path(__file__).with_name("design.md")
 

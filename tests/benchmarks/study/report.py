@@ -187,10 +187,7 @@ def figure(read: Mapping[tuple[str, Cell], Scores], arms: Sequence[str], steps: 
 
 def reconstructions(folders: Mapping[tuple[str, int], Path]) -> Figure:
     """Put the pictures that inference drew of each pre-training together: a row a variant, a column a pre-training."""
-    images = {
-        key: imread(next(iter(sorted((folder / "drawn").glob("*_reconstruction.png")))))
-        for key, folder in folders.items()
-    }
+    images = {key: imread(min((folder / "drawn").glob("*_reconstruction.png"))) for key, folder in folders.items()}
     variants, numbers = list(dict.fromkeys(name for name, _ in images)), sorted({number for _, number in images})
     height, width = next(iter(images.values())).shape[:2]
     size = 4 * len(numbers), (4 * height / width + 0.2) * len(variants)

@@ -240,8 +240,9 @@ def gather_tests(folder: Path, labelled: Path, others: Mapping[str, Path], voxel
         number += 1
         folder = first.with_name(f"{first.name}_{number}")
     claim(folder, sources)
-    names = json.loads((labelled / "dataset.json").read_text())["labels"]
-    write_json(folder / "dataset.json", json.loads((labelled / "dataset.json").read_text()))
+    description = json.loads((labelled / "dataset.json").read_text())
+    names = description["labels"]
+    write_json(folder / "dataset.json", description)
     for part in ("imagesTs", "labelsTs"):
         for file in sorted((labelled / part).iterdir()):
             link(file, folder / part / f"{SYNTHETIC}__{file.name}")
