@@ -117,7 +117,7 @@ def test_bundle_run_ends_with_one_line(tmp_path):
 
     # Ignite logs its own traceback; what matters is that the message comes last and once.
     assert "width 8" in in_ignite[0]
-    line = "error: nowhere: no such file or folder; pass --dataset_dir FOLDER, which holds the scans"
+    line = "error: nowhere: no such file or folder; give a scan, or a folder or list of scans"
     assert in_ignite[1].splitlines()[-1] == line
     assert "RuntimeError: Failed to evaluate" not in in_ignite[1]
 

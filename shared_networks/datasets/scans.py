@@ -114,7 +114,7 @@ def find_scans(dataset_dir: str | Path | None, folder: str = "imagesTr") -> Sour
     elif root.is_dir():
         found = _in_folder(root, root)
     else:
-        raise InputError(f"{dataset_dir}: no such file or folder; pass --dataset_dir FOLDER, which holds the scans")
+        raise InputError(f"{dataset_dir}: no such file or folder; give a scan, or a folder or list of scans")
     if not found:
         passed_over = "".join(f"\n{path}: passed over: {reason}" for path, reason in found.passed_over.items())
         raise InputError(

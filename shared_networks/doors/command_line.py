@@ -99,7 +99,7 @@ def segment_command(*scans: str, **options: str) -> int:
             continue
         if name in options:
             raise InputError(f"--{short}, --{name}: are the same; give one of them")
-        if options[short] in _SWITCHED:
+        if options[short] in ("", *_SWITCHED):
             raise InputError(f"--{short}: has no value; give a path")
         options[name] = options.pop(short)
     paths = [*scans, *([options.pop("dataset_dir")] if "dataset_dir" in options else [])]

@@ -195,10 +195,15 @@ def test_curve_has_the_steps_of_which_both_arms_are_there() -> None:
         ("synthetic", Cell(OURS, 16, 4)): scores(np.full((3, 4), 0.1), diagonal),
         ("synthetic", Cell(OURS, 4, 32)): scores(np.full((3, 4), 0.1), diagonal),
     }
-    assert report.curve_rows(read, "synthetic", (SCRATCH, OURS), 16) == [
+    assert report.curve_rows(read, "synthetic") == [
         [8, "0.500 (0.500 to 0.500)", "0.600 (0.600 to 0.600)", "+0.100 (+0.100 to +0.100)"],
         [16, "0.700 (0.700 to 0.700)", "0.725 (0.725 to 0.725)", "+0.025 (+0.025 to +0.025)"],
     ]
+    (upper, lower) = report.figure(read, report.curve_cells(cell for _, cell in read), "steps").axes
+    assert [label.get_text() for label in lower.get_xticklabels()] == ["8", "16"]
+    assert lower.get_xlabel() == "steps"
+    heights = [list(container.lines[0].get_ydata()) for container in (*upper.containers, *lower.containers)]
+    assert heights == [pytest.approx(means) for means in ([0.5, 0.7], [0.6, 0.725], [0.1, 0.025])]
 
 
 @pytest.fixture
@@ -244,7 +249,7 @@ def test_raw_numbers_are_read_again(reports: dict[Trial, Path], tmp_path: Path) 
         "| liver | 0.70 | 0.80 |",
         "| spleen | 0.30 | 0.40 |",
     ]
-    figure = report.figure(read, [SCRATCH, OURS], 8)
+    figure = report.figure(read, {arm: {4: Cell(arm, 4, 8)} for arm in (SCRATCH, OURS)}, "labelled cases")
     assert [panel.get_title() for panel in figure.axes] == ["synthetic CTs", "real CT", "", ""]
     for column, name in enumerate(("synthetic", "real CT")):
         scratch, ours = (read[name, Cell(arm, 4, 8)] for arm in (SCRATCH, OURS))

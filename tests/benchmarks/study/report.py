@@ -18,10 +18,11 @@ from shared_networks.files import write_csv
 
 from .results import Scores, curves, ends, matched, nested, raw_rows, read_scores
 from .runs import SYNTHETIC, Cell, Trial
-from .settings import CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, OURS, SCRATCH, Settings
+from .settings import ARMS, CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, OURS, SCRATCH, Settings
 
 Estimate = tuple[float, tuple[float, float]]
 """A mean, and the ends of its 95 % interval."""
+COLOURS = {arm: label_colour(number) for arm, number in zip(ARMS, (5, 1, 3, 6), strict=True)}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -107,16 +108,21 @@ def organ_table(read: Mapping[tuple[str, Cell], Scores], test_set: str, cells: S
     return table(["organ", *(f"{cell.variant}, {cell.labels}" for cell, _ in there)], rows)
 
 
-def curve_rows(
-    read: Mapping[tuple[str, Cell], Scores], test_set: str, arms: Sequence[str], labels: int
-) -> list[list[Any]]:
-    """Return mean Dice of two arms, and the second less the first, by the number of steps."""
-    steps = sorted({cell.steps for name, cell in read if name == test_set and cell.labels == labels})
+def curve_cells(cells: Iterable[Cell]) -> dict[str, dict[int, Cell]]:
+    """Return those of the curve, by arm and by the numbers of steps of which all arms are there."""
+    there = set(cells)
+    steps = sorted({cell.steps for cell in there if cell.labels == CURVE_LABELS})
+    whole = [count for count in steps if all(Cell(arm, CURVE_LABELS, count) in there for arm in CURVE_ARMS)]
+    return {arm: {count: Cell(arm, CURVE_LABELS, count) for count in whole} for arm in CURVE_ARMS}
+
+
+def curve_rows(read: Mapping[tuple[str, Cell], Scores], test_set: str) -> list[list[Any]]:
+    """Return mean Dice of the two arms of the curve, and the second less the first, by the number of steps."""
+    first, second = curve_cells(cell for name, cell in read if name == test_set).values()
     rows = []
-    for count in steps:
-        first, second = (read.get((test_set, Cell(arm, labels, count))) for arm in arms)
-        if first and second:
-            rows.append([count, shown(mean_of(first)), shown(mean_of(second)), shown(difference(second, first), "+")])
+    for count in first:
+        pair = read[test_set, first[count]], read[test_set, second[count]]
+        rows.append([count, *(shown(mean_of(scores)) for scores in pair), shown(difference(*reversed(pair)), "+")])
     return rows
 
 
@@ -131,54 +137,63 @@ def time_table(records: Sequence[Mapping[str, Any]]) -> str:
     return table(["part", "runs", "processor minutes", "minutes, added up", "slowest run, s"], rows)
 
 
-def draw(panel: Axes, arms: Mapping[str, Mapping[int, Estimate]], labels: Sequence[int]) -> None:
-    """Draw means with their intervals against the number of labelled cases, a line an arm.
+def draw(panel: Axes, arms: Mapping[str, Mapping[int, Estimate]], counts: Sequence[int]) -> None:
+    """Draw means with their intervals against numbers of labelled cases or of steps, a line an arm.
 
     Args:
         panel: to draw in.
-        arms: mean and interval by number of labelled cases, by arm.
-        labels: all numbers of labelled cases.
+        arms: mean and interval by number, by arm.
+        counts: all numbers, which are drawn at equal distances.
     """
     for number, (arm, found) in enumerate(arms.items()):
         if not found:
             continue
         means = np.array([mean for mean, _ in found.values()])
         errors = np.abs(np.array([ends for _, ends in found.values()]).T - means)
-        places = np.array([labels.index(count) for count in found]) + 0.06 * (number - (len(arms) - 1) / 2)
-        style = {"color": label_colour((5, 1, 3, 6)[number % 4]), "marker": "o", "markersize": 4, "capsize": 3}
+        places = np.array([counts.index(count) for count in found]) + 0.06 * (number - (len(arms) - 1) / 2)
+        style = {"color": COLOURS[arm], "marker": "o", "markersize": 4, "capsize": 3}
         panel.errorbar(places, means, errors, label=arm, **style)
-    panel.set_xlim(-0.4, len(labels) - 0.6)
-    panel.set_xticks(range(len(labels)), [str(count) for count in labels])
+    panel.set_xlim(-0.4, len(counts) - 0.6)
+    panel.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def figure(read: Mapping[tuple[str, Cell], Scores], arms: Sequence[str], steps: int) -> Figure:
-    """Draw mean Dice of each arm, and below it the difference from the first arm: a column a test set."""
-    labels = sorted({cell.labels for _, cell in read if cell.variant in arms})
+def figure(read: Mapping[tuple[str, Cell], Scores], arms: Mapping[str, Mapping[int, Cell]], axis: str) -> Figure:
+    """Draw mean Dice of each arm, and below it the difference from the first arm: a column a test set.
+
+    Args:
+        read: see :func:`.results.read_scores`.
+        arms: cells by number of labelled cases or of steps, by arm.
+        axis: what these are numbers of.
+    """
     names = list(dict.fromkeys(name for name, _ in read))
     drawing = Figure(figsize=(0.6 + 3.8 * len(names), 5.4), dpi=160, layout="constrained")
     FigureCanvasAgg(drawing)
     panels = drawing.subplots(2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
+    there = {cell for _, cell in read}
+    counts = sorted({count for cells in arms.values() for count, cell in cells.items() if cell in there})
+    base = next(iter(arms))
     for name, (upper, lower) in zip(names, panels.T, strict=True):
         scores = {
-            arm: {n: s for n in labels if (s := read.get((name, Cell(arm, n, steps)))) is not None} for arm in arms
+            arm: {n: read[name, cell] for n, cell in cells.items() if (name, cell) in read}
+            for arm, cells in arms.items()
         }
-        first = scores[arms[0]]
         means = {arm: {n: mean_of(s) for n, s in found.items()} for arm, found in scores.items()}
         gains = {
-            arm: {n: difference(s, first[n]) for n, s in found.items() if n in first and arm != arms[0]}
+            arm: {n: difference(s, scores[base][n]) for n, s in found.items() if n in scores[base]}
             for arm, found in scores.items()
+            if arm != base
         }
-        draw(upper, means, labels)
-        draw(lower, gains, labels)
+        draw(upper, means, counts)
+        draw(lower, gains, counts)
         lower.axhline(0, color=TEXT_COLOUR, linewidth=0.8)
         upper.set_title(f"{name} CTs" if name == SYNTHETIC else name, fontsize=10, color=TEXT_COLOUR)
-        lower.set_xlabel("labelled cases", fontsize=8)
+        lower.set_xlabel(axis, fontsize=8)
     panels[0, 0].set_ylim(bottom=0)
     panels[0, 0].set_ylabel("mean Dice", fontsize=8)
-    panels[1, 0].set_ylabel(f"less {arms[0]}", fontsize=8)
+    panels[1, 0].set_ylabel(f"less {base}", fontsize=8)
     panels[0, 0].legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
     caption = "dots: means; bars: 95 % bootstrap intervals over pre-trainings, seeds and cases; differences are paired"
     drawing.supxlabel(caption, fontsize=7, color=TEXT_COLOUR)
@@ -217,7 +232,7 @@ def dice_sections(read: Mapping[tuple[str, Cell], Scores], size: Settings) -> li
             "By organ:",
             organ_table(read, test_set, [Cell(arm, n, steps) for n in size["labels"] for arm in arms]),
         ]
-        curve = curve_rows(read, test_set, CURVE_ARMS, CURVE_LABELS)
+        curve = curve_rows(read, test_set)
         if len(curve) > 1:
             header = ["steps", *CURVE_ARMS, f"{CURVE_ARMS[1]} less {CURVE_ARMS[0]}"]
             sections += [f"By steps, with {CURVE_LABELS} labelled cases:", table(header, curve)]
@@ -241,6 +256,12 @@ def report(
         picture = "![A test scan, and what each makes of it](reconstructions.jpg)"
         sections += ["## Pre-trainings", pretraining_table(pretrainings), picture]
     if read:
-        figure(read, size["arms"], size["fine-tuning"]["steps"]).savefig(out / "transfer.png")
+        steps = size["fine-tuning"]["steps"]
+        arms = {arm: {count: Cell(arm, count, steps) for count in size["labels"]} for arm in size["arms"]}
+        figure(read, arms, "labelled cases").savefig(out / "transfer.png")
         sections += ["![Mean Dice by labelled cases](transfer.png)"]
+        curve = curve_cells(cell for _, cell in read)
+        if len(curve[SCRATCH]) > 1:
+            figure(read, curve, "steps").savefig(out / "curve.png")
+            sections += [f"![Mean Dice by steps, with {CURVE_LABELS} labelled cases](curve.png)"]
     return sections + dice_sections(read, size)
