@@ -25,7 +25,7 @@ case ${1:-} in
         # Also for what is built from source: else each build fetches a PyTorch for itself.
         PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins \
             "$MONAILABEL_VENV/bin/pip" install --quiet --disable-pip-version-check --requirement "$pins"
-        set -- tests/monai_label "${@:2}" ;;
+        set -- $side_by_side tests/monai_label "${@:2}" ;;
     --nnunet)
         pins=$PWD/shared_networks/doors/nnunet/requirements.txt
         [ -x .venv-nnunet/bin/python ] || python3 -m venv .venv-nnunet

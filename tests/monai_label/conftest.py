@@ -24,6 +24,7 @@ import requests
 from scipy.spatial.transform import Rotation
 
 from shared_networks.synthetic.phantom import phantom_case
+from shared_networks.synthetic.tissues import label_names
 
 from ..conftest import ROOT
 
@@ -31,6 +32,7 @@ PYTHON = ROOT / os.environ.get("MONAILABEL_VENV", ".venv-monailabel") / "bin" / 
 BTCV, FLARE = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg"
 LABELLED = ("first", "second")
 LATER = ("third", "fourth")  # labels come over REST
+NAMES = {BTCV: label_names("btcv"), FLARE: label_names("flare")}
 SCANS = {"lps": ("LPS", (0, 0, 0)), "oblique": ("PIR", (20, -10, 15))}
 """Axes of an array, and its turn in degrees, of the scans to segment."""
 
@@ -115,12 +117,12 @@ def turned(image: np.ndarray, affine: np.ndarray, axes: str, degrees: Sequence[f
     return nib.orientations.apply_orientation(image, way), nib.affines.from_matvec(matrix, moved[:3, 3].round(1))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A datastore: two labelled scans, two whose labels lie beside it yet, and two to segment."""
-    folder = tmp_path_factory.mktemp("studies")
+    folder = tmp_path_factory.mktemp("datastore") / "studies"
     for part in ("labels/final", "../labels"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part).mkdir(parents=True)
     for number, name in enumerate((*LABELLED, *LATER, *SCANS)):
         image, label, affine = phantom_case(np.random.default_rng([5, number]), "btcv", 6.0)
         if name in SCANS:
@@ -129,6 +131,15 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
             place = folder / ("labels/final" if name in LABELLED else "../labels")
             nib.save(nib.Nifti1Image(label, affine), place / f"{name}.nii.gz")
         nib.save(nib.Nifti1Image(image, affine), folder / f"{name}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scans(studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the scans to segment, as `bundle run` takes it."""
+    folder = tmp_path_factory.mktemp("scans")
+    for name in SCANS:
+        (folder / f"{name}.nii.gz").symlink_to(studies / f"{name}.nii.gz")
     return folder
 
 
@@ -174,7 +185,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(releases: list[Path], studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server on the folder of studies."""
     extensions = '["*.nii.gz", "*.dicom"]'
@@ -201,3 +212,32 @@ def bundle_run(server: Server, bundle: str, scans: Path, output: Path) -> dict[s
     command = [PYTHON, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", *options]
     process(command, server.bundle(bundle))
     return {file.name.removesuffix("_seg.nii.gz"): file for file in output.glob("*_seg.nii.gz")}
+
+
+def as_slicer_asks(server: Server, part: str, model: str) -> dict[str, Any]:
+    """The settings that 3D Slicer and OHIF send with a request for a model: all that info lists, as it lists it."""
+    listed = server.get("/info/")[part][model]["config"]
+    return {key: value[0] if isinstance(value, list) else value for key, value in listed.items()}
+
+
+def segmented(server: Server, model: str, image: str, file: Path, **request: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Values and affine of the segmentation that the server gives."""
+    response = server.infer(model, image, **request)
+    assert response.status_code == 200, f"{response.text}\n{server.log.read_text()[-3000:]}"
+    file.write_bytes(response.content)
+    return read(file)
+
+
+def assert_segmentation_is_that_of_bundle_run(server: Server, bundle: str, scans: Path, tmp_path: Path) -> None:
+    """Ask for each scan to segment, and compare labels and place with those of the command."""
+    expected = bundle_run(server, bundle, scans, tmp_path / "run")
+    assert sorted(expected) == sorted(SCANS)
+    for name, file in expected.items():
+        labels, affine = segmented(server, bundle, name, tmp_path / "served.nii.gz")
+        wanted, wanted_affine = read(file)
+        assert labels.dtype == np.uint8
+        assert 1 < len(np.unique(wanted)) <= 14
+        np.testing.assert_array_equal(labels, wanted, err_msg=name)
+        np.testing.assert_allclose(affine, wanted_affine, atol=1e-4)
+        np.testing.assert_allclose(affine, read(scans / f"{name}.nii.gz")[1], atol=1e-4)
+        assert "".join(nib.aff2axcodes(affine)) == SCANS[name][0]

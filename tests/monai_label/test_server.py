@@ -1,10 +1,9 @@
-"""What users do with MONAI Label, in order: a bundle without weights is trained, then both segment, score and train."""
+"""Segmentation and scoring in MONAI Label, beside a bundle that has no weights."""
 
 from __future__ import annotations
 
 import email
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,19 @@ from monai.inferers import SlidingWindowInferer
 from monai.transforms import Invertd
 from pydicom.dataset import FileDataset, FileMetaDataset
 
-from shared_networks.synthetic.tissues import label_names
-from shared_networks.version import __version__
-
-from .conftest import BTCV, FLARE, LABELLED, LATER, SCANS, Server, bundle_run, read
-
-NAMES = {BTCV: label_names("btcv"), FLARE: label_names("flare")}
+from .conftest import (
+    BTCV,
+    FLARE,
+    LABELLED,
+    NAMES,
+    SCANS,
+    Server,
+    as_slicer_asks,
+    assert_segmentation_is_that_of_bundle_run,
+    bundle_run,
+    read,
+    segmented,
+)
 
 
 def write_dicom(values: np.ndarray, affine: np.ndarray, folder: Path) -> None:
@@ -56,29 +62,6 @@ def write_dicom(values: np.ndarray, affine: np.ndarray, folder: Path) -> None:
         piece.save_as(folder / f"{index:03d}.dcm", enforce_file_format=True)
 
 
-def as_slicer_asks(server: Server, part: str, model: str) -> dict[str, Any]:
-    """The settings that 3D Slicer and OHIF send with a request for a model: all that info lists, as it lists it."""
-    listed = server.get("/info/")[part][model]["config"]
-    return {key: value[0] if isinstance(value, list) else value for key, value in listed.items()}
-
-
-def segmented(server: Server, model: str, image: str, file: Path, **request: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Values and affine of the segmentation that the server gives."""
-    response = server.infer(model, image, **request)
-    assert response.status_code == 200, f"{response.text}\n{server.log.read_text()[-3000:]}"
-    file.write_bytes(response.content)
-    return read(file)
-
-
-@pytest.fixture(scope="module")
-def scans(studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the scans to segment, as `bundle run` takes it."""
-    folder = tmp_path_factory.mktemp("scans")
-    for name in SCANS:
-        (folder / f"{name}.nii.gz").symlink_to(studies / f"{name}.nii.gz")
-    return folder
-
-
 def test_info_lists_what_can_be_done(server: Server) -> None:
     """A bundle without weights can be trained and no more."""
     info = server.get("/info/")
@@ -99,51 +82,8 @@ def test_the_weights_that_ship_label_at_once(server: Server, studies: Path, tmp_
     assert (both / either > 0.8).all(), both / either
 
 
-def test_training_without_weights_says_that_it_needs_an_encoder(server: Server) -> None:
-    done = server.run("train", BTCV, max_epochs=1)
-    assert done["status"] == "ERROR"
-    assert "error: " in done["log"]
-    assert "hi_end_mae_pretrain/models/model.pt: no pre-trained encoder there" in done["log"]
-    assert not (server.bundle(BTCV) / "models").exists()
-
-
-def test_training_without_weights_and_validation(server: Server) -> None:
-    """Two cases, of which none is left for validation; the encoder from scratch, as the guide says."""
-    config = server.bundle(BTCV) / "configs" / "train.json"
-    lines = config.read_text().splitlines()
-    lines = ['    "pretrained_encoder": "",' if '"pretrained_encoder":' in line else line for line in lines]
-    config.write_text("\n".join(lines))
-    done = server.run("train", BTCV, max_epochs=1)
-    assert done["status"] == "DONE", done["log"]
-    assert "no validation cases: " in done["log"]
-    weights = torch.load(server.bundle(BTCV) / "models" / "model.pt", weights_only=True)
-    assert weights["out.conv.conv.bias"].shape == (14,)
-
-
-def test_both_bundles_are_served_at_once(server: Server) -> None:
-    server.reload()
-    info = server.get("/info/")
-    assert list(info["models"]) == list(info["trainers"]) == [BTCV, FLARE]
-    for name, model in info["models"].items():
-        assert model["version"] == __version__
-        assert model["type"] == "segmentation"
-        assert model["labels"] == {organ: value for value, organ in enumerate(NAMES[name]) if value}
-        assert model["config"]["model_filename"] == ["model.pt"]
-
-
-@pytest.mark.parametrize("bundle", [BTCV, FLARE])
-def test_segmentation_is_that_of_bundle_run(bundle: str, server: Server, scans: Path, tmp_path: Path) -> None:
-    expected = bundle_run(server, bundle, scans, tmp_path / "run")
-    assert sorted(expected) == sorted(SCANS)
-    for name, file in expected.items():
-        labels, affine = segmented(server, bundle, name, tmp_path / "served.nii.gz")
-        wanted, wanted_affine = read(file)
-        assert labels.dtype == np.uint8
-        assert 1 < len(np.unique(wanted)) <= 14
-        np.testing.assert_array_equal(labels, wanted, err_msg=name)
-        np.testing.assert_allclose(affine, wanted_affine, atol=1e-4)
-        np.testing.assert_allclose(affine, read(scans / f"{name}.nii.gz")[1], atol=1e-4)
-        assert "".join(nib.aff2axcodes(affine)) == SCANS[name][0]
+def test_segmentation_is_that_of_bundle_run(server: Server, scans: Path, tmp_path: Path) -> None:
+    assert_segmentation_is_that_of_bundle_run(server, FLARE, scans, tmp_path)
 
 
 def test_segmentation_of_an_uploaded_scan(server: Server, scans: Path, tmp_path: Path) -> None:
@@ -197,23 +137,6 @@ def test_batch_infer_labels_all_that_have_none(server: Server, studies: Path, tm
         np.testing.assert_array_equal(read(studies / "labels" / "original" / f"{name}.nii.gz")[0], labels)
 
 
-def test_training_on_saved_labels_changes_the_next_segmentation(
-    server: Server, studies: Path, scans: Path, tmp_path: Path
-) -> None:
-    """Labels are saved as a viewer saves them; with four cases one validates, and the better model takes over."""
-    before, _ = segmented(server, BTCV, "oblique", tmp_path / "before.nii.gz")
-    for name in LATER:
-        server.save_label(name, studies.parent / "labels" / f"{name}.nii.gz")
-    assert server.get("/info/")["datastore"]["completed"] == 4
-    done = server.run("train", BTCV, **{**as_slicer_asks(server, "trainers", BTCV), "max_epochs": 60})
-    assert done["status"] == "DONE", done["log"]
-    assert server.has_said("only a better model replaces it")
-    assert server.has_said(f"Restored all variables from {server.bundle(BTCV) / 'models' / 'model.pt'}")
-    after, _ = segmented(server, BTCV, "oblique", tmp_path / "after.nii.gz")
-    assert (after != before).mean() > 0.01
-    np.testing.assert_array_equal(after, read(bundle_run(server, BTCV, scans, tmp_path / "run")["oblique"])[0])
-
-
 def epistemic(bundle: Path, scan: Path, samples: int) -> float:
     """The score by MONAI's parts: the mean over the scan of -p log p, p the mean chance of an organ with dropout."""
     config = ConfigParser()
@@ -260,42 +183,3 @@ def test_epistemic_scoring_ranks_cases(server: Server, studies: Path) -> None:
     finally:
         half.unlink()
         server.reload()
-
-
-@pytest.fixture
-def weights(server: Server) -> Iterator[Path]:
-    """BTCV's weights, put back afterwards."""
-    file = server.bundle(BTCV) / "models" / "model.pt"
-    right = file.read_bytes()
-    yield file
-    file.write_bytes(right)
-
-
-def test_wrong_weights_are_refused_and_not_loaded_in_part(server: Server, weights: Path, tmp_path: Path) -> None:
-    """With the right ones all is well again."""
-    right = torch.load(weights, weights_only=True)
-    expected, _ = segmented(server, BTCV, "lps", tmp_path / "expected.nii.gz")
-    for wrong, said in (
-        (dict(list(right.items())[::2]), "Missing key(s) in state_dict"),
-        ({**right, "out.conv.conv.bias": torch.zeros(15)}, "size mismatch for out.conv.conv.bias"),
-    ):
-        torch.save(wrong, weights)
-        assert server.infer(BTCV, "lps").status_code == 500
-        assert server.has_said(said)
-    torch.save(right, weights)
-    np.testing.assert_array_equal(segmented(server, BTCV, "lps", tmp_path / "again.nii.gz")[0], expected)
-
-
-@pytest.mark.parametrize(("recorded", "said"), [(True, "not the weights that"), (False, "is of another network (183")])
-def test_training_does_not_start_from_wrong_weights(server: Server, weights: Path, recorded: bool, said: str) -> None:
-    torch.save({"vit.norm.weight": torch.zeros(9)}, weights)
-    record = weights.with_suffix(".json")
-    if not recorded:
-        record = record.rename(record.with_suffix(".kept"))
-    wrong = weights.read_bytes()
-    done = server.run("train", BTCV, max_epochs=1)
-    record.rename(weights.with_suffix(".json"))
-    assert done["status"] == "ERROR"
-    assert server.has_said(f"{weights}: ")
-    assert server.has_said(said)
-    assert weights.read_bytes() == wrong
