@@ -2,7 +2,7 @@
 # Makes the environment and runs the tests; further arguments go to pytest.
 #   ./runtests.sh                 unit and then integration tests, in one go
 #   ./runtests.sh unit            functions and classes by themselves, in two minutes
-#   ./runtests.sh integration     bundles, commands and several processes
+#   ./runtests.sh integration     bundles, commands, several processes, many synthetic patients
 #   ./runtests.sh -m slow         the slow ones: the whole quickstart
 #   ./runtests.sh --monailabel    two bundles in MONAI Label's own server, which gets an environment of its own
 #   ./runtests.sh --monailabel-next   the same with pydicom 3, in another environment

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pydoc import ErrorDuringImport, locate
 from typing import Any, NamedTuple
 
-from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, create_workflow, run
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, create_workflow, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from shared_networks.errors import InputError
@@ -106,7 +106,7 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
     problems = [
         f"{word}: is neither an option nor its value, and nothing of this name can be run; give a list as [a,b,c]"
         for word in to_run
-        if str(word) not in config
+        if not _has(config, str(word))
     ]
     try:
         settings = read_settings(config, given, beside, str(files))
@@ -143,7 +143,7 @@ def read_settings(
         name, top = one.name, one.name.partition("#")[0]
         if top in beside and top not in config.get():
             continue
-        if one.value is False and not one.file and top[:1] == "_" and top[1:] in config:
+        if one.value is False and not one.file and top[:1] == "_" and _has(config, top[1:]):
             problems.append(f"--no-{top[1:]}: is no option; write --{top[1:]} False")
             continue
         if unknown := unknown_options([one.name], {*config.get(), *beside}):
@@ -158,7 +158,7 @@ def read_settings(
         if name == top and name in SETTINGS and not _is_expression(value, one) and not isinstance(value, dict):
             settings[name] = value
         before = config.get(name)
-        if name in config or name.rpartition("#")[0] in config:
+        if _has(config, name) or _has(config, name.rpartition("#")[0]):
             config[name] = one.passed
         if name != top and top in SETTINGS and not isinstance(config[top], dict):
             try:
@@ -167,7 +167,7 @@ def read_settings(
                 problems.append(f"{one}: {top} would be {config[top]}; {str(error).rpartition(': ')[2]}")
                 config[name] = before
     for name, kind in SETTINGS.items():
-        if name in settings or name not in config:
+        if name in settings or not _has(config, name):
             continue
         one = Given(name, config[name], config[name], files or "the config")
         if isinstance(one.value, dict) or _is_expression(one.value, one):
@@ -182,6 +182,19 @@ def read_settings(
     if problems:
         raise InputError("\n".join(problems))
     return settings
+
+
+def _has(config: ConfigParser, name: str) -> bool:
+    """Return whether a config has a setting, such as `optimizer#lr`; a config itself searches for the nearest name."""
+    found = config.get()
+    for key in ReferenceResolver.split_id(name) if name else ():
+        if isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        elif isinstance(found, dict) and key in found:
+            found = found[key]
+        else:
+            return False
+    return True
 
 
 def _misfits(settings: Mapping[str, Any]) -> list[str]:
@@ -248,7 +261,7 @@ def _checked(config: ConfigParser, one: Given) -> Any:
 
 def _check_reference(config: ConfigParser, one: Given) -> None:
     found = re.fullmatch(r"@([\w#:]+)", one.value)
-    if found and found[1] not in config:
+    if found and not _has(config, found[1]):
         nearest = difflib.get_close_matches(found[1], sorted(config.get()), n=1)
         fix = f"did you mean @{nearest[0]}?" if nearest else "give the name of a setting after @"
         raise InputError(f"{one}: there is no {found[1]!r}; {fix}")

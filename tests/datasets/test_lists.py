@@ -88,6 +88,7 @@ def test_a_written_list_is_read_for_training_and_inference(tmp_path, capsys):
     assert [scan.files for scan in find_scans(file, "imagesTs")] == [(case["image"],) for case in found]
 
 
+@pytest.mark.integration
 def test_the_command_writes_a_list_or_says_in_one_line_what_is_wrong(tmp_path):
     touch(tmp_path, "volume-0.nii.gz", "labels-0.nii.gz")
 

@@ -116,11 +116,11 @@ def test_an_unset_folder_is_named(find, unset):
         find(unset)
 
 
-@pytest.mark.parametrize(("find", "kind"), [(find_images, "file or folder"), (find_labels, "folder")])
-def test_a_missing_folder_is_named(find, kind, tmp_path):
+@pytest.mark.parametrize(("find", "said"), [(find_images, "file or folder; give a scan"), (find_labels, "folder; pass --dataset_dir")])
+def test_a_missing_folder_is_named(find, said, tmp_path):
     with pytest.raises(InputError) as caught:
         find(tmp_path / "nowhere")
-    assert str(caught.value).startswith(f"{tmp_path}/nowhere: no such {kind}; pass --dataset_dir")
+    assert str(caught.value).startswith(f"{tmp_path}/nowhere: no such {said}")
 
 
 def test_folders_without_scans_are_named_with_what_is_read(tmp_path):

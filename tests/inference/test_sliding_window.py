@@ -176,6 +176,7 @@ def test_of_a_network_that_has_not_learnt_air_labels_differ_in_windows_of_air_al
     assert (expected.argmax(0) > 0)[others == 0].any() and not labels[others == 0].any()
 
 
+@pytest.mark.integration
 def test_the_real_ct(tmp_path: Path) -> None:
     file = ROOT.parent / "shared/real_ct/Dataset001_BTCV/imagesTr/ct_001_0000.nii.gz"
     if not file.is_file():

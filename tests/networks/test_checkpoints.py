@@ -506,6 +506,7 @@ def test_published_checkpoint_of_another_encoder_is_refused(tmp_path):
         load_hi_end_mae_10k(checkpoint=file, feature_size=2, **{**VIT, "hidden_size": 12})
 
 
+@pytest.mark.integration
 def test_published_checkpoint_at_its_true_size(tmp_path, capsys):
     """Every tensor of the 1.37 GB file, each expanded from one value of its own, lands where it belongs."""
     values = {name: float(i) for i, name in enumerate(PUBLISHED, start=1)}
@@ -739,6 +740,7 @@ def test_official_file_is_fetched_converted_and_loaded(bundle_with_server: Path)
     fetch_and_convert(bundle_with_server, shapes_of, network, "tiny")
 
 
+@pytest.mark.integration
 def test_official_file_is_fetched_converted_and_loaded_at_its_true_size(bundle_with_server: Path):
     with torch.device("meta"):
         network = HiEndMAE()

@@ -157,12 +157,14 @@ def memory_around_a_block() -> list[int]:
     return [*found, resident()]
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("plain_glibc")
 def test_freed_memory_is_kept_inside_the_block_alone() -> None:
     before, inside, after, later = alone(memory_around_a_block)
     assert inside - before > 100_000 and after - before < 20_000 and later - before < 20_000
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("plain_glibc")
 def test_settings_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
