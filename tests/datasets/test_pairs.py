@@ -116,7 +116,9 @@ def test_an_unset_folder_is_named(find, unset):
         find(unset)
 
 
-@pytest.mark.parametrize(("find", "said"), [(find_images, "file or folder; give a scan"), (find_labels, "folder; pass --dataset_dir")])
+@pytest.mark.parametrize(
+    ("find", "said"), [(find_images, "file or folder; give a scan"), (find_labels, "folder; pass --dataset_dir")]
+)
 def test_a_missing_folder_is_named(find, said, tmp_path):
     with pytest.raises(InputError) as caught:
         find(tmp_path / "nowhere")
