@@ -16,7 +16,6 @@ cd "$(dirname "$0")"
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 # Files of tests side by side, on two cores and no more: full-size networks take several GB.
 side_by_side="-n 2 --dist loadfile"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 case ${1:-} in
     --monailabel | --monailabel-next)
         pins=$PWD/shared_networks/bundle/monai_label/requirements${1#--monailabel}.txt

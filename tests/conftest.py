@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from shared_networks.synthetic.phantom import write_dataset
+
+# Tests run side by side, and so do the processes that they start: threads that wait for a core take its time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 BUNDLES = ("hi_end_mae_pretrain", "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg")

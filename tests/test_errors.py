@@ -100,7 +100,7 @@ def test_hook_is_installed_once(hook_calls):
 @pytest.mark.integration
 def test_bundle_run_ends_with_one_line(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(CONFIG))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "train.json"]
     processes = [
         subprocess.Popen(

@@ -166,6 +166,11 @@ def test_interval_draws_pre_trainings_and_for_each_seeds() -> None:
     assert of_cases.std() == pytest.approx(cases.std() / np.sqrt(8), rel=0.05)
 
 
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    assert report.shown((-0.0002, (-0.0114, 0.0116)), "+") == "+0.000 (-0.011 to +0.012)"
+    assert report.shown((0.5, (0.25, -0.0001))) == "0.500 (0.250 to 0.000)"
+
+
 def test_difference_is_paired_by_seed_and_case() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(0.5, 0.2, (3, 6))  # by seed and case

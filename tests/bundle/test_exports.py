@@ -50,7 +50,7 @@ def export(command: str, weights: Path, output: Path, *more: str, bundle: str = 
     words = [sys.executable, "-m", "monai.bundle", command, "network_def", "--filepath", str(output)]
     words += ["--ckpt_file", str(weights), "--meta_file", "configs/metadata.json"]
     words += ["--config_file", "['configs/inference.json', 'configs/tiny.json']", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(words, cwd=ROOT / bundle, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -167,7 +167,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(hub: Hub, home: Path, folder: Path, *words: str) -> None:
     """Runs a Python program that knows no other hub than ours, and no cache."""
     known = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment = {**os.environ, **known, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **known, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -137,7 +137,7 @@ def network(bundle: Path) -> torch.nn.Module:
 
 def run(words: list[str], folder: Path, **environment: str) -> str:
     """Runs a program as the zoo does: where bundles are told by relative paths, and nothing else is on Python's."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": "", **environment}
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": "", **environment}
     done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout

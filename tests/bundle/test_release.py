@@ -408,7 +408,7 @@ def run(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     def run(*words: str | Path, bundle: Path | None, folder: Path = elsewhere, fails: bool = False) -> str:
         witness.unlink(missing_ok=True)
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "no_proxy": "127.0.0.1", "WITNESS": str(witness)}
+        env |= {"PYTHONWARNINGS": "ignore", "no_proxy": "127.0.0.1", "WITNESS": str(witness)}
         command = [str(python), *map(str, words)]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 1 if fails else done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"

@@ -510,7 +510,7 @@ def test_the_phantom_writes_to_the_folder_that_is_named(tmp_path, monkeypatch) -
 
 
 def start(command: list[str], cwd: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -85,9 +85,8 @@ def command(data: Path, out: Path, *words: str, **settings: Any) -> subprocess.P
     """As a user runs it."""
     config = f"--config_file configs/prepare.json --dataset_dir {data} --prepared_dir {out} --min_size 8"
     run = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", *config.split(), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(run, cwd=BUNDLE, env=environment, stdout=pipe, stderr=pipe, text=True, **settings)
+    return subprocess.Popen(run, cwd=BUNDLE, stdout=pipe, stderr=pipe, text=True, **settings)
 
 
 def stored(out: Path) -> dict[str, bytes]:

@@ -47,9 +47,8 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(data, out, *more), cwd=PRETRAIN, env=environment, **pipes)
+    return subprocess.Popen(command(data, out, *more), cwd=PRETRAIN, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

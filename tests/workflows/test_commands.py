@@ -100,7 +100,7 @@ def tiny(command: str, data: Path, store: Path) -> list[str]:
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1" if "--nproc_per_node" in words else "2"}
+    environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done

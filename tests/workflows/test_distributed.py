@@ -132,7 +132,7 @@ def start(
     words = [sys.executable, "-m", "torch.distributed.run", *launch.split(), "-m", "monai.bundle", "run"]
     words += ["--config_file", files, *SMALL.split(), "--dataset_dir", str(data)]
     words += ["--ckpt_dir", str(out), "--output_dir", str(out), "--training_run#every_minutes", "0", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(words, cwd=ROOT / "hi_end_mae_pretrain", env=environment, **pipes)
 

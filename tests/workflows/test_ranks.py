@@ -67,7 +67,7 @@ def command(scans: Path, weights: Path, out: Path, processes: int = 1, configs: 
 
 
 def run(words: list[str], status: int, bundle: Path = BUNDLE) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=bundle, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
@@ -110,7 +110,7 @@ def test_processes_share_the_scans(processes: int, scans: Path, weights: Path, a
 
 
 def test_killed_job_started_again_does_what_is_missing(scans: Path, weights: Path, alone: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = command(scans, weights, tmp_path, 2)
     job = subprocess.Popen(words, cwd=BUNDLE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -137,7 +137,7 @@ def test_two_thousand_scans_with_a_break(weights: Path, tmp_path: Path) -> None:
     for number in range(0, count, count // bad):
         (data / f"s{number:04d}.nii.gz").write_bytes(b"no scan")
     words = [*command(data, weights, out, 2), "--overlay", "False"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(words, cwd=BUNDLE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while finished(out) < count // 2 and job.poll() is None:

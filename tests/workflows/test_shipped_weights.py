@@ -50,7 +50,7 @@ def run(bundle: str, configs: str, *words: str | Path) -> str:
     """Run a command as a user does, in the bundle's folder; returns all that it said."""
     files = repr([f"configs/{name}.json" for name in (*configs.split(), "small")])
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=ROOT / bundle, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout + done.stderr

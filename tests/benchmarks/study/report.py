@@ -45,8 +45,8 @@ def difference(first: Scores, second: Scores) -> Estimate:
 
 def shown(estimate: Estimate, sign: str = "") -> str:
     """Return a mean with its interval as text, such as `0.512 (0.470 to 0.550)`."""
-    mean, (low, high) = estimate
-    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+    mean, low, high = (f"{round(value, 3) + 0.0:{sign}.3f}" for value in (estimate[0], *estimate[1]))  # no -0.000
+    return f"{mean} ({low} to {high})"
 
 
 def pretraining_table(folders: Mapping[tuple[str, int], Path]) -> str:
