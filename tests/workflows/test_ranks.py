@@ -199,7 +199,8 @@ def test_uncertainty_ranks_the_scans_of_all(scans: Path, weights: Path, tmp_path
     good = tmp_path / "good"
     shutil.copytree(scans, good, ignore=shutil.ignore_patterns("*broken*"))
     for processes in (1, 2):
-        run(command(good, weights, tmp_path / str(processes), processes, "inference uncertainty"), 0)
+        words = command(good, weights, tmp_path / str(processes), processes, "inference uncertainty")
+        run([*words, "--samples", "2", "--overlap", "0.0"], 0)
     tables = [(tmp_path / str(processes) / "uncertainty.csv").read_text() for processes in (1, 2)]
     assert tables[0] == tables[1] and tables[0].count("\n") == SCANS + 1
 
@@ -213,7 +214,7 @@ def test_evaluation_is_that_of_one_process_to_the_last_digit(
     for part in ("imagesTs", "labelsTs"):
         shutil.copytree(scans.parent / part, data / part, ignore=shutil.ignore_patterns("*broken*", left_out))
     for number in (1, processes):
-        run(command(data, weights, tmp_path / str(number), number, "train evaluate"), 0)
+        run([*command(data, weights, tmp_path / str(number), number, "train evaluate"), "--overlap", "0.0"], 0)
     one, several = tmp_path / "1", tmp_path / str(processes)
     assert sorted(file.name for file in several.iterdir()) == sorted(file.name for file in one.iterdir())
     for name in ("dice.csv", "metrics.csv", "reliability.png"):
