@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared_networks.synthetic.phantom import write_dataset
 
 # Tests run side by side, and so do the processes that they start: threads that wait for a core take its time.
+torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
