@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
@@ -11,13 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from shared_networks.synthetic.phantom import write_dataset
-
-# Tests run side by side, and so do the processes that they start: threads that wait for a core take its time.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 BUNDLES = ("hi_end_mae_pretrain", "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg")

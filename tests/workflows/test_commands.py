@@ -23,6 +23,8 @@ from tests.conftest import BUNDLES, ROOT
 
 pytestmark = pytest.mark.integration
 
+# Voxels of the synthetic CTs, which are coarse: few windows.
+COARSE = ["--spacing", "[6.0,6.0,6.0]"]
 # No --val_interval: the epoch is fewer than it, and a model must come out all the same.
 QUICK = "--epochs 1 --warmup_epochs 1 --num_samples 1 --batch_size 1"
 
@@ -86,7 +88,7 @@ def tiny(bundle: str, command: str, data: Path, store: Path) -> list[str]:
     files = re.findall(r"[\w/]+\.json", words[at])
     more = []
     if files == ["configs/prepare.json"]:  # it knows no network to be made tiny
-        more = ["--spacing", "[4.0,4.0,4.0]", "--min_size", "8", "--num_workers", "0"]
+        more = ["--min_size", "8", "--num_workers", "0"]
     else:
         words[at] = repr([*(f for f in files if not f.endswith(("small.json", "tiny.json"))), "configs/tiny.json"])
     if "configs/train.json" in files and "configs/evaluate.json" not in files:
@@ -98,7 +100,7 @@ def tiny(bundle: str, command: str, data: Path, store: Path) -> list[str]:
     words = [str(store) if word == "/data/store" else word for word in words]
     words = [re.sub(r"^/data/\w+(/imagesTs)?$", lambda m: f"{data}{m[1] or ''}", word) for word in words]
     python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    return [*python, *words[1:], *more]
+    return [*python, *words[1:], *COARSE, *more]
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -209,7 +211,7 @@ def test_reconstruction_is_on_the_input_grid(clone: Path, datasets: dict[str, Pa
     np.testing.assert_allclose(result.affine, source.affine, atol=1e-3)
     assert 0.6 < mask.mean() < 0.9  # 75 % of the patches, some beyond the scan
     seen, truth = np.asanyarray(result.dataobj)[mask == 0], np.clip(np.asanyarray(source.dataobj), -175, 250)[mask == 0]
-    assert np.corrcoef(seen, truth)[0, 1] > 0.9  # visible patches are the scan, but for resampling there and back
+    assert np.corrcoef(seen, truth)[0, 1] > 0.85  # visible patches are the scan, but for resampling there and back
     assert (outputs / "test_000_reconstruction.png").stat().st_size > 10_000
     assert (outputs / "metrics.csv").is_file()
 
