@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
 import os
 import re
 from collections import Counter
@@ -39,7 +38,7 @@ from shared_networks.errors import InputError
 OTHER_SCANS = (".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh")
 """Endings of files that are scans perhaps, but are not read."""
 
-logger = logging.getLogger(__name__)
+_NO_SCAN = "no scan found; read are NIfTI (.nii.gz or .nii), DICOM series and .json lists of cases"
 
 
 class Source(NamedTuple):
@@ -87,13 +86,14 @@ class Scan(NamedTuple):
     affine: NDArray[np.float64]
 
 
-def find_scans(dataset_dir: str | Path | None, folder: str = "imagesTr") -> Sources:
+def find_scans(dataset_dir: str | Path | Sequence[str | Path] | None, folder: str = "imagesTr") -> Sources:
     """Find all scans, for training, preprocessing and inference alike.
 
     Args:
         dataset_dir: a NIfTI file; a folder with scans at any depth; or a `.json` file with lists of cases (`training`,
             `validation`, `test`, ...), whose `image` is a path, or a path a channel, relative to the file. Folders with
             `label`, `seg` or `mask` as a word of their name are passed over, and so are results of this package.
+            Several such paths are read as if one folder held all that they name.
         folder: the only one that is read of an nnU-Net data set, `imagesTr` or `imagesTs`; where `imagesTs` is missing
             or empty, `imagesTr`.
 
@@ -105,22 +105,18 @@ def find_scans(dataset_dir: str | Path | None, folder: str = "imagesTr") -> Sour
     """
     if not dataset_dir:
         raise InputError("dataset_dir is not set; pass --dataset_dir FOLDER, the folder that holds the scans")
-    root = Path(dataset_dir).resolve()
-    if folder != "imagesTr" and has_files(root / folder):
-        root = root / folder
-    found = Sources()
-    if root.is_file():
-        found += _of_file(root)
-    elif root.is_dir():
-        found = _in_folder(root, root)
-    else:
-        raise InputError(f"{dataset_dir}: no such file or folder; give a scan, or a folder or list of scans")
-    if not found:
-        passed_over = "".join(f"\n{path}: passed over: {reason}" for path, reason in found.passed_over.items())
-        raise InputError(
-            f"{dataset_dir}: no scan found; read are NIfTI (.nii.gz or .nii), DICOM series and .json lists of cases"
-            f"{passed_over}"
-        )
+    roots = {}
+    for path in [dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir:
+        root = Path(path).resolve()
+        if not root.exists():
+            raise InputError(f"{path}: no such file or folder; give a scan, or a folder or list of scans")
+        roots[root / folder if folder != "imagesTr" and has_files(root / folder) else root] = path
+    walk = _Walk(Path(os.path.commonpath([root if root.is_dir() else root.parent for root in roots])))
+    found = walk.read(roots)
+    for root, path in roots.items():
+        if root.is_dir() and not any(Path(file).is_relative_to(root) for source in found for file in source.files):
+            passed_over = "".join(f"\n{other}: passed over: {reason}" for other, reason in found.passed_over.items())
+            raise InputError(f"{path}: {_NO_SCAN}{passed_over}")
     sources: dict[str, Source] = {}
     for source in found:
         other = sources.setdefault(source.case, source)
@@ -139,24 +135,6 @@ def flag_other_channels(sources: Sources) -> None:
         if not source.problem and source.channels != usual:
             problem = f"{source.channels} channel(s), where most cases have {usual}; add what lacks or remove the case"
             sources[index] = source._replace(problem=problem)
-
-
-def _in_folder(folder: Path, root: Path) -> Sources:
-    walk = _Walk(root)
-    with tqdm(desc="finding scans", unit="case", disable=None) as bar:
-        walk.enter(folder, bar)
-    return walk.finish()
-
-
-def _of_file(file: Path) -> list[Source]:
-    """The scans that a file is or lists."""
-    if is_nifti(file.name):
-        return [_nifti_source(str(file), file.parent)]
-    if not _begins_as_dicom(str(file)):
-        return _listed(file)
-    if read_header(str(file)).frames < FEWEST_SLICES:
-        raise InputError(f"{file}: one slice of a DICOM series; give the folder of all, --dataset_dir {file.parent}")
-    return [Source(str(PurePosixPath(file.parent.name, file.stem)), (str(file),), "multi-frame")]
 
 
 def file_source(image: Image) -> Source:
@@ -206,13 +184,53 @@ class _Walk:
         """Note what is no scan."""
         self.sources.passed_over[str(path)] = reason
 
+    def read(self, paths: Iterable[Path]) -> Sources:
+        """Collect all that files, lists and folders hold."""
+        with tqdm(desc="finding scans", unit="case", disable=None) as bar:
+            for path in paths:
+                if path.is_dir():
+                    self.enter(path, bar)
+                else:
+                    self.add_file(path, bar)
+        return self.finish()
+
+    def add_file(self, file: Path, bar: Any) -> None:
+        """Add the scan that a file is, or those that it lists."""
+        if is_nifti(file.name):
+            self.sources.append(_nifti_source(str(file), self.root))
+        elif not _begins_as_dicom(str(file)):
+            self.add_listed(file, bar)
+        elif read_header(str(file)).frames < FEWEST_SLICES:
+            raise InputError(f"{file}: one slice of a DICOM series; give the folder of all, {file.parent}")
+        else:
+            case = PurePosixPath(self.root.name, *_below(file.parent, self.root), file.stem)
+            self.sources.append(Source(str(case), (str(file),), "multi-frame"))
+
+    def add_listed(self, file: Path, bar: Any) -> None:
+        """Add the scans that a `.json` file lists, paths relative to it."""
+        try:
+            content = json.loads(file.read_text())
+            lists = content.values() if isinstance(content, dict) else [content]
+            cases = [case for cases in lists if isinstance(cases, list) for case in cases]
+            images = [case["image"] if isinstance(case, dict) else case for case in cases if _names_image(case)]
+        except (ValueError, OSError) as error:
+            raise InputError(f"{file}: not readable as a list of cases ({error}); give a JSON file") from None
+        if not images:
+            raise InputError(f"{file}: {_NO_SCAN}")
+        for image in images:
+            paths = [os.path.normpath(file.parent / path) for path in ensure_tuple(image)]
+            if Path(paths[0]).is_dir():
+                self.enter(Path(paths[0]), bar)
+            else:
+                self.sources.append(_nifti_source(paths, self.root))
+
     def enter(self, folder: Path, bar: Any) -> None:
         """Collect what is in a folder and in those below."""
         if (folder / "imagesTr").is_dir():
             folder = folder / "imagesTr"
         real = os.path.realpath(folder)
         if real in self.visited:
-            self.pass_over(folder, "a link to a folder that is read already")
+            self.pass_over(folder, "a folder that is read already")
             return
         self.visited.add(real)
         try:
@@ -342,24 +360,6 @@ def _nifti_source(image: Image, root: Path) -> Source:
 def _below(folder: Path, root: Path) -> list[str]:
     # Lists may name files that are not below the list: their ids must not lead out of the store.
     return [part for part in Path(os.path.relpath(folder, root)).parts if part not in ("..", ".")]
-
-
-def _listed(file: Path) -> list[Source]:
-    try:
-        content = json.loads(file.read_text())
-        lists = content.values() if isinstance(content, dict) else [content]
-        cases = [case for cases in lists if isinstance(cases, list) for case in cases]
-        images = [case["image"] if isinstance(case, dict) else case for case in cases if _names_image(case)]
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file}: not readable as a list of cases ({error}); give a JSON file") from None
-    sources: list[Source] = []
-    for image in images:
-        paths = [os.path.normpath(file.parent / path) for path in ensure_tuple(image)]
-        if Path(paths[0]).is_dir():
-            sources += _in_folder(Path(paths[0]), file.parent)
-        else:
-            sources.append(_nifti_source(paths, file.parent))
-    return sources
 
 
 def _names_image(case: Any) -> bool:

@@ -38,8 +38,8 @@ Not a medical device: not for diagnosis."""
 
 SEGMENT_HELP = """hi-end-mae segment SCANS [options]: write label maps of scans
 
-SCANS is a NIfTI file (.nii.gz or .nii), a folder that holds NIfTI files and DICOM series at any depth, or a .json list
-of cases. Scans are CTs in Hounsfield units.
+SCANS are NIfTI files (.nii.gz or .nii), folders that hold NIfTI files and DICOM series at any depth, or .json lists of
+cases; one or several. Scans are CTs in Hounsfield units.
 
 options:
   --out FOLDER       of the results (default: labels)
@@ -103,15 +103,13 @@ def segment_command(*scans: str, **options: str) -> int:
             raise InputError(f"--{short}: has no value; give a path")
         options[name] = options.pop(short)
     paths = [*scans, *([options.pop("dataset_dir")] if "dataset_dir" in options else [])]
-    if len(paths) != 1:
-        problem = f"{' '.join(paths)}: are {len(paths)} paths" if paths else "SCANS: are missing"
-        raise InputError(f"{problem}; give one file or folder, as in: hi-end-mae segment ct.nii.gz --out labels")
-    options = {"output_dir": "labels", **options, "dataset_dir": paths[0]}
-    given = [
-        Given(name, _SWITCHED.get(text, text) if name != "dataset_dir" else text, DefaultParseValue(text))
-        for name, text in options.items()
-    ]
-    run_inference(bundle, fast, given)
+    if "" in paths:
+        raise InputError("'': is no path; give files or folders, as in: hi-end-mae segment ct.nii.gz --out labels")
+    if not paths:
+        raise InputError("SCANS: are missing; give files or folders, as in: hi-end-mae segment ct.nii.gz --out labels")
+    options = {"output_dir": "labels", **options}
+    given = [Given(name, _SWITCHED.get(text, text), DefaultParseValue(text)) for name, text in options.items()]
+    run_inference(bundle, paths, fast, given)
     print(f"results are in {options['output_dir']}")
     return 0
 

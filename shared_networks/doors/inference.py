@@ -28,16 +28,19 @@ FAST_OVERLAP = 0.0
 """Share of a window that the next one covers too, where speed counts more; measured in `docs/results/fast.json`."""
 
 
-def run_inference(bundle: str, fast: bool, given: Sequence[Given], one_scan: bool = False) -> None:
+def run_inference(
+    bundle: str, scans: Sequence[str], fast: bool, given: Sequence[Given], one_scan: bool = False
+) -> None:
     """Segment scans by a bundle's inference config.
 
     The process is left as it was: import path, random states and deterministic modes.
 
     Args:
         bundle: its name, see :func:`shared_networks.doors.bundles.find_segmenter`.
+        scans: paths of :func:`shared_networks.datasets.scans.find_scans`.
         fast: whether windows overlap by :data:`FAST_OVERLAP`.
-        given: settings, of which `dataset_dir` and `output_dir` are needed; without a `checkpoint` or `checkpoints` the
-            weights that ship are used.
+        given: settings, of which `output_dir` is needed; without a `checkpoint` or `checkpoints` the weights that
+            ship are used.
         one_scan: refuse data of several scans.
 
     Raises:
@@ -62,10 +65,12 @@ def run_inference(bundle: str, fast: bool, given: Sequence[Given], one_scan: boo
     with _process_left_as_it_was():
         try:
             parser = configured(folder, network_size(folder, weights[0], given), given)
+            parser.ref_resolver.resolved_content["dataset_dir"] = list(scans)
             parser.get_parsed_content("initialize")
             if one_scan and (count := len(parser.get_parsed_content("datalist"))) != 1:
-                where = next(one.value for one in given if one.name == "dataset_dir")
-                raise InputError(f"{where}: holds {count} scans; give one, or segment folders with hi-end-mae segment")
+                raise InputError(
+                    f"{scans[0]}: holds {count} scans; give one, or segment folders with hi-end-mae segment"
+                )
             parser.get_parsed_content("run")
         except Exception as error:
             found = input_error_in(error)

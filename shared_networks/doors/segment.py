@@ -73,13 +73,13 @@ def segment(
             scan, named = str(Path(folder) / "scan.nii"), "image" if isinstance(image, SpatialImage) else "array"
             nib.save(as_nifti(image, affine), scan)
         given = [Given(name, value, value, _HERE) for name, value in ({"overlay": False} | settings).items()]
-        paths = {"dataset_dir": scan, "output_dir": str(Path(folder) / "labels")}
+        paths = {"output_dir": str(Path(folder) / "labels")}
         if weights is not None:
             paths["checkpoint"] = os.fspath(weights)
         given += [Given(name, path, path) for name, path in paths.items()]
         try:
             with redirect_stdout(StringIO()):  # the bundle counts scans
-                run_inference(bundle, fast, given, one_scan=True)
+                run_inference(bundle, [scan], fast, given, one_scan=True)
         except FailedScansError as error:
             (reason,) = error.failed.values()
             raise InputError(f"{named}: {reason}") from None

@@ -150,6 +150,47 @@ def test_two_files_of_one_case_are_refused(tmp_path):
         find_scans(tmp_path / "in" / "list.json")
 
 
+def test_several_paths_are_one_set_of_scans(tmp_path):
+    for name in ("a/ct.nii.gz", "b/day_1/ct.nii.gz", "b/day_2/mr.nii", "c/d.nii.gz", "c/not_named.nii.gz"):
+        save(tmp_path / name)
+    (tmp_path / "c" / "list.json").write_text('["./d.nii.gz"]')
+    found = find_scans([tmp_path / "c" / "list.json", str(tmp_path / "b"), tmp_path / "a" / "ct.nii.gz"])
+    root = tmp_path.name
+    assert [s.case for s in found] == [f"{root}/{name}" for name in ("a/ct", "b/day_1/ct", "b/day_2/mr", "c/d")]
+    assert [s.case for s in find_scans([tmp_path / "b" / "day_2"])] == ["day_2/mr"]  # one is as alone
+    twice = find_scans([tmp_path / "b" / "day_1", tmp_path / "b", tmp_path / "b" / "day_1" / "ct.nii.gz"])
+    assert [s.case for s in twice] == ["b/day_1/ct", "b/day_2/mr"]
+
+
+def test_a_path_without_scans_is_refused_beside_others(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"/empty: no scan found"):
+        find_scans([tmp_path / "a.nii.gz", tmp_path / "empty"])
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InputError, match=r"list\.json: no scan found"):
+        find_scans([tmp_path / "list.json", tmp_path / "a.nii.gz"])
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
+        find_scans([tmp_path / "a.nii.gz", tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_series_in_two_of_the_folders_is_one_scan(tmp_path, listed):
+    pytest.importorskip("SimpleITK")
+    write_series(tmp_path / "all", even(hounsfield((10, 8, 12))), uid="1.2.5")
+    paths = []
+    for part in ("first", "second"):
+        (tmp_path / part).mkdir()
+        paths.append(f"{tmp_path}/{part}")
+    for number, file in enumerate(sorted((tmp_path / "all").iterdir())):
+        file.rename(Path(paths[number % 2]) / file.name)
+    if listed:
+        (tmp_path / "list.json").write_text(json.dumps(paths))
+    (scan,) = find_scans(tmp_path / "list.json" if listed else paths)
+    assert len(scan.files) == 12
+    np.testing.assert_array_equal(read_scan(scan, "CT").image[0], even(hounsfield((10, 8, 12))))
+
+
 @pytest.mark.parametrize("axes", [np.eye(3), OBLIQUE, np.eye(3)[:, [0, 2, 1]] * [1, -1, -1]])
 def test_dicom_equals_nifti(tmp_path, axes):
     pytest.importorskip("SimpleITK")

@@ -45,9 +45,10 @@ def test_help_comes_at_once() -> None:
     ("words", "said"),
     [
         ("ct.nii.gz", "ct.nii.gz: is no command; give segment or info, as in: hi-end-mae segment ct.nii.gz"),
-        ("segment", "SCANS: are missing; give one file or folder"),
+        ("segment", "SCANS: are missing; give files or folders"),
         ("segment --out labels", "SCANS: are missing"),
-        ("segment a.nii b.nii --out x", "a.nii b.nii: are 2 paths; give one file or folder"),
+        ("segment docs/cover.nii README.md --out x", "docs/cover.nii: no such file or folder"),
+        ("segment pyproject.toml ''", "'': is no path; give files or folders"),
         ("segment no.nii.gz", "no.nii.gz: no such file or folder; give a scan, or"),
         ("segment no.nii.gz -- --trace", "--: is neither an option nor a path"),
         ("segment no.nii.gz --out", "--out: has no value; give a path"),

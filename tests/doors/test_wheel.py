@@ -113,15 +113,19 @@ def test_one_line_segments_a_file_as_the_bundle_does(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ct.nii.gz", "labels"]
 
 
-def test_a_folder_too_though_a_scan_of_it_fails(programs: Path, ct: Path, truth: np.ndarray, tmp_path: Path) -> None:
+def test_a_folder_and_a_file_too_though_a_scan_fails(
+    programs: Path, ct: Path, truth: np.ndarray, tmp_path: Path
+) -> None:
     scans = tmp_path / "scans"
     (scans / "below").mkdir(parents=True)
     shutil.copy(ct, scans / "below")
     (scans / "broken.nii.gz").write_bytes(b"no scan")
-    words = ["segment", scans, "--out", tmp_path / "labels", "--overlay", "False"]
+    shutil.copy(ct, tmp_path / "another.nii.gz")
+    words = ["segment", scans, "another.nii.gz", "--out", tmp_path / "labels", "--overlay", "False"]
     shown = run([programs / "hi-end-mae", *words], tmp_path, code=1)
-    assert "error: 1 of 2 scan(s) not segmented:\n" in shown.stderr and "broken.nii.gz: " in shown.stderr
-    np.testing.assert_array_equal(voxels(tmp_path / "labels" / "case_seg.nii.gz"), truth)
+    assert "error: 1 of 3 scan(s) not segmented:\n" in shown.stderr and "broken.nii.gz: " in shown.stderr
+    for name in ("case", "another"):
+        np.testing.assert_array_equal(voxels(tmp_path / "labels" / f"{name}_seg.nii.gz"), truth)
 
 
 def test_image_array_and_path_in_python(programs: Path, ct: Path, truth: np.ndarray, tmp_path: Path) -> None:

@@ -105,9 +105,7 @@ def test_what_lies_beside_a_ct_is_passed_over(tmp_path: Path) -> None:
 
 def test_one_slice_is_no_data_set_and_a_multi_frame_file_is(tmp_path: Path) -> None:
     file = write_series(tmp_path / "d")[3]
-    with pytest.raises(
-        InputError, match=rf"one slice of a DICOM series; give the folder of all, --dataset_dir {tmp_path}/d"
-    ):
+    with pytest.raises(InputError, match=rf"one slice of a DICOM series; give the folder of all, {tmp_path}/d"):
         find_scans(file)
     (source,) = find_scans(write_enhanced(tmp_path / "e" / "ENH.dcm"))
     assert source.case == "e/ENH" and read_scan(source, "CT").image.shape == (1, 24, 20, 16)
@@ -140,7 +138,7 @@ def test_a_link_to_the_folder_itself_ends(tmp_path: Path) -> None:
     (tmp_path / "scans" / "again").symlink_to(tmp_path / "scans")
     sources = find_scans(tmp_path / "scans")
     assert [source.case for source in sources] == ["scans/a"]
-    assert sources.passed_over == {f"{tmp_path}/scans/again": "a link to a folder that is read already"}
+    assert sources.passed_over == {f"{tmp_path}/scans/again": "a folder that is read already"}
 
 
 def test_files_of_any_spelling_are_read_or_counted(tmp_path: Path) -> None:
