@@ -198,13 +198,17 @@ class _Walk:
         """Add the scan that a file is, or those that it lists."""
         if is_nifti(file.name):
             self.sources.append(_nifti_source(str(file), self.root))
-        elif not _begins_as_dicom(str(file)):
-            self.add_listed(file, bar)
-        elif read_header(str(file)).frames < FEWEST_SLICES:
-            raise InputError(f"{file}: one slice of a DICOM series; give the folder of all, {file.parent}")
+        elif _begins_as_dicom(str(file)):
+            self.add_multi_frame(file)
         else:
-            case = PurePosixPath(self.root.name, *_below(file.parent, self.root), file.stem)
-            self.sources.append(Source(str(case), (str(file),), "multi-frame"))
+            self.add_listed(file, bar)
+
+    def add_multi_frame(self, file: Path) -> None:
+        """Add a DICOM file that holds a whole scan."""
+        if read_header(str(file)).frames < FEWEST_SLICES:
+            raise InputError(f"{file}: one slice of a DICOM series; give the folder of all, {file.parent}")
+        case = PurePosixPath(self.root.name, *_below(file.parent, self.root), file.stem)
+        self.sources.append(Source(str(case), (str(file),), "multi-frame"))
 
     def add_listed(self, file: Path, bar: Any) -> None:
         """Add the scans that a `.json` file lists, paths relative to it."""
@@ -221,6 +225,8 @@ class _Walk:
             paths = [os.path.normpath(file.parent / path) for path in ensure_tuple(image)]
             if Path(paths[0]).is_dir():
                 self.enter(Path(paths[0]), bar)
+            elif len(paths) == 1 and _begins_as_dicom(paths[0]):
+                self.add_multi_frame(Path(paths[0]))
             else:
                 self.sources.append(_nifti_source(paths, self.root))
 

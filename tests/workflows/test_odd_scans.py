@@ -109,6 +109,9 @@ def test_one_slice_is_no_data_set_and_a_multi_frame_file_is(tmp_path: Path) -> N
         find_scans(file)
     (source,) = find_scans(write_enhanced(tmp_path / "e" / "ENH.dcm"))
     assert source.case == "e/ENH" and read_scan(source, "CT").image.shape == (1, 24, 20, 16)
+    (tmp_path / "list.json").write_text('["e/ENH.dcm"]')
+    (source,) = find_scans(tmp_path / "list.json")
+    assert source.case.endswith("/e/ENH") and read_scan(source, "CT").image.shape == (1, 24, 20, 16)
 
 
 def test_a_lonely_localiser_is_said_to_be_one(tmp_path: Path) -> None:
