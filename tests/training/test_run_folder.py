@@ -21,6 +21,8 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
+COARSE = [8.0, 8.0, 8.0]
+"""Spacing for few windows."""
 FOLD = {"split#fold": 0, "split#num_folds": 3, "split#val_fraction": 0.3}
 
 
@@ -31,7 +33,7 @@ def flow(data: Path, *configs: str, **settings: Any) -> ConfigWorkflow:
         logging_file=False,
         bundle_root=str(BUNDLE),
         dataset_dir=str(data),
-        **{"network_def#feature_size": 4, **settings},
+        **{"network_def#feature_size": 4, "spacing": COARSE, **settings},
     )
 
 
@@ -98,7 +100,7 @@ def test_other_label_names_do_not_come_to_the_weights(run: Path, datasets: dict[
             "fold was 0 and is 1. Give the settings of training: --seed 0 --split#val_fraction 0.3 --split#fold",
         ),
         ({**FOLD, "split#num_train_cases": 1}, "num_train_cases was None and is 1"),
-        ({**FOLD, "spacing": [4.0, 4.0, 5.0]}, "spacing was [4.0, 4.0, 4.0] and is [4.0, 4.0, 5.0]"),
+        ({**FOLD, "spacing": [8.0, 8.0, 9.0]}, "spacing was [8.0, 8.0, 8.0] and is [8.0, 8.0, 9.0]"),
     ],
 )
 def test_another_folds_score_is_not_reported(
@@ -133,8 +135,8 @@ def test_weights_of_another_training_are_not_taken_for_those_on_record(
 
 def test_scans_are_segmented_at_the_voxel_size_of_training(run: Path, datasets: dict[str, Path]) -> None:
     settings = {"checkpoint": str(run / "model.pt"), "output_dir": str(run / "labels")}
-    inference = flow(datasets["btcv"], "inference", **settings, spacing=[3.0, 4.0, 4.0])
-    assert "spacing was [4.0, 4.0, 4.0] and is [3.0, 4.0, 4.0]. Pass --spacing [4.0,4.0,4.0]" in refusal(
+    inference = flow(datasets["btcv"], "inference", **settings, spacing=[3.0, 8.0, 8.0])
+    assert "spacing was [8.0, 8.0, 8.0] and is [3.0, 8.0, 8.0]. Pass --spacing [8.0,8.0,8.0]" in refusal(
         inference.initialize
     )
     assert not (run / "labels").exists()

@@ -29,6 +29,8 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
+COARSE = [8.0, 8.0, 8.0]
+"""Spacing for few windows."""
 # Names as in the distributed files, misspelt ones too.
 AMOS = [
     *("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "arota"),
@@ -134,7 +136,7 @@ def workflow(data: Path | str, out: Path, *configs: str, **settings: Any) -> Con
         dataset_dir=str(data),
         output_dir=str(out),
         **({} if configs == ("inference",) else {"ckpt_dir": str(out), "pretrained_encoder": ""}),
-        **{"epochs": 1, "num_samples": 1, "network_def#feature_size": 4, **settings},
+        **{"epochs": 1, "num_samples": 1, "network_def#feature_size": 4, "spacing": COARSE, **settings},
     )
 
 
