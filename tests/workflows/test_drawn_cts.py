@@ -30,6 +30,7 @@ def workflow(bundle: str, data: Path, out: Path, overlay: str = "synthetic.json"
         "num_samples": 2,
         "batch_size": 1,
         "val_fraction": 0.4,
+        "spacing": [8.0, 8.0, 8.0],  # few windows
     }
     if "seg" in bundle:
         settings |= {"pretrained_encoder": ""}

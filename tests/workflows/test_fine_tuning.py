@@ -16,6 +16,8 @@ pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
 
+COARSE = [8.0, 8.0, 8.0]
+"""Spacing for few windows."""
 FROZEN = {"optimizer#params#freeze_encoder": True}
 
 
@@ -25,7 +27,14 @@ def train(data: Path, out: Path, **override: Any) -> ConfigWorkflow:
         logging_file=False,
         bundle_root=str(BUNDLE),
         dataset_dir=str(data),
-        **{"pretrained_encoder": "", "ckpt_dir": str(out), "output_dir": str(out), "num_samples": 1, **override},
+        **{
+            "pretrained_encoder": "",
+            "ckpt_dir": str(out),
+            "output_dir": str(out),
+            "num_samples": 1,
+            "spacing": COARSE,
+            **override,
+        },
     )
     flow.initialize()
     flow.run()
