@@ -113,8 +113,9 @@ def find_scans(dataset_dir: str | Path | Sequence[str | Path] | None, folder: st
         roots[root / folder if folder != "imagesTr" and has_files(root / folder) else root] = path
     walk = _Walk(Path(os.path.commonpath([root if root.is_dir() else root.parent for root in roots])))
     found = walk.read(roots)
+    folders = _folders_with(found)
     for root, path in roots.items():
-        if root.is_dir() and not any(Path(file).is_relative_to(root) for source in found for file in source.files):
+        if not found or (root.is_dir() and root not in folders):
             passed_over = "".join(f"\n{other}: passed over: {reason}" for other, reason in found.passed_over.items())
             raise InputError(f"{path}: {_NO_SCAN}{passed_over}")
     sources: dict[str, Source] = {}
@@ -179,6 +180,7 @@ class _Walk:
         self.sources = Sources()
         self.series: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
         self.visited: set[str] = set()
+        self.listed: list[Path] = []
 
     def pass_over(self, path: str | Path, reason: str) -> None:
         """Note what is no scan."""
@@ -224,6 +226,7 @@ class _Walk:
         for image in images:
             paths = [os.path.normpath(file.parent / path) for path in ensure_tuple(image)]
             if Path(paths[0]).is_dir():
+                self.listed.append(Path(paths[0]))
                 self.enter(Path(paths[0]), bar)
             elif len(paths) == 1 and _begins_as_dicom(paths[0]):
                 self.add_multi_frame(Path(paths[0]))
@@ -309,6 +312,10 @@ class _Walk:
             source if shared[source.case] == 1 else source._replace(case=f"{source.case}/{source.series}")
             for source in scans
         ]
+        folders = _folders_with(self.sources) if self.listed else set()
+        for folder in self.listed:
+            if folder not in folders and str(folder) not in self.sources.passed_over:
+                self.pass_over(folder, "a listed folder without a scan")
         return self.sources
 
     def case(self, folder: Path) -> str:
@@ -316,6 +323,12 @@ class _Walk:
         if not folder.is_relative_to(self.root):  # of a list, whose ids must not lead out of the store
             return folder.name
         return str(PurePosixPath(self.root.name, *folder.relative_to(self.root).parts))
+
+
+def _folders_with(sources: Iterable[Source]) -> set[Path]:
+    """Return all folders that hold scans, at any depth."""
+    nearest = {Path(file).parent for source in sources for file in source.files}
+    return {above for folder in nearest for above in (folder, *folder.parents)}
 
 
 def _copies(parts: Sequence[tuple[Path, tuple[str, ...]]]) -> bool:

@@ -167,9 +167,10 @@ def test_a_path_without_scans_is_refused_beside_others(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"/empty: no scan found"):
         find_scans([tmp_path / "a.nii.gz", tmp_path / "empty"])
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(InputError, match=r"list\.json: no scan found"):
-        find_scans([tmp_path / "list.json", tmp_path / "a.nii.gz"])
+    for listed in ("[]", '["./empty"]'):
+        (tmp_path / "list.json").write_text(listed)
+        with pytest.raises(InputError, match=r"list\.json: no scan found"):
+            find_scans(tmp_path / "list.json")
     with pytest.raises(InputError, match="nowhere: no such file or folder"):
         find_scans([tmp_path / "a.nii.gz", tmp_path / "nowhere"])
 
