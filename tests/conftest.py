@@ -15,6 +15,8 @@ from shared_networks.synthetic.phantom import write_dataset
 
 ROOT = Path(__file__).parent.parent
 BUNDLES = ("hi_end_mae_pretrain", "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg")
+COARSE = [8.0, 8.0, 8.0]
+"""Spacing in mm at which a CT has few windows, for tests of what is around the network."""
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,11 @@ from shared_networks.datasets.record import read_record
 from shared_networks.errors import input_error_in
 from shared_networks.synthetic.phantom import write_dataset
 from shared_networks.synthetic.tissues import label_names
-from tests.conftest import ROOT
+from tests.conftest import COARSE, ROOT
 
 pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
-COARSE = [8.0, 8.0, 8.0]
-"""Spacing for few windows."""
 FOLD = {"split#fold": 0, "split#num_folds": 3, "split#val_fraction": 0.3}
 
 

@@ -23,8 +23,8 @@ from tests.conftest import BUNDLES, ROOT
 
 pytestmark = pytest.mark.integration
 
-# Voxels of the synthetic CTs, which are coarse: few windows.
-COARSE = ["--spacing", "[6.0,6.0,6.0]"]
+# Coarse voxels make few windows. Reconstructions are compared with the scans, so theirs are finer.
+SPACING = {"segmentation": "[6.0,6.0,6.0]", "pre-training": "[4.0,4.0,4.0]"}
 # No --val_interval: the epoch is fewer than it, and a model must come out all the same.
 QUICK = "--epochs 1 --warmup_epochs 1 --num_samples 1 --batch_size 1"
 
@@ -100,7 +100,8 @@ def tiny(bundle: str, command: str, data: Path, store: Path) -> list[str]:
     words = [str(store) if word == "/data/store" else word for word in words]
     words = [re.sub(r"^/data/\w+(/imagesTs)?$", lambda m: f"{data}{m[1] or ''}", word) for word in words]
     python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    return [*python, *words[1:], *COARSE, *more]
+    spacing = SPACING["segmentation" if "seg" in bundle else "pre-training"]
+    return [*python, *words[1:], "--spacing", spacing, *more]
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -211,7 +212,7 @@ def test_reconstruction_is_on_the_input_grid(clone: Path, datasets: dict[str, Pa
     np.testing.assert_allclose(result.affine, source.affine, atol=1e-3)
     assert 0.6 < mask.mean() < 0.9  # 75 % of the patches, some beyond the scan
     seen, truth = np.asanyarray(result.dataobj)[mask == 0], np.clip(np.asanyarray(source.dataobj), -175, 250)[mask == 0]
-    assert np.corrcoef(seen, truth)[0, 1] > 0.85  # visible patches are the scan, but for resampling there and back
+    assert np.corrcoef(seen, truth)[0, 1] > 0.9  # visible patches are the scan, but for resampling there and back
     assert (outputs / "test_000_reconstruction.png").stat().st_size > 10_000
     assert (outputs / "metrics.csv").is_file()
 

@@ -16,7 +16,7 @@ from monai.bundle import ConfigWorkflow
 
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.synthetic.tissue_table import read_tissue_table
-from tests.conftest import BUNDLES, ROOT
+from tests.conftest import BUNDLES, COARSE, ROOT
 
 pytestmark = pytest.mark.integration
 
@@ -30,7 +30,7 @@ def workflow(bundle: str, data: Path, out: Path, overlay: str = "synthetic.json"
         "num_samples": 2,
         "batch_size": 1,
         "val_fraction": 0.4,
-        "spacing": [8.0, 8.0, 8.0],  # few windows
+        "spacing": COARSE,
     }
     if "seg" in bundle:
         settings |= {"pretrained_encoder": ""}

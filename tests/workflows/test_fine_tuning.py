@@ -10,14 +10,12 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from shared_networks.networks.vit import interpolate_positions
-from tests.conftest import ROOT
+from tests.conftest import COARSE, ROOT
 
 pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
 
-COARSE = [8.0, 8.0, 8.0]
-"""Spacing for few windows."""
 FROZEN = {"optimizer#params#freeze_encoder": True}
 
 

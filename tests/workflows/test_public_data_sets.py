@@ -24,13 +24,11 @@ from shared_networks.datasets.pairs import case_name
 from shared_networks.datasets.record import PARTS
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.synthetic.tissues import label_names
-from tests.conftest import ROOT
+from tests.conftest import COARSE, ROOT
 
 pytestmark = pytest.mark.integration
 
 BUNDLE = ROOT / "hi_end_mae_btcv_seg"
-COARSE = [8.0, 8.0, 8.0]
-"""Spacing for few windows."""
 # Names as in the distributed files, misspelt ones too.
 AMOS = [
     *("background", "spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "arota"),

@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 
 from shared_networks.files import UNFINISHED
 from shared_networks.synthetic.phantom import write_dataset
-from tests.conftest import ROOT
+from tests.conftest import COARSE, ROOT
 
 pytestmark = pytest.mark.integration
 
@@ -61,7 +61,7 @@ def command(scans: Path, weights: Path, out: Path, processes: int = 1, configs: 
     names = [*configs.split(), *(["multi_gpu"] if processes > 1 else []), "tiny"]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     files = repr([f"configs/{name}.json" for name in names])
-    coarse = ["--spacing", "[8.0,8.0,8.0]"]  # few windows: what is shared is scans
+    coarse = ["--spacing", str(COARSE)]
     options = ["--dataset_dir", scans, "--checkpoint", weights, "--output_dir", out, *coarse]
     words = [sys.executable, "-W", "ignore", *start, "-m", "monai.bundle", "run", "--config_file", files, *options]
     return [str(word) for word in words]
