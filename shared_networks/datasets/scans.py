@@ -290,6 +290,8 @@ class _Walk:
 
     def finish(self) -> Sources:
         """Add the series, each whole though it lies in several folders, and leave out what is no scan."""
+        in_folders = {file for parts in self.series.values() for _, files in parts for file in files}
+        self.sources[:] = [scan for scan in self.sources if not (scan.series and in_folders.issuperset(scan.files))]
         found: list[Source] = []
         for uid, parts in self.series.items():
             if len(parts) > 1 and not _copies(parts):

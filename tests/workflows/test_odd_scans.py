@@ -114,6 +114,13 @@ def test_one_slice_is_no_data_set_and_a_multi_frame_file_is(tmp_path: Path) -> N
     assert source.case.endswith("/e/ENH") and read_scan(source, "CT").image.shape == (1, 24, 20, 16)
 
 
+def test_a_multi_frame_file_given_also_by_its_folder_is_one_scan(tmp_path: Path) -> None:
+    file = write_enhanced(tmp_path / "e" / "ENH.dcm")
+    for paths in ([file, file.parent], [file.parent, file]):
+        (source,) = find_scans(paths)
+        assert source.case == "e" and source.files == (str(file),)
+
+
 def test_a_lonely_localiser_is_said_to_be_one(tmp_path: Path) -> None:
     write(dataset(ct()[:, :, 3], (0, 0, 0), "1.2.3.5"), tmp_path / "SCOUT")
     assert reason(tmp_path) == "too small: a series of 1 slice(s), such as a localiser"
