@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,18 @@ def atomic_write(file: str | Path, advice: str = OTHER_FOLDER) -> Iterator[Path]
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def files_state(files: Iterable[str | Path]) -> str:
+    """Return a digest of names, sizes and times of last change of files, in their order.
+
+    It changes with any of them: of a hundred slices one may be replaced by an older one of the same size.
+
+    Raises:
+        OSError: a file cannot be found.
+    """
+    states = [(Path(file).name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
 
 
 def write_csv(file: str | Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -14,10 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from monai.utils import ensure_tuple
-
 from shared_networks.datasets.nifti import is_nifti
-from shared_networks.datasets.pairs import Name, dataset_folder, pair_by_name
+from shared_networks.datasets.pairs import Name, dataset_folder, listed_paths, pair_by_name
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import write_json
 from shared_networks.settings.command_line import call_with_options
@@ -122,7 +120,9 @@ def read_list(file: str | Path) -> list[dict[str, Any]]:
     cases = []
     for key, part in _LISTS.items():
         for case in filter(_is_labelled, lists[key]):
-            image, label = ([_relative_to(file, path) for path in ensure_tuple(case[k])] for k in ("image", "label"))
+            image, label = (
+                [_relative_to(file, path) for path in listed_paths(case, key)] for key in ("image", "label")
+            )
             cases.append({"image": image if len(image) > 1 else image[0], "label": label[0]})
             if part:
                 cases[-1]["part"] = part
@@ -147,9 +147,7 @@ def _expression(wildcard: str) -> str:
 
 
 def _is_labelled(case: Any) -> bool:
-    if not isinstance(case, dict) or not case.get("image"):
-        return False
-    return bool(case.get("label")) and len(ensure_tuple(case["label"])) == 1
+    return isinstance(case, dict) and bool(listed_paths(case, "image")) and len(listed_paths(case, "label")) == 1
 
 
 def _relative_to(file: str | Path, path: str) -> str:

@@ -147,6 +147,18 @@ def pair_cases(images: Sequence[Image], labels: Sequence[str]) -> list[dict[str,
     )
 
 
+def listed_paths(case: Any, key: str) -> list[str]:
+    """Return the paths that an entry of a list of cases has for a key; none if it has none, or something else.
+
+    Args:
+        case: a path, or a dict with a path or a list of paths, one a channel.
+        key: `image` or `label`.
+    """
+    value = case.get(key) if isinstance(case, dict) else case
+    paths = value if isinstance(value, list) else [value]
+    return paths if all(isinstance(path, str) and path for path in paths) else []
+
+
 def has_files(folder: Path) -> bool:
     """Return whether a folder exists and holds any file that is not hidden."""
     return folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())

@@ -6,13 +6,16 @@ test it, and the settings that its use depends on. Whoever copies a model takes 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
 import os
+import struct
+import zlib
 from collections import UserDict
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ Record = Mapping[str, Any]
 Case = Mapping[str, Any]
 
 PARTS = ("train", "validation", "test")
-_PIECE = 1 << 16  # bytes of a scan's start and end that tell it from others
+_PIECE = 1 << 16  # bytes of a scan's start, which with its checksum tell it from others
 _REPLACES = "replaces"
 SAFETENSORS = ".safetensors"
 
@@ -131,18 +134,33 @@ def seen_cases(record: Record, part: str) -> dict[str, str]:
 
 
 def _scan_digest(case: Case) -> str:
-    """What a labelled scan is known by under any name: its files' sizes, starts and ends. Empty if there is no file."""
+    """What a labelled scan is known by under any name, compressed or not. Empty if there is no file."""
     digest = hashlib.sha256()
     try:
         for file in ensure_tuple(case["image"]) if "label" in case else ():
-            with open(file, "rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                digest.update(f"{size} ".encode() + stream.read(_PIECE))
-                stream.seek(max(size - _PIECE, 0))
-                digest.update(stream.read(_PIECE))
-    except OSError:  # checks of the data say so
+            stat = os.stat(file)
+            digest.update(_content_key(str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    except (OSError, EOFError, zlib.error):  # checks of the data say so
         return ""
     return digest.hexdigest() if "label" in case else ""
+
+
+@cache
+def _content_key(file: str, *_version: int) -> bytes:
+    """What tells the content of a file, decompressed: its size, CRC-32 and start. gzip files end with the first two."""
+    crc = size = 0
+    with open(file, "rb") as stream:
+        if compressed := stream.read(2) == b"\x1f\x8b":
+            stream.seek(-8, os.SEEK_END)
+            crc, size = struct.unpack("<II", stream.read())
+    with gzip.open(file) if compressed else open(file, "rb") as content:
+        start = piece = content.read(_PIECE)
+        if size < len(start):  # not compressed; or in parts, so that its end tells of the last one alone
+            crc = size = 0
+            while piece:
+                crc, size = zlib.crc32(piece, crc), size + len(piece)
+                piece = content.read(1 << 22)
+    return hashlib.sha256(f"{size % (1 << 32)} {crc} ".encode() + start).digest()
 
 
 def common_cases(cases: Mapping[str, str], others: Mapping[str, str], same_names: bool) -> list[str]:

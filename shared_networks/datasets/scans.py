@@ -31,7 +31,14 @@ from shared_networks.datasets.dicom import (
     series_of_folder,
 )
 from shared_networks.datasets.nifti import grid_problems, is_nifti, read_nifti
-from shared_networks.datasets.pairs import Image, case_name, channel_groups, has_files, numbering_problem
+from shared_networks.datasets.pairs import (
+    Image,
+    case_name,
+    channel_groups,
+    has_files,
+    listed_paths,
+    numbering_problem,
+)
 from shared_networks.datasets.validate import image_problems
 from shared_networks.errors import InputError
 
@@ -107,11 +114,12 @@ def find_scans(dataset_dir: str | Path | Sequence[str | Path] | None, folder: st
         raise InputError("dataset_dir is not set; pass --dataset_dir FOLDER, the folder that holds the scans")
     roots = {}
     for path in [dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir:
-        root = Path(path).resolve()
+        # A link to a file keeps its name and place: data stores link to files that are named by their content.
+        root = Path(path).resolve() if Path(path).is_dir() else Path(path).parent.resolve() / Path(path).name
         if not root.exists():
             raise InputError(f"{path}: no such file or folder; give a scan, or a folder or list of scans")
         roots[root / folder if folder != "imagesTr" and has_files(root / folder) else root] = path
-    walk = _Walk(Path(os.path.commonpath([root if root.is_dir() else root.parent for root in roots])))
+    walk = _Walk(Path(os.path.commonpath([root if root.is_dir() else root.parent for root in roots])), folder)
     found = walk.read(roots)
     folders = _folders_with(found)
     for root, path in roots.items():
@@ -175,8 +183,8 @@ def read_grid(source: Source) -> tuple[tuple[int, ...], tuple[float, ...]] | Non
 class _Walk:
     """A walk through a folder that collects scans and what is passed over."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, part: str) -> None:
+        self.root, self.part = root, part
         self.sources = Sources()
         self.series: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
         self.visited: set[str] = set()
@@ -215,16 +223,17 @@ class _Walk:
     def add_listed(self, file: Path, bar: Any) -> None:
         """Add the scans that a `.json` file lists, paths relative to it."""
         try:
-            content = json.loads(file.read_text())
-            lists = content.values() if isinstance(content, dict) else [content]
-            cases = [case for cases in lists if isinstance(cases, list) for case in cases]
-            images = [case["image"] if isinstance(case, dict) else case for case in cases if _names_image(case)]
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+            lists = content if isinstance(content, dict) else {"training": content}
+            cases = [case for key, part in lists.items() if _lists_cases(key, part) for case in part]
         except (ValueError, OSError) as error:
             raise InputError(f"{file}: not readable as a list of cases ({error}); give a JSON file") from None
-        if not images:
+        if not cases:
             raise InputError(f"{file}: {_NO_SCAN}")
-        for image in images:
-            paths = [os.path.normpath(file.parent / path) for path in ensure_tuple(image)]
+        for case in cases:
+            if not (image := listed_paths(case, "image")):
+                raise InputError(f'{file}: {case!r} names no image; list a path, or {{"image": path}}')
+            paths = [os.path.normpath(file.parent / path) for path in image]
             if Path(paths[0]).is_dir():
                 self.listed.append(Path(paths[0]))
                 self.enter(Path(paths[0]), bar)
@@ -235,7 +244,9 @@ class _Walk:
 
     def enter(self, folder: Path, bar: Any) -> None:
         """Collect what is in a folder and in those below."""
-        if (folder / "imagesTr").is_dir():
+        if self.part != "imagesTr" and has_files(folder / self.part):
+            folder = folder / self.part
+        elif (folder / "imagesTr").is_dir():
             folder = folder / "imagesTr"
         real = os.path.realpath(folder)
         if real in self.visited:
@@ -286,7 +297,8 @@ class _Walk:
             if damaged:
                 self.pass_over(min(damaged), f"not readable as DICOM, with {len(damaged) - 1} others of its folder")
         for uid, names in series.items():
-            self.series.setdefault(uid, []).append((folder, names))
+            # Without a UID nothing says that slices in several folders are one series.
+            self.series.setdefault(uid or f"of {folder}", []).append((folder, names))
 
     def finish(self) -> Sources:
         """Add the series, each whole though it lies in several folders, and leave out what is no scan."""
@@ -383,10 +395,15 @@ def _below(folder: Path, root: Path) -> list[str]:
     return [part for part in Path(os.path.relpath(folder, root)).parts if part not in ("..", ".")]
 
 
-def _names_image(case: Any) -> bool:
-    if isinstance(case, dict):
-        return bool(case.get("image"))
-    return isinstance(case, str) and (is_nifti(case) or "/" in case)
+def _lists_cases(key: str, content: Any) -> bool:
+    """Return whether a list in a file is one of cases, and not of labels or references."""
+    if not isinstance(content, list):
+        return False
+    return key in ("training", "validation", "test") or any(
+        (isinstance(case, dict) and "image" in case)
+        or (isinstance(case, str) and (is_nifti(case) or ("/" in case and "://" not in case)))
+        for case in content
+    )
 
 
 def _read_files(files: Sequence[str]) -> Scan:

@@ -31,6 +31,7 @@ from shared_networks.datasets.pairs import Image, case_name
 from shared_networks.datasets.scans import BadScanError, Scan, Source, file_source, read_grid, read_scan
 from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import FailedScansError, InputError, input_error_in
+from shared_networks.files import files_state
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, scan_grid
 
@@ -68,10 +69,8 @@ def output_names(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def scan_stamp(source: Source) -> str:
-    """Return a text that changes with a scan: its files' number, size and time of last change."""
-    stats = [os.stat(file) for file in source.files]
-    size, time = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
-    return f"{source.files[0]}: {len(stats)} file(s), {size} bytes, changed {time}"
+    """Return a text that changes with a scan: its files' number, and a digest of their names, sizes and times."""
+    return f"{source.files[0]}: {len(source.files)} file(s), state {files_state(source.files)}"
 
 
 def scan_size(source: Source) -> int:

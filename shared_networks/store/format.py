@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write
 
@@ -110,7 +111,8 @@ def manifest_file(prepared_dir: str | Path) -> Path:
 def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
     """Read the manifest of a store.
 
-    A last line without end, which a crash may leave, is ignored; of several lines of a case the last one counts.
+    A last line without end, which a crash may leave, is ignored; of several lines of a case the last one counts, and
+    a line with `removed` says that the case has none.
 
     Returns:
         For each case id its entry; nothing where there is no manifest.
@@ -120,13 +122,15 @@ def manifest_entries(prepared_dir: str | Path) -> dict[str, dict[str, Any]]:
             read and, by `exclude`, removed.
     """
     file = manifest_file(prepared_dir)
-    return parse_entries(file, file.read_bytes()) if file.is_file() else {}
+    entries: dict[str, dict[str, Any]] = {}
+    if file.is_file():
+        add_entries(entries, file, file.read_bytes())
+    return entries
 
 
-def parse_entries(file: Path, content: bytes) -> dict[str, dict[str, Any]]:
-    """Read the lines of a manifest; see :func:`manifest_entries`."""
+def add_entries(entries: dict[str, dict[str, Any]], file: Path, content: bytes) -> None:
+    """Bring entries up to date by further lines of a manifest; see :func:`manifest_entries`."""
     *lines, _ = content.split(b"\n")
-    entries = {}
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
@@ -139,7 +143,8 @@ def parse_entries(file: Path, content: bytes) -> dict[str, dict[str, Any]]:
                 f"{file}: line {number}: the id {entry['id']!r} leads out of the store; delete the line, and use "
                 "stores of people whom you trust"
             )
-    return entries
+        if entry.get("removed"):
+            del entries[entry["id"]]
 
 
 def append_entry(prepared_dir: str | Path, entry: Mapping[str, Any]) -> None:
@@ -204,6 +209,7 @@ def check_prepared(
     spacing: Sequence[float],
     intensity_range: Sequence[float] | None = None,
     modality: str | None = None,
+    in_channels: int | None = None,
     cases: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Check that a store was prepared as training expects its images.
@@ -213,12 +219,22 @@ def check_prepared(
         spacing: voxel size in mm.
         intensity_range: HU that become 0 and 1; not compared for MR, whose scans are scaled by their percentiles.
         modality: that scans are scaled by.
+        in_channels: channels that the network takes.
         cases: not used; what overlays give to the check of scans that are not prepared.
 
     Raises:
-        InputError: a case has other settings.
+        InputError: a case has other settings, or another number of channels.
     """
-    for case, entry in manifest_entries(prepared_dir).items():
+    entries = manifest_entries(prepared_dir)
+    examples = {entry["shape"][0]: case for case, entry in entries.items()}
+    if len(examples) > 1:
+        listed = ", ".join(f"{case} has {channels}" for channels, case in sorted(examples.items()))
+        raise InputError(
+            f"{prepared_dir}: cases of several numbers of channels, {listed}; prepare a store for each number"
+        )
+    for case, entry in entries.items():
+        if in_channels is not None and entry["shape"][0] != in_channels:
+            raise InputError(f"{prepared_dir}: {case} {channel_problem(entry['shape'][0], in_channels)}")
         settings = entry["settings"]
         if modality is not None and settings["modality"] != modality:
             raise InputError(

@@ -39,7 +39,7 @@ from shared_networks.datasets.scans import (
     read_scan,
 )
 from shared_networks.errors import InputError
-from shared_networks.files import atomic_write
+from shared_networks.files import atomic_write, files_state
 from shared_networks.store.format import (
     RUN_AGAIN,
     centres_file,
@@ -169,6 +169,8 @@ def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entr
     Raises:
         BadScanError: the scan is of no use.
     """
+    if source.problem:
+        raise BadScanError(source.problem)
     origin = {
         "source": _origin(source),
         "series": source.series,
@@ -178,7 +180,7 @@ def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entr
     if known and known["sha256"] == origin["sha256"] and _fits(task, known):
         return {**known, **origin}
     if known and known["sha256"] != origin["sha256"] and known["source"] != origin["source"]:
-        _check_moved(known)
+        _check_moved(known, origin["source"])
     scan = read_scan(source, task.settings["modality"])
     tensor = MetaTensor(torch.as_tensor(scan.image.astype(np.float32, copy=False)), affine=torch.as_tensor(scan.affine))
     resampled = task.preprocessing({"image": tensor})["image"]
@@ -188,11 +190,13 @@ def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entr
     foreground = (image > 0).any(0)
     if not foreground.any():
         raise BadScanError("empty: no voxel is above the floor of the intensity window")
-    box = _bounding_box(foreground)
+    box, resampled_shape = _bounding_box(foreground), list(image.shape)
     image, foreground = image[(slice(None), *box)], foreground[box]
     file = volume_file(task.prepared_dir, source.case)
     file.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState([task.seed, zlib.crc32(source.case.encode())])
+    if known:  # if this ends before the new entry is there, the old one must not speak for the new files
+        SharedManifest(task.prepared_dir).retract(source.case)
     write_array(centres_file(file), draw_centres(foreground, random))
     write_volume(file, image)
     return {
@@ -201,6 +205,7 @@ def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entr
         **origin,
         **_source_grid(scan),
         "intensity": intensity_statistics(scan.image),
+        "resampled_shape": resampled_shape,
         "shape": list(image.shape),
         "spacing": task.settings["spacing"],
         "affine": (affine @ nib.affines.from_matvec(np.eye(3), [axis.start for axis in box])).tolist(),
@@ -340,9 +345,9 @@ def _entry_or_reason(task: Task, source: Source, known: Entry | None) -> Entry |
         return f"cannot be prepared ({reason}); export it again or remove the case"
 
 
-def _check_moved(known: Entry) -> None:
+def _check_moved(known: Entry, source: Sequence[str]) -> None:
     """Refuse a case whose id another scan has; of a data set that was moved, the old place is empty."""
-    if all(Path(file).exists() for file in known["source"]):
+    if all(Path(file).exists() for file in known["source"]) and not set(known["source"]) & set(source):
         raise BadScanError(f"the store has another scan under this id, {known['source'][0]}; rename a folder")
 
 
@@ -356,17 +361,19 @@ def _excluded_cases(sources: Sequence[Source], entries: Mapping[str, Entry], nam
 
 
 def _is_current(task: Task, source: Source, entry: Mapping[str, Any] | None) -> bool:
-    if entry is None or entry["source"] != _origin(source) or not _fits(task, entry):
+    if entry is None or source.problem or entry["source"] != _origin(source) or not _fits(task, entry):
         return False
     try:
         stat = _stat(source.files)
     except FileNotFoundError:
         return False
-    return all(entry[name] == value for name, value in stat.items())
+    return all(entry.get(name) == value for name, value in stat.items())
 
 
 def _fits(task: Task, entry: Mapping[str, Any]) -> bool:
-    return entry["settings_hash"] == _settings_hash(task.settings) and is_complete(task.prepared_dir, entry)
+    if entry["settings_hash"] != _settings_hash(task.settings) or not is_complete(task.prepared_dir, entry):
+        return False
+    return bool(min(entry.get("resampled_shape", entry["shape"])[1:]) >= task.min_size)
 
 
 def _check_room(task: Task, todo: Sequence[Source], entries: Mapping[str, Entry], workers: int) -> None:
@@ -454,9 +461,8 @@ def _source_grid(scan: Scan) -> dict[str, Any]:
     }
 
 
-def _stat(files: Sequence[str]) -> dict[str, int]:
-    stats = [os.stat(file) for file in files]
-    return {"bytes": sum(s.st_size for s in stats), "modified": max(s.st_mtime_ns for s in stats), "files": len(files)}
+def _stat(files: Sequence[str]) -> dict[str, int | str]:
+    return {"bytes": sum(map(os.path.getsize, files)), "state": files_state(files), "files": len(files)}
 
 
 def _sha256(files: Sequence[str]) -> str:

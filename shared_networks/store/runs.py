@@ -14,10 +14,10 @@ from filelock import FileLock, Timeout
 from shared_networks.datasets.scans import Source
 from shared_networks.files import UNFINISHED
 from shared_networks.store.format import (
+    add_entries,
     append_entry,
     centres_file,
     manifest_file,
-    parse_entries,
     volume_file,
     write_manifest,
 )
@@ -58,6 +58,11 @@ class SharedManifest:
             append_entry(self.folder, entry)
             entries[entry["id"]] = entry
             self._mark()
+
+    def retract(self, case: str) -> None:
+        """Say that the files of a case are about to be replaced, so that its entry is none of theirs."""
+        with self._lock:
+            append_entry(self.folder, {"id": case, "removed": True})
 
     def remove(self, cases: Iterable[str]) -> None:
         """Remove cases with their files; those that are not there are passed over."""
@@ -120,7 +125,7 @@ class SharedManifest:
             if not same:  # it was written anew
                 stream.seek(0)
                 self.entries = {}
-            self.entries.update(parse_entries(file, stream.read()))
+            add_entries(self.entries, file, stream.read())
         self._mark()
 
     def _mark(self) -> None:

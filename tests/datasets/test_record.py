@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ import shared_networks.datasets.record
 from shared_networks.datasets.record import (
     PARTS,
     Record,
+    case_digests,
     file_digest,
     read_record,
     record_file,
@@ -45,6 +48,35 @@ def test_a_model_is_a_flat_state_dict_with_its_record_beside_it(tmp_path: Path) 
     assert record is not None and record["weights_sha256"] == digest == file_digest(file)
     assert trained_labels(record) == ["background", "liver"]
     assert record["preparation"] == {"modality": "CT", "spacing": [1.0, 2.0, 5.0], "intensity_range": [-175, 250]}
+
+
+def digests(*files: Path) -> list[str]:
+    return [case_digests([{"image": str(file), "label": "x"}]).popitem()[1] for file in files]
+
+
+def test_scans_that_begin_and_end_in_air_are_told_apart(tmp_path: Path) -> None:
+    """Of one size, as they lie uncompressed."""
+    for name, value in {"a": 1, "b": 2, "c": 1}.items():
+        content = np.zeros(200_000, np.int16)
+        content[100_000] = value
+        (tmp_path / f"{name}.nii").write_bytes(content.tobytes())
+    a, b, c = digests(*sorted(tmp_path.iterdir()))
+    assert a == c != b
+
+
+def test_a_scan_is_known_compressed_or_not(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(0, 9, 200_000).astype(np.uint8).tobytes()
+    files = [tmp_path / name for name in ("a.nii", "b.nii.gz", "c.nii.gz", "d.nii.gz", "e.nii.gz")]
+    parts = [content[:150_000], content[150_000:], b""]
+    writings = [content, gzip.compress(content, 1), gzip.compress(content, 9, mtime=5)]
+    writings += [b"".join(map(gzip.compress, parts[:2])), b"".join(map(gzip.compress, parts))]
+    for file, writing in zip(files, writings, strict=True):
+        file.write_bytes(writing)
+    (known,) = set(digests(*files))
+    files[1].write_bytes(gzip.compress(content[:-1] + b"x"))
+    (tmp_path / "cut.nii.gz").write_bytes(writings[4][:20_000])
+    assert digests(files[1]) != [known]
+    assert digests(tmp_path / "cut.nii.gz", tmp_path / "none.nii.gz") == ["", ""]  # checks of the data name these
 
 
 def test_labelled_scans_are_known_by_what_is_in_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -173,6 +174,54 @@ def test_a_path_without_scans_is_refused_beside_others(tmp_path):
             find_scans(tmp_path / "list.json")
     with pytest.raises(InputError, match="nowhere: no such file or folder"):
         find_scans([tmp_path / "a.nii.gz", tmp_path / "nowhere"])
+
+
+def test_a_list_names_every_case_or_is_refused(tmp_path):
+    pytest.importorskip("SimpleITK")
+    write_series(tmp_path / "pat", even(hounsfield((10, 8, 12))), uid="1.2.5")
+    for name in "ab":
+        save(tmp_path / f"{name}.nii.gz")
+    about = {"labels": ["background", "liver"], "reference": ["https://example.org/x", "Tang et al."]}
+    (tmp_path / "list.json").write_text(json.dumps({"training": ["a.nii.gz", "pat"], "test": ["b.nii.gz"], **about}))
+    assert [len(scan.files) for scan in find_scans(tmp_path / "list.json")] == [1, 1, 12]
+    for odd in (
+        {"Image": "b.nii.gz"},
+        {"image": ""},
+        {"image": 5},
+        {"image": ["b.nii.gz", None]},
+        {"image": []},
+        5,
+        "",
+    ):
+        (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz"}, odd]}))
+        with pytest.raises(InputError, match=rf"list\.json: {re.escape(repr(odd))} names no image; list a path, or"):
+            find_scans(tmp_path / "list.json")
+    (tmp_path / "list.json").write_text(json.dumps(["a.nii.gz", "b.dcm"]))
+    _, lost = find_scans(tmp_path / "list.json")
+    assert lost.files == (f"{tmp_path}/b.dcm",)
+    with pytest.raises(BadScanError, match="no such file"):
+        read_scan(lost, "CT")
+
+
+def test_test_scans_of_data_sets_within_are_read_where_those_are_asked_for(tmp_path):
+    for name in ("a/imagesTr/x.nii.gz", "a/imagesTs/y.nii.gz", "b/imagesTr/z.nii.gz", "c/v.nii.gz"):
+        save(tmp_path / name)
+    (tmp_path / "b" / "imagesTs").mkdir()
+    for part, found in (("imagesTr", "xzv"), ("imagesTs", "yzv")):
+        assert [Path(scan.case).name for scan in find_scans(tmp_path, part)] == [*found]
+
+
+def test_a_link_to_a_file_keeps_its_name(tmp_path):
+    """As caches and git-annex link to files that are named by their content."""
+    save(tmp_path / "blobs" / "x.nii.gz").rename(tmp_path / "blobs" / "0a1b2c3d")
+    (tmp_path / "snap").mkdir()
+    for link in ("ct.nii.gz", "list.json"):
+        (tmp_path / "blobs" / "4e5f").write_text('["ct.nii.gz"]')
+        (tmp_path / "snap" / link).symlink_to(tmp_path / "blobs" / ("4e5f" if "json" in link else "0a1b2c3d"))
+    for path in ("snap/ct.nii.gz", "snap/list.json", "snap"):
+        (scan,) = find_scans(tmp_path / path)
+        assert scan.case == "snap/ct" and read_scan(scan, "CT").image.shape == (1, *SHAPE)
+    (scan,) = find_scans([tmp_path / "snap", tmp_path / "snap" / "ct.nii.gz"])
 
 
 @pytest.mark.parametrize("listed", [False, True])

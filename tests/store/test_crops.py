@@ -261,6 +261,16 @@ def test_settings_of_store_and_training_must_agree(tmp_path):
         check_prepared(tmp_path, [1.5] * 3, [-100, 250])
 
 
+def test_channels_of_store_and_network_must_agree(tmp_path):
+    add_case(tmp_path, shape=(1, 9, 10, 33))
+    check_prepared(tmp_path, [1.5] * 3, in_channels=1)
+    with pytest.raises(InputError, match=r"set/a has 1 channel.*pass --network_def#in_channels 1"):
+        check_prepared(tmp_path, [1.5] * 3, in_channels=2)
+    add_case(tmp_path, "set/b", shape=(2, 9, 10, 33))
+    with pytest.raises(InputError, match="several numbers of channels, set/a has 1, set/b has 2; prepare a store for"):
+        check_prepared(tmp_path, [1.5] * 3, in_channels=1)
+
+
 def test_mr_has_no_window_to_agree_on(tmp_path):
     add_case(tmp_path, modality="MR")
     check_prepared(tmp_path, [1.5] * 3, [-100, 250])

@@ -92,7 +92,7 @@ def command(data: Path, out: Path, *words: str, **settings: Any) -> subprocess.P
 def stored(out: Path) -> dict[str, bytes]:
     """Everything that matters in a store: files and entries, without what the clock says."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in (out / "cases").rglob("*") if path.is_file()}
-    entries = {case: {**entry, "modified": 0} for case, entry in manifest_entries(out).items()}
+    entries = {case: {**entry, "state": ""} for case, entry in manifest_entries(out).items()}
     return {**files, "manifest": json.dumps(entries, sort_keys=True).encode()}
 
 
@@ -171,6 +171,7 @@ def test_second_run_does_only_what_is_missing_or_changed(data, out, capsys):
     assert "0 cases to prepare, 3 already done" in capsys.readouterr().out
     assert times(out) == before
 
+    listed = manifest_entries(out)["set/imagesTr/c0"]["state"]
     touched, changed = data / "imagesTr" / "c0_0000.nii.gz", data / "imagesTr" / "c1_0000.nii.gz"
     os.utime(touched, ns=(1, 1))
     save(changed, body(7))
@@ -180,7 +181,7 @@ def test_second_run_does_only_what_is_missing_or_changed(data, out, capsys):
     assert "3 cases to prepare, 0 already done" in capsys.readouterr().out
     redone = {path.name.split(".")[0] for path, when in times(out).items() if before[path] != when}
     assert redone == {"c1", "c2"}
-    assert manifest_entries(out)["set/imagesTr/c0"]["modified"] == 1
+    assert manifest_entries(out)["set/imagesTr/c0"]["state"] != listed
     run(data, out)
     assert "0 cases to prepare, 3 already done" in capsys.readouterr().out
 
@@ -287,6 +288,48 @@ def test_stopped_in_the_middle_and_run_again_is_the_same_store(tmp_path, out, ho
     run(data, out)
     run(data, tmp_path / "whole")
     assert stored(out) == stored(tmp_path / "whole")
+
+
+def test_files_replaced_by_a_run_that_was_stopped_have_no_entry(data, out, tmp_path, monkeypatch):
+    """Of another window, whose sizes are the same."""
+    run(data, out)
+    monkeypatch.setattr(runs.SharedManifest, "append", raising(KeyboardInterrupt()))
+    with pytest.raises(SystemExit, match="stopped; run again"):
+        run(data, out, intensity_range=[-175, 1000])
+    monkeypatch.undo()
+    assert [*manifest_entries(out)] == ["set/imagesTr/c1", "set/imagesTr/c2"]
+    run(data, out)
+    run(data, tmp_path / "whole")
+    assert stored(out) == stored(tmp_path / "whole")
+
+
+def test_channels_that_change_places_are_prepared_again(tmp_path, out, capsys):
+    first, second = (save(tmp_path / "set" / "imagesTr" / f"c0_000{k}.nii", body(k)) for k in range(2))
+    run(tmp_path / "set", out)
+    before = read_volume(out / "cases/set/imagesTr/c0.npy", manifest_entries(out)["set/imagesTr/c0"]["shape"])
+    first.rename(tmp_path / "other")
+    second.rename(first)
+    (tmp_path / "other").rename(second)
+    run(tmp_path / "set", out)
+    assert "1 cases to prepare, 0 already done" in capsys.readouterr().out.partition("cases in")[2]
+    after = read_volume(out / "cases/set/imagesTr/c0.npy", manifest_entries(out)["set/imagesTr/c0"]["shape"])
+    np.testing.assert_array_equal(after, before[::-1])
+
+
+def test_a_case_of_other_channels_than_most_leaves_the_store(data, out):
+    run(data, out)
+    for name in ("c1", "c2"):
+        save(data / "imagesTr" / f"{name}_0001.nii.gz", body(5))
+    run(data, out, max_failed=0.5)
+    assert [*manifest_entries(out)] == ["set/imagesTr/c1", "set/imagesTr/c2"]
+
+
+def test_a_larger_least_size_holds_for_cases_done_before(data, out):
+    run(data, out)
+    with pytest.raises(InputError, match="3 of 3 cases failed"):
+        run(data, out, min_size=48)
+    assert manifest_entries(out) == {}
+    assert "48 are needed on each axis" in (out / "failed.txt").read_text()
 
 
 def test_killed_worker_is_said(out, monkeypatch):

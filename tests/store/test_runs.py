@@ -89,7 +89,7 @@ def test_a_run_waits_for_cases_that_another_is_at(end: str, workers: int, data: 
     if end == "finished":
         other.append({**entry, "mark": "of the other run"})
     other.give_back(claim)
-    thread.join(timeout=120)
+    thread.join(timeout=600)
     assert not thread.is_alive()
     assert ("mark" in manifest_entries(out)[case]) == (end == "finished")
     assert not list(out.rglob("*.lock*"))[1:], "only the manifest's own"
@@ -108,6 +108,8 @@ def test_a_manifest_follows_what_others_write(tmp_path: Path) -> None:
     theirs.append({"id": "a", "n": 2})
     mine.append({"id": "b", "n": 3})
     assert seen() == {"a": 2, "b": 3}
+    theirs.retract("a")
+    assert seen() == {"b": 3}
     write_manifest(tmp_path, {"c": {"id": "c", "n": 4}, "d": {"id": "d", "n": 5}, "e": {"id": "e", "n": 6}})
     assert seen() == {"c": 4, "d": 5, "e": 6}
     with manifest_file(tmp_path).open("a") as stream:

@@ -81,6 +81,16 @@ def test_a_series_in_several_folders_is_one_scan(folders: int, tmp_path: Path) -
     np.testing.assert_array_equal(read_scan(source, "CT").image[0], ct())
 
 
+def test_series_without_an_id_are_scans_by_folder(tmp_path: Path) -> None:
+    for name in "ab":
+        write_series(tmp_path / name, SeriesInstanceUID=None)
+    sources = find_scans(tmp_path)
+    assert [(source.case, len(source.files)) for source in sources] == [
+        (f"{tmp_path.name}/{name}", 16) for name in "ab"
+    ]
+    assert all(np.array_equal(read_scan(source, "CT").image[0], ct()) for source in sources)
+
+
 def test_copies_of_a_series_stay_apart(tmp_path: Path) -> None:
     for file in write_series(tmp_path / "a"):
         copy = tmp_path / "b" / file.name
