@@ -21,7 +21,7 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from shared_networks.datasets.grid import affine_rows, same_affine
+from shared_networks.datasets.grid import affine_rows, same_affine, size_problem
 from shared_networks.datasets.memory import free_memory
 from shared_networks.errors import InputError
 
@@ -76,6 +76,8 @@ def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
         return Nifti([f"cannot be read ({reason}); {fix}"], None)
     problems = _shape_problems(shape, is_label) + _header_problems(pixdim, affine, used_affine, header)
     affine[:3] *= _MM.get(int(header["xyzt_units"]) % 8, 1.0)
+    if not problems and (problem := size_problem(affine, shape)):
+        problems.append(problem)
     flat = None if problems or values is None else values.reshape(shape[:3])
     return Nifti(problems, None if problems else (shape[:3], affine), values if problems else flat)
 

@@ -29,7 +29,7 @@ def refuse_tissue_maps(images: Iterable[str]) -> None:
         if isinstance(channels, dict) and channels.get("0") == TISSUE_CHANNEL:
             raise InputError(
                 f"{file}: channel 0 is {TISSUE_CHANNEL!r}, no scan; to train on CTs drawn from it, add "
-                "configs/synthetic.json to --config_file"
+                "configs/synthetic.json to --config_file; to evaluate, write CTs with shared_networks.synthetic.phantom"
             )
 
 

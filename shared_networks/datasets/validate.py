@@ -93,6 +93,8 @@ def check_cases(
             "no case to check; look at dataset_dir: it must hold at least one image (pass --dataset_dir FOLDER)"
             ", and with val_fraction 0 none validates"
         )
+    if num_tissues is not None and (most := max(num_tissues, num_classes or 0)) > 256:
+        raise InputError(f"{most} tissues or classes: maps and labels are read as bytes; give at most 256 of each")
     unique = dict.fromkeys((ensure_tuple(case["image"]), case.get("label")) for case in cases)
     images = dict.fromkeys(file for files, _ in unique for file in files)
     labels = dict.fromkeys(label for _, label in unique if label is not None)

@@ -54,6 +54,11 @@ def test_tissues_outside_the_table_are_listed_with_their_file(tmp_path: Path, bl
         check_cases([write(tmp_path, blocks)], 2, num_tissues=2)
 
 
+def test_maps_and_labels_are_bytes(tmp_path: Path, blocks: np.ndarray) -> None:
+    with pytest.raises(InputError, match="300 tissues or classes: maps and labels are read as bytes; give at most 256"):
+        check_cases([write(tmp_path, blocks)], 300, num_tissues=4)
+
+
 def test_scans_are_no_tissue_maps() -> None:
     assert tissue_problems(np.array([0.0, 1.0, 2.0]), 3) == []
     [line] = tissue_problems(np.array([0.5, 1.0]), 3)

@@ -186,6 +186,16 @@ REFUSED: dict[str, tuple[str, Callable[[str], object], str]] = {
         patched(scl_slope=1, scl_inter=np.nan),
         "cannot be read (HeaderDataError: Valid slope but invalid intercept nan); put its header right",
     ),
+    "mm said to be metres": (
+        "a.nii.gz",
+        lambda file: odd.save(file, odd.voxels(), unit="meter"),
+        "voxels of 800 x 1500 x 3000 mm make a scan 15000 mm long; put the voxel size, or its unit, right",
+    ),
+    "mm said to be micrometres": (
+        "a.nii.gz",
+        lambda file: odd.save(file, odd.voxels(), unit="micron"),
+        "voxels of 0.0008 x 0.0015 x 0.003 mm make a scan 0.015 mm long",
+    ),
     "volumes": ("a.nii.gz", lambda file: odd.save(file, np.stack([odd.voxels()] * 3, -1)), "shape (9, 7, 5, 3) is not"),
 }
 
