@@ -15,8 +15,11 @@ from shared_networks.networks.hi_end_mae import restore_intensities
 
 
 def named(meta: Mapping[str, Any], _saver: Any) -> dict[str, Any]:
-    """Name a file by its case, as :class:`monai.transforms.SaveImage` asks for its `output_name_formatter`."""
-    return {"subject": meta["name"], "idx": None}
+    """Name a file by its case, as :class:`monai.transforms.SaveImage` asks for its `output_name_formatter`.
+
+    MONAI cuts a suffix off, which of a name with dots alone would be a part of it.
+    """
+    return {"subject": f"{meta['name']}.nii.gz", "idx": None}
 
 
 class RestoreReconstructiond(MapTransform):

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from torch import Tensor
 
+from shared_networks.errors import InputError, input_error_in
 from shared_networks.inference.reconstruction import RestoreReconstructiond
+from tests.conftest import ROOT
 
 SIZE, PATCH = (4, 6, 8), (2, 3, 4)  # 8 patches
 AFFINE = torch.tensor([[0.0, -1.5, 0, 20], [2.0, 0, 0, -7], [0, 0, 3.0, 11], [0, 0, 0, 1]], dtype=torch.float64)
@@ -83,3 +89,46 @@ def test_other_keys_one_patch_size_for_all_axes_and_plain_tensors():
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"image size \(4, 6, 8\) is not divisible by patch size \(2, 4, 4\)"):
         RestoreReconstructiond("pred", (2, 4, 4))({"image": image(), "pred": output()})
+
+
+def reconstruct(data: Path, out: Path, **settings: Any) -> tuple[list[str], dict[str, str]]:
+    """Cases that the bundle's config has reconstructed with a tiny random network, and why not the others."""
+    bundle = ROOT / "hi_end_mae_pretrain"
+    flow = ConfigWorkflow(
+        [str(bundle / "configs" / f"{name}.json") for name in ("inference", "tiny")],
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(bundle),
+        dataset_dir=str(data),
+        output_dir=str(out),
+        checkpoint=str(out.parent / "model.pt"),
+        **settings,
+    )
+    flow.parser.parse(reset=True)
+    torch.manual_seed(0)
+    torch.save(flow.parser.get_parsed_content("network_def").state_dict(), out.parent / "model.pt")
+    flow.initialize()
+    scans = flow.parser.get_parsed_content("dataset")
+    try:
+        flow.run()
+    except RuntimeError as error:
+        assert isinstance(input_error_in(error), InputError)
+    return [case.rpartition("/")[2] for case in scans.done], {Path(f).name: why for f, why in scans.failed.items()}
+
+
+def write_scan(file: Path, seed: int = 0) -> None:
+    file.parent.mkdir(exist_ok=True)
+    values = np.random.default_rng(seed).integers(-1000, 400, (20, 20, 20)).astype(np.int16)
+    nib.save(nib.Nifti1Image(values, np.diag([4.0, 4.0, 4.0, 1.0])), file)
+
+
+@pytest.mark.integration
+def test_scans_whose_names_hold_dots_keep_their_results_apart(tmp_path: Path) -> None:
+    names = ["1.2.840.113.17", "1.2.840.113.18", "plain"]
+    for seed, name in enumerate(names):
+        write_scan(tmp_path / "dots" / f"{name}.nii.gz", seed)
+    assert reconstruct(tmp_path / "dots", tmp_path / "out") == (names, {})
+    kinds = ("reconstruction.json", "reconstruction.nii.gz", "reconstruction.png", "mask.nii.gz")
+    found = {file.name for file in (tmp_path / "out").iterdir()}
+    assert found == {f"{name}_{kind}" for name in names for kind in kinds}
+    assert reconstruct(tmp_path / "dots", tmp_path / "out") == ([], {})
