@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,9 @@ from typing import Any
 from shared_networks.errors import InputError
 
 UNFINISHED = ".unfinished_"
-"""Prefix of a file that is being written; only a killed process leaves one behind."""
+"""Prefix of a file that is being written; one that is left behind is of a job that was killed or has failed."""
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 
 OTHER_FOLDER = "make room there or give another --output_dir"
 GO_ON = "nothing saved before is lost. Make room or give another folder, then go on with --resume True"  # of a training
@@ -59,6 +62,16 @@ def files_state(files: Iterable[str | Path]) -> str:
     """
     states = [(Path(file).name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Return whether an error is that results cannot be written, as none of the scans after it could."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _UNWRITABLE:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def write_csv(file: str | Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from monai.utils import convert_to_numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from shared_networks.datasets.labels import label_colour
-from shared_networks.datasets.pairs import named_case
+from shared_networks.datasets.pairs import named_case, source_file
 from shared_networks.figures.planes import (
     TEXT_COLOUR,
     Plane,
@@ -31,6 +32,9 @@ from shared_networks.figures.planes import (
 from shared_networks.files import atomic_write
 
 FILL_OPACITY = 0.4
+
+DRAWN_OF = "Source"
+"""Entry of a picture's metadata that names the file of the scan."""
 
 
 def fullest_centre(labels: np.ndarray) -> tuple[int, ...]:
@@ -199,8 +203,9 @@ class SaveOverlayd(MapTransform):
             window=self.window,
             title=case,
         )
+        shown = os.path.realpath(source_file(image))
         with atomic_write(self.output_dir / f"{case}_overlay.png") as part:
-            figure.savefig(part, bbox_inches="tight")
+            figure.savefig(part, bbox_inches="tight", metadata={DRAWN_OF: shown})
         return data
 
 

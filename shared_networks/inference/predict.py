@@ -5,13 +5,12 @@ What is wrong with a scan costs that scan alone; it is listed at the end.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -31,7 +30,7 @@ from shared_networks.datasets.pairs import Image, case_name
 from shared_networks.datasets.scans import BadScanError, Scan, Source, file_source, read_grid, read_scan
 from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import FailedScansError, InputError, input_error_in
-from shared_networks.files import files_state
+from shared_networks.files import files_state, is_unwritable
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, scan_grid
 
@@ -39,7 +38,6 @@ Item = dict[str, Any]
 """A prepared scan, see :class:`Scans`."""
 
 _TORCH_TYPES = ("int8", "uint8", "int16", "int32", "float32")
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +146,7 @@ class Scans(IterableDataset):
         spacing: voxel size in mm that it prepares, for estimates of memory.
         classes: number of labels, background included, for the same.
         skip: whether results of a name and stamp are there already.
+        check: refuses to write results of a name and source over other files, given the files of all scans.
         modality: `CT`, whose values must be Hounsfield units, or `MR`; `None` accepts either.
         in_channels: files that the network takes of each scan.
         ranks: the processes that share the scans; by default this one has them all.
@@ -163,6 +162,7 @@ class Scans(IterableDataset):
         spacing: Sequence[float],
         classes: int,
         skip: Callable[[str, str], bool] | None = None,
+        check: Callable[[str, Source, Collection[str]], None] | None = None,
         modality: str | None = "CT",
         in_channels: int | None = None,
         ranks: Ranks | None = None,
@@ -177,6 +177,8 @@ class Scans(IterableDataset):
         self.spacing = spacing
         self.classes = classes
         self.skip = skip
+        self.check = check
+        self.inputs = {file for source in self.data for file in source.files}
         self.modality = modality
         self.in_channels = in_channels
         self.ranks = ranks or Ranks()
@@ -306,6 +308,8 @@ class Scans(IterableDataset):
             stamp, name = self.stamp(source), self.names[source.case]
             if self.skip is not None and self.skip(name, stamp):
                 return None
+            if self.check is not None:
+                self.check(name, source, self.inputs)
             if alone:
                 self.check_memory(source)
             item = self.prepare(source)
@@ -448,16 +452,6 @@ def reason_of(error: BaseException) -> str:
     if not isinstance(error, OSError | RuntimeError | ValueError):
         logger.warning("unforeseen error", exc_info=error)
     return f"failed ({' '.join(f'{type(error).__name__}: {error}'.split())}); export it again or remove the case"
-
-
-def is_unwritable(error: BaseException) -> bool:
-    """Return whether an error is that results cannot be written, as none of the scans after it could."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _UNWRITABLE:
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 class LabelLater(Inferer):

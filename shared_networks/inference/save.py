@@ -19,13 +19,12 @@ from scipy import ndimage
 from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.pairs import source_file
-from shared_networks.errors import InputError
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.figures.preview import preview_figure
-from shared_networks.files import OTHER_FOLDER, atomic_write, write_csv, write_json
+from shared_networks.files import atomic_write, is_unwritable, write_csv, write_json
 from shared_networks.inference.dicom_seg import OWN_SCHEME, check_highdicom, unknown_labels, write_dicom_seg
-from shared_networks.inference.done import made_with, read_note
-from shared_networks.inference.predict import Scans, is_unwritable, reason_of
+from shared_networks.inference.done import Results, read_note
+from shared_networks.inference.predict import Scans, reason_of
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.run_report import run_report, say_looks
 from shared_networks.inference.sliding_window import organ_value
@@ -101,13 +100,13 @@ def label_table(label_names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-class SaveImageLabelsd(SaveImaged):
+class SaveImageLabelsd(Results, SaveImaged):
     """Write labels as `NAME_seg.nii.gz`, what they mean as `NAME_seg.json`, and pictures of them.
 
     The pictures are `NAME_overlay.png`, slices, and `NAME_preview.png`, surfaces. With an organ's probability,
-    `NAME_ORGAN.nii.gz` as well, and with `dicom_seg` the labels as `NAME_seg.dcm`. The sidecar is written last: with
-    it, a case is complete. At the end of a run, `statistics.csv` has the organs of all cases, see
-    :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. MONAI Label and
+    `NAME_ORGAN.nii.gz` as well, and with `dicom_seg` the labels as `NAME_seg.dcm`. The sidecar is their record, see
+    :class:`shared_networks.inference.done.Results`. At the end of a run, `statistics.csv` has the organs of all cases,
+    see :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. MONAI Label and
     MONAI Deploy save by themselves and leave it out: the one as it is one of MONAI's savers, the other as its name
     begins with `SaveImage`.
 
@@ -127,6 +126,8 @@ class SaveImageLabelsd(SaveImaged):
     Raises:
         InputError: highdicom is not installed and DICOM SEG is asked for; on call, if a file cannot be written.
     """
+
+    kind = "seg"
 
     def __init__(
         self,
@@ -161,21 +162,28 @@ class SaveImageLabelsd(SaveImaged):
         self.statistics: dict[str, list[Row]] = {}
         self.table = Lock()  # cases are saved in one thread, and in another it is seen which are there
 
+    def targets(self, name: str) -> list[str]:
+        """Return the names of all files that may be written of a scan, the labels first, without the sidecar."""
+        endings = ["seg.nii.gz"]
+        endings += [] if self.organ is None else [f"{self.label_names[self.organ].replace(' ', '_')}.nii.gz"]
+        endings += ["seg.dcm"] if self.dicom_seg else []
+        endings += ["overlay.png", "preview.png"] if self.overlay else []
+        return [f"{name}_{ending}" for ending in endings]
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save one decollated case of :class:`Scans`."""
         name, scan = data["name"], data["scan"]
         labels = convert_to_numpy(data[self.keys[0]][0])
         affine, file = convert_to_numpy(scan.affine), source_file(scan)
-        self.take_back(name)
+        self.claim(name, file)
         written = [f"{name}_seg.nii.gz"]
         with atomic_write(self.output_dir / written[0]) as part:
             nib.save(label_image(labels, affine, file), part)
         if self.organ is not None and (probability := data.get("organ_probability")) is not None:
-            organ = self.label_names[self.organ].replace(" ", "_")
             image = label_image(labels, affine, file)
             image.header.set_data_dtype(np.float32)
             chances = probability.numpy()
-            written.append(f"{name}_{organ}.nii.gz")
+            written.append(self.targets(name)[1])
             with atomic_write(self.output_dir / written[-1]) as part:
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
         if self.dicom_seg:
@@ -192,32 +200,10 @@ class SaveImageLabelsd(SaveImaged):
             "statistics": statistics,
             "made_with": self.made_with(data["stamp"]),
         }
-        with atomic_write(self.output_dir / f"{name}_seg.json") as part:
+        with atomic_write(self.file(name)) as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
         self.list_case(name, statistics)
         return dict(data)
-
-    def take_back(self, name: str) -> None:
-        """Declare the earlier results of a case incomplete, which are of other settings, and remove all but the labels.
-
-        Files that this saver did not write stay.
-
-        Raises:
-            InputError: one cannot be removed.
-        """
-        sidecar, labels = (self.output_dir / f"{name}_seg{ending}" for ending in (".json", ".nii.gz"))
-        if not (content := read_note(sidecar)):
-            return
-        # The note still says that the labels are no scan. They are replaced at once, when the new ones are written.
-        write_json(sidecar, {**content, "files": [labels.name], "made_with": "being redone"})
-        for file in map(str, content.get("files", ())):
-            if file != labels.name and file == Path(file).name and file.startswith(f"{name}_"):
-                try:
-                    (self.output_dir / file).unlink(missing_ok=True)
-                except OSError as error:
-                    raise InputError(
-                        f"{self.output_dir / file}: cannot be replaced ({error.strerror}); {OTHER_FOLDER}"
-                    ) from error
 
     def write_dicom_seg(self, name: str, labels: np.ndarray, data: Mapping[Hashable, Any]) -> list[str]:
         """Write the labels as a DICOM SEG and return its name; without any organ that is said, and none is written."""
@@ -271,13 +257,9 @@ class SaveImageLabelsd(SaveImaged):
                 drawn.append(file)
         return drawn
 
-    def made_with(self, stamp: str) -> dict[str, Any]:
-        """Return all that results depend on: the scan, the weights and the settings."""
-        return made_with(stamp, self.checkpoints, self.settings)
-
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether results exist of a name, this scan, weights, labels and settings; if so, list its organs."""
-        content = read_note(self.output_dir / f"{name}_seg.json")
+        content = read_note(self.file(name))
         if content.get("made_with") != self.made_with(stamp) or content.get("labels") != label_table(self.label_names):
             return False
         if (self.overlay and not content.get("overlay")) or (self.dicom_seg and not content.get("dicom_seg")):

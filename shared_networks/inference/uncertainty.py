@@ -267,6 +267,8 @@ class SaveUncertaintyd(SaveImageLabelsd):
             angles.
     """
 
+    kind = "uncertainty"
+
     def __init__(
         self,
         keys: str = "pred",
@@ -285,6 +287,10 @@ class SaveUncertaintyd(SaveImageLabelsd):
         )
         self.scores: dict[str, tuple[float, float]] = {}
 
+    def targets(self, name: str) -> list[str]:
+        """Return the name of the map of a scan."""
+        return [f"{name}_uncertainty.nii.gz"]
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save and rank one decollated case of :class:`shared_networks.inference.predict.Scans`."""
         name, scan, image = data["name"], data["scan"], data["image"]
@@ -300,11 +306,12 @@ class SaveUncertaintyd(SaveImageLabelsd):
         like_scan = label_image(blank, convert_to_numpy(scan.affine), source_file(scan))
         like_scan.header.set_data_dtype(np.float32)
         like_scan.header["descrip"] = b"uncertainty, 0 to 1"
-        with atomic_write(self.output_dir / f"{name}_uncertainty.nii.gz") as part:
+        self.claim(name, source_file(scan))
+        with atomic_write(self.output_dir / self.targets(name)[0]) as part:
             nib.save(nib.Nifti1Image(values, like_scan.affine, like_scan.header, dtype=np.float32), part)
         score = {"mean_uncertainty": mean, "predicted_ml": ml}
-        made_with = self.made_with(data["stamp"])
-        write_json(self.output_dir / f"{name}_uncertainty.json", {**score, "made_with": made_with})
+        whose = {"scan": source_file(scan), "files": self.targets(name), "made_with": self.made_with(data["stamp"])}
+        write_json(self.file(name), {**score, **whose})
         self.rank(name, score)
         return dict(data)
 
@@ -325,9 +332,9 @@ class SaveUncertaintyd(SaveImageLabelsd):
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Return whether a map exists of this scan, these weights and settings; if so, rank the case."""
-        content = read_note(self.output_dir / f"{name}_uncertainty.json")
+        content = read_note(self.file(name))
         done = content.get("made_with") == self.made_with(stamp)
-        if done := done and (self.output_dir / f"{name}_uncertainty.nii.gz").is_file():
+        if done := done and (self.output_dir / self.targets(name)[0]).is_file():
             self.rank(name, content)
         return done
 

@@ -26,6 +26,8 @@ from monai.transforms import (
 from shared_networks.datasets.labels import LABEL_COLOURS
 from shared_networks.datasets.scans import Source, find_scans
 from shared_networks.errors import InputError
+from shared_networks.figures.overlay import SaveOverlayd
+from shared_networks.files import UNFINISHED
 from shared_networks.inference import predict
 from shared_networks.inference.predict import Scans, memory_estimate, one_case, output_names
 from shared_networks.inference.save import SaveImageLabelsd, keep_largest_components, label_image, label_table
@@ -225,7 +227,7 @@ def saved(folder: Path, out: Path, **settings: Any) -> tuple[Scans, SaveImageLab
     if not weights.exists():
         weights.touch()
     saver = SaveImageLabelsd(label_names=NAMES, output_dir=out, checkpoints=[weights], **settings)
-    data = scans(folder, skip=saver.is_done)
+    data = scans(folder, skip=saver.is_done, check=saver.check)
     for item in data:
         (case,) = decollate_batch(one_case([item]))
         saver({**case, "pred": MetaTensor((case["scan"] > 0).to(torch.uint8).as_tensor(), meta=case["scan"].meta)})
@@ -326,7 +328,24 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     match = r"a_seg\.nii\.gz: cannot be written \(File too large\); make room"
     with full_disk(), pytest.raises(InputError, match=match):
         saved(tmp_path / "in", tmp_path / "out", overlay=False)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [f"{UNFINISHED}a_seg.json"]  # whose they would be
+    assert saved(tmp_path / "in", tmp_path / "out", overlay=False)[0].done == ["in/a"]
+    assert not list((tmp_path / "out").glob(f"{UNFINISHED}*"))
+
+
+def test_a_picture_of_evaluation_gives_way_to_that_of_the_same_scan(tmp_path: Path) -> None:
+    for folder in ("in", "other"):
+        write(tmp_path / folder / "a.nii.gz")
+    draw = SaveOverlayd(image_key="scan", label_names=NAMES, output_dir=tmp_path / "out")
+    (item,) = scans(tmp_path / "in")
+    draw({**item, "pred": (item["scan"] > 0).to(torch.uint8)})
+    data, _ = saved(tmp_path / "other", tmp_path / "out")
+    assert list(data.failed.values()) == [
+        f"{tmp_path}/out/a_overlay.png: is a result of another scan, {tmp_path}/in/a.nii.gz, and would be lost; give "
+        "another --output_dir, or rename one of them"
+    ]
+    assert [file.name for file in (tmp_path / "out").glob("a_*")] == ["a_overlay.png"]
+    assert saved(tmp_path / "in", tmp_path / "out")[0].done == ["in/a"]
 
 
 def test_preprocessing_without_a_loader_runs_whole(tmp_path: Path) -> None:

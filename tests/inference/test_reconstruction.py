@@ -132,3 +132,22 @@ def test_scans_whose_names_hold_dots_keep_their_results_apart(tmp_path: Path) ->
     found = {file.name for file in (tmp_path / "out").iterdir()}
     assert found == {f"{name}_{kind}" for name in names for kind in kinds}
     assert reconstruct(tmp_path / "dots", tmp_path / "out") == ([], {})
+
+
+@pytest.mark.integration
+def test_files_named_as_results_are_kept(tmp_path: Path) -> None:
+    """A mask of the user's own, and results of another scan of the same name."""
+    for seed, file in enumerate(("a/ct.nii.gz", "b/ct.nii.gz", "b/other.nii.gz")):
+        write_scan(tmp_path / file, seed)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "other_mask.nii.gz").write_text("somebody else's")
+    assert reconstruct(tmp_path / "a", out) == (["ct"], {})
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    done, failed = reconstruct(tmp_path / "b", out)
+    assert done == [] and failed["ct.nii.gz"].startswith(
+        f"{out}/ct_reconstruction.nii.gz: is a result of another scan, {tmp_path}/a/ct.nii.gz, and would be lost"
+    )
+    assert failed["other.nii.gz"].startswith(f"{out}/other_mask.nii.gz: is no result of this scan, as far as records")
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    assert reconstruct(tmp_path / "a", out, seed=1) == (["ct"], {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,38 @@ def test_results_in_the_folder_that_is_read_are_no_scans(tmp_path: Path, capsys:
     assert content["files"] == ["a_seg.nii.gz", "a_liver.nii.gz", "a_overlay.png", "a_preview.png"]
     (weights,) = content["made_with"]["weights"]
     assert len(weights.rpartition(": ")[2]) == 64  # a digest, and no time
+
+
+@pytest.mark.integration
+def test_no_result_replaces_a_scan_or_a_file_of_somebody_else(tmp_path: Path) -> None:
+    """A scan that is named as an organ's probability, a label of the user's own, and a scan of the same name."""
+    both, own, lab = (tmp_path / name for name in ("both", "own", "lab"))
+    for file in (both / "ct.nii.gz", both / "ct_liver.nii.gz", own / "ct.nii.gz"):
+        save(file)
+    (own / "ct_seg.nii.gz").write_text("drawn by hand")
+
+    def failures(data: Path, out: Path, **settings: Any) -> dict[str, str]:
+        before = {file: file.read_bytes() for folder in (both, own) for file in folder.glob("ct*.nii.gz")}
+        flow = workflow(data, out, overlay=False, **settings)
+        scans = flow.parser.get_parsed_content("dataset")
+        with suppress(RuntimeError):
+            flow.run()
+        assert {file: file.read_bytes() for file in before} == before
+        return {Path(file).name: reason for file, reason in scans.failed.items()}
+
+    advice = ", and would be lost; give another --output_dir, or rename one of them"
+    liver = f"{both}/ct_liver.nii.gz: is a scan of this run{advice}"
+    assert failures(both, both, organ_probability="liver") == {"ct.nii.gz": liver}
+    assert (both / "ct_liver_liver.nii.gz").is_file() and not (both / "ct_seg.nii.gz").exists()
+    found = f"{own}/ct_seg.nii.gz: is no result of this scan, as far as records say{advice}"
+    for settings in ({}, {"skip_existing": False}):
+        assert failures(own / "ct.nii.gz", own, **settings) == {"ct.nii.gz": found}
+    assert failures(both / "ct.nii.gz", lab) == {}
+    first = f"{lab}/ct_seg.nii.gz: is a result of another scan, {both}/ct.nii.gz{advice}"
+    assert failures(own / "ct.nii.gz", lab) == {"ct.nii.gz": first}
+    assert failures(both / "ct.nii.gz", lab, overlap=0.0) == {}
+    (both / "ct.nii.gz").unlink()
+    assert failures(own / "ct.nii.gz", lab) == {}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
