@@ -62,6 +62,9 @@ def segment(
         settings["device"] = device
     if taken := sorted({"dataset_dir", "output_dir"} & settings.keys()):
         raise InputError(f"{taken[0]}: segment() takes one scan and returns its labels; leave it out")
+    for name in ("organ_probability", "dicom_seg", "overlay"):
+        if str(settings.get(name)) not in ("None", "False"):
+            raise InputError(f"{name}: segment() returns labels alone; for files use hi-end-mae segment")
     with TemporaryDirectory() as folder:
         if isinstance(image, (str, os.PathLike)):
             if affine is not None:

@@ -99,7 +99,7 @@ def test_settings_and_weights_reach_the_bundle(ct: Path, labels: Labels, tmp_pat
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_process_is_left_as_it_was(ct: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_is_left_as_it_was(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not deterministic)
     path, hook = [*sys.path], sys.excepthook
@@ -111,7 +111,7 @@ def test_the_process_is_left_as_it_was(ct: Path, deterministic: bool, monkeypatc
     np.random.seed(3)
     torch.manual_seed(3)
     with pytest.raises(InputError):
-        segment(ct, organ_probability="heart")
+        segment(IMAGE)  # without any voxel of a body, which is found in the run
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
     assert sys.path == path and sys.excepthook is hook
     assert torch.backends.cudnn.deterministic is deterministic
@@ -137,6 +137,10 @@ IMAGE = nib.Nifti1Image(VOLUME, np.eye(4))
         (np.zeros((8, 9, 10, 2)), {"affine": np.eye(4)}, r"array: shape \(8, 9, 10, 2\) is not 3D"),
         (nib.Nifti1Image(np.zeros((8, 9, 10, 2)), np.eye(4)), {}, r"image: shape \(8, 9, 10, 2\) is not 3D"),
         (IMAGE, {"dataset_dir": "x"}, r"dataset_dir: segment\(\) takes one scan"),
+        (IMAGE, {"organ_probability": "liver"}, r"organ_probability: segment\(\) returns labels alone; for files use"),
+        (IMAGE, {"dicom_seg": True}, r"dicom_seg: segment\(\) returns labels alone; for files use hi-end-mae segment"),
+        (IMAGE, {"overlay": True}, r"overlay: segment\(\) returns labels alone; for files use hi-end-mae segment"),
+        (IMAGE, {"overlay": False, "dicom_seg": False, "organ_probability": None, "overlap": 2}, "overlap = 2 in"),
         (IMAGE, {"bundle": "amos"}, "--bundle amos: no bundle of segmentation"),
         (IMAGE, {"weights": "no/model.pt"}, "no/model.pt: no such checkpoint"),
         (IMAGE, {"weights": ROOT / BUNDLES[2] / "weights" / "small.pt"}, ".*weights of hi_end_mae_flare_seg, not of"),
