@@ -260,7 +260,7 @@ class SaveUncertaintyd(SaveImageLabelsd):
         checkpoints: files of the weights.
         settings: all else that results depend on, by name.
         ranks: as of :class:`shared_networks.inference.save.SaveImageLabelsd`.
-        labels_alone: settings by name that ask for results of labels, which are not written here.
+        labels_alone: settings by name that shape labels or ask for results of them, which are not written here.
 
     Raises:
         InputError: such a setting is on; or on call, if a file cannot be written or the scan's axes are not at right
@@ -280,8 +280,9 @@ class SaveUncertaintyd(SaveImageLabelsd):
         labels_alone: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in (labels_alone or {}).items():
-            if value not in (None, False):
-                raise InputError(f"--{name} {value}: uncertainty.json writes no labels; leave the setting out")
+            if value is not None and value is not False and value != []:
+                fix = "give --flip_axes" if name == "tta_flip_axes" else "leave the setting out"
+                raise InputError(f"--{name} {value}: uncertainty.json writes no labels; {fix}")
         super().__init__(
             keys, label_names=(), output_dir=output_dir, checkpoints=checkpoints, settings=settings, ranks=ranks
         )

@@ -373,6 +373,18 @@ def test_overlay_writes_a_map_on_the_scans_grid(
     assert (tmp_path / "out" / "ct_uncertainty.nii.gz").stat().st_mtime_ns == files["ct_uncertainty.nii.gz"]
 
 
+def test_windows_are_blended_as_the_setting_says(tmp_path: Path) -> None:
+    flow = workflow("hi_end_mae_btcv_seg", tmp_path)
+    made = {}
+    for blending in (None, "constant"):
+        if blending:
+            flow.parser["blending"] = blending
+        flow.parser.parse(reset=True)
+        assert flow.parser.get_parsed_content("inferer").mode == (blending or "gaussian")
+        made[blending] = flow.parser.get_parsed_content("saver").made_with("a scan")
+    assert made[None] != made["constant"]  # so that a map of the other is not there already
+
+
 def test_overlay_without_dropout_says_what_to_give(tmp_path: Path) -> None:
     flow = workflow("hi_end_mae_btcv_seg", tmp_path, uncertainty="dropout", dropout=0.0)
     flow.initialize()
@@ -381,12 +393,22 @@ def test_overlay_without_dropout_says_what_to_give(tmp_path: Path) -> None:
     assert "give --dropout 0.1" in str(input_error_in(caught.value))
 
 
-@pytest.mark.parametrize(("name", "value"), [("dicom_seg", True), ("organ_probability", "liver")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dicom_seg", True),
+        ("organ_probability", "liver"),
+        ("overlay", True),
+        ("largest_component", True),
+        ("tta_flip_axes", [1, 2]),
+    ],
+)
 def test_overlay_refuses_settings_that_ask_for_labels(name: str, value: object, tmp_path: Path) -> None:
     flow = workflow("hi_end_mae_btcv_seg", tmp_path, **{name: value})
     flow.initialize()
     with pytest.raises(RuntimeError) as caught:
         flow.run()
-    expected = f"--{name} {value}: uncertainty.json writes no labels; leave the setting out"
+    fix = "give --flip_axes" if name == "tta_flip_axes" else "leave the setting out"
+    expected = f"--{name} {value}: uncertainty.json writes no labels; {fix}"
     assert str(input_error_in(caught.value)) == expected
     assert not (tmp_path / "out").exists()
