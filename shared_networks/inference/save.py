@@ -157,7 +157,7 @@ class SaveImageLabelsd(Results, SaveImaged):
         self.window = window
         self.overlay = overlay
         self.organ = None if organ is None else organ_value(organ, self.label_names)
-        self.checkpoints = [str(file) for file in checkpoints]
+        self.checkpoints: list[str] = [str(file) for file in checkpoints]
         self.settings = dict(settings or {})
         self.statistics: dict[str, list[Row]] = {}
         self.table = Lock()  # cases are saved in one thread, and in another it is seen which are there

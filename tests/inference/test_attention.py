@@ -360,6 +360,26 @@ def test_maps_of_a_voxel(model: Path, scan: Path, tmp_path: Path) -> None:
     assert volume[30, 20, 10] > 0 and volume[30, 20, 47] == 0
 
 
+def test_maps_that_are_lost_or_of_other_blocks_are_made_again(model: Path, scan: Path, tmp_path: Path) -> None:
+    def run(**settings: Any) -> tuple[int, int]:
+        flow = workflow(
+            dataset_dir=str(scan / "imagesTr"), checkpoint=str(model), output_dir=str(tmp_path), voxel=[30, 20, 10],
+            **settings,
+        )  # fmt: skip
+        flow.initialize()
+        flow.run()
+        scans = flow.parser.get_parsed_content("dataset")
+        return len(scans.done), len(scans.skipped)
+
+    assert run() == (1, 0)
+    (tmp_path / "test_000_cross_block_6.nii.gz").unlink()
+    assert run() == (1, 0)
+    assert run() == (0, 1)
+    assert run(**{"network_def#out_indices": [1, 5, 11]}) == (1, 0)
+    names = {f"test_000_{kind}_block_{block}.nii.gz" for kind in ("encoder", "cross") for block in (1, 5, 11)}
+    assert {file.name for file in tmp_path.glob("*.nii.gz")} == names
+
+
 def test_voxel_of_the_command_line(model: Path, scan: Path, tmp_path: Path, clone: Path) -> None:
     words = [sys.executable, "-m", "monai.bundle", "run", "--config_file"]
     words += ["['configs/inference.json','configs/attention.json','configs/tiny.json']"]

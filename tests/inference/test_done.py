@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from shared_networks.datasets.scans import Source
 from shared_networks.errors import InputError
 from shared_networks.inference.done import NoteDone, read_note
+from shared_networks.networks.hi_end_mae import HiEndMAE
+from shared_networks.networks.unetr import HiEndUNETR
+from tests.conftest import BUNDLES, ROOT
 
 
 def noted(folder: Path, **settings: object) -> NoteDone:
@@ -120,3 +125,43 @@ def test_a_scan_that_is_done_again_keeps_nothing_of_before(tmp_path: Path) -> No
     assert sorted(file.name for file in tmp_path.glob("a_*")) == ["a_attention.json", "a_main.png"]
     assert not first.is_done("a", "scan 1") and not again.is_done("a", "scan 1")
     assert json.loads((tmp_path / "a_attention.json").read_text())["files"] == ["a_main.png", "a_4.nii.gz"]
+
+
+OTHERS = {"in_channels": 2, "patch_size": [6, 12, 24], "feature_size": 4, "hidden_size": 96, "num_layers": 13,
+          "num_heads": 3, "mlp_ratio": 2.0, "out_indices": [1, 5, 11], "num_upsamples": 2, "norm_name": "batch",
+          "mask_ratio": 0.5, "decoder_hidden_size": 48, "decoder_num_heads": 3, "decoder_self_layers": 1}  # fmt: skip
+"""Another value of each argument of the networks; patches of other sides can have the same number of voxels."""
+ELSEWHERE = {"img_size", "out_channels"}  # in the preparation, and the labels
+WITHOUT_EFFECT = {"local_init", "use_checkpoint", "dropout"}  # on a trained network in evaluation mode
+
+
+@pytest.mark.parametrize(
+    ("bundle", "overlays", "network", "saver"),
+    [
+        *[(BUNDLES[0], overlays, HiEndMAE, "done") for overlays in ([], ["features"], ["attention"])],
+        *[(BUNDLES[1], overlays, HiEndUNETR, "saver") for overlays in ([], ["uncertainty"])],
+    ],
+)
+def test_results_depend_on_all_of_a_network_that_weights_do_not_show(
+    bundle: str, overlays: list[str], network: type, saver: str
+) -> None:
+    def made(name: str = "", value: object = None) -> tuple[dict[str, Any], Any]:
+        config = ConfigParser()
+        config.read_config([ROOT / bundle / "configs" / f"{file}.json" for file in ("inference", *overlays, "tiny")])
+        config["bundle_root"] = str(ROOT / bundle)
+        if network is HiEndMAE:
+            config["network_def#local_init"] = False  # which computes, and nothing can be on the device meta
+        if name:
+            config["patch_size" if name == "patch_size" else f"network_def#{name}"] = value
+        with torch.device("meta"):
+            weights = config.get_parsed_content("network_def").state_dict()
+        return {key: tensor.shape for key, tensor in weights.items()}, config.get_parsed_content(saver).settings
+
+    shapes, settings = made()
+    hidden = []
+    for name in inspect.signature(network).parameters.keys() - ELSEWHERE - WITHOUT_EFFECT:
+        others, changed = made(name, OTHERS[name])
+        if others == shapes:
+            hidden.append(name)
+            assert changed != settings, name
+    assert {"num_heads", "out_indices", "patch_size"} <= {*hidden}
