@@ -112,6 +112,9 @@ def test_tensorrt_overlay_fits_inference(bundle: str) -> None:
     assert overlay == json.loads((ROOT / BUNDLE / "configs" / "inference_trt.json").read_text())
     checks = ["$@network_def" if "checkpoint" in json.dumps(item) else item for item in inference["initialize"]]
     assert overlay["initialize"] == checks  # the engine is loaded where the weights are checked
+    parser = ConfigParser()
+    parser.read_config([str(configs / file) for file in ("inference.json", "inference_trt.json")])
+    assert parser.get_parsed_content("saver").settings["network"] == {}  # heads and blocks are in the engine's digest
 
 
 def trt_network(file: Path, *overlays: str) -> Any:
