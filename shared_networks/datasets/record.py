@@ -68,6 +68,7 @@ def training_record(
     label_names: Sequence[str] = (),
     start_weights: Sequence[str | Path] = (),
     ckpt_dir: str | Path | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> TrainingRecord:
     """Collect what a training's `model.json` says.
 
@@ -82,10 +83,12 @@ def training_record(
         start_weights: weights to start from, of which the first that is named counts. The labelled cases in its record
             count as seen, whatever the split is now.
         ckpt_dir: folder of the training.
+        network: settings of the network that change what it computes but no tensor's shape, such as `num_heads`.
 
     Returns:
-        `labels` as nnU-Net v2 has them in `dataset.json`; `dataset`, `split` and `preparation`; for each part the
-        names of its cases with a digest of each labelled scan; and `seen_before` likewise, of earlier trainings.
+        `labels` as nnU-Net v2 has them in `dataset.json`; `dataset`, `split`, `preparation` and `network`; for each
+        part the names of its cases with a digest of each labelled scan; and `seen_before` likewise, of earlier
+        trainings.
 
     Raises:
         InputError: a record of the weights to start from is of other weights or cannot be read.
@@ -109,6 +112,7 @@ def training_record(
         "dataset": dataset_name(dataset_dir),
         "split": dict(getattr(split, "settings", {})),
         "preparation": dict(preparation),
+        "network": dict(network or {}),
         **{part: case_digests(cases) for part, cases in parts.items()},
         "seen_before": seen,
     }
@@ -329,6 +333,26 @@ def check_preparation(checkpoint: str | Path, preparation: Mapping[str, Any]) ->
         raise InputError(
             f"{checkpoint}: trained on scans prepared otherwise: {listed_differences(differing)}. "
             f"Pass {options({key: there for key, (there, _) in differing.items()})}"
+        )
+
+
+def check_network(checkpoint: str | Path, record: Record | None, network: Mapping[str, Any], advice: str = "") -> None:
+    """Refuse weights of a network with other settings that no tensor's shape tells, such as heads of attention.
+
+    Args:
+        checkpoint: that the weights are from.
+        record: of the weights; without one, or in one of an earlier version, nothing can be compared.
+        network: the settings now, as for :func:`training_record`.
+        advice: what else can be done, for the message.
+
+    Raises:
+        InputError: a setting differs.
+    """
+    if differing := different_settings((record or {}).get("network", {}), network):
+        there = {f"network_def#{key}": before for key, (before, _) in differing.items()}
+        raise InputError(
+            f"{checkpoint}: of a network with other settings: {listed_differences(differing)}. "
+            f"Pass {options(there)}{advice}"
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shared_networks.datasets.record import (
     SAFETENSORS,
     TrainingRecord,
+    check_network,
     check_preparation,
     read_record,
     safetensors_form,
@@ -80,13 +81,10 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
 
 
 class WeightsLoader(CheckpointLoader):
-    """Load weights as MONAI's `CheckpointLoader`, from `.safetensors` too."""
+    """Load weights as MONAI's `CheckpointLoader`, of every form that :func:`read_weights` reads."""
 
     def __call__(self, engine: Engine) -> None:
         """Load them, strictly, into the network of `load_dict`."""
-        if Path(self.load_path).suffix != SAFETENSORS:
-            super().__call__(engine)
-            return
         (network,) = self.load_dict.values()
         getattr(network, "module", network).load_state_dict(read_weights(self.load_path))  # also within DDP
         self.logger.info(f"Restored all variables from {self.load_path}")
@@ -124,7 +122,7 @@ def check_weights(
     Raises:
         InputError: if a file is missing or unreadable, its names or shapes differ from the network's, its positions
             are of another token grid that has as many tokens, it is not the file that its record is of, or it was
-            trained on scans prepared otherwise.
+            trained with another network or on scans prepared otherwise.
     """
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     for checkpoint in ensure_tuple(checkpoints):
@@ -143,6 +141,7 @@ def check_weights(
             )
         if isinstance(network, HiEndUNETR | HiEndMAE):
             _check_grids(checkpoint, weights, network)
+        check_network(checkpoint, read_record(checkpoint), network_settings(network))
         if preparation is not None:
             check_preparation(checkpoint, preparation)
 
@@ -167,8 +166,8 @@ class LoadReport:
         loaded: keys copied into the network.
         missing: keys of the network that the checkpoint lacks, or has in another shape.
         unexpected: keys of the checkpoint that the network lacks; they are not used.
-        kept: keys that hold the network's own values, because the checkpoint's are of another number of classes, or
-            fixed positions of another token grid.
+        kept: keys that hold the network's own values, because the checkpoint's are of other classes, or fixed
+            positions of another token grid.
         part: `encoder`, `network` or `segmenter`.
         interpolated: learned positions resampled to the network's token grid: the two grids by key.
     """
@@ -186,7 +185,7 @@ class LoadReport:
         lines += [f"  missing keys: {', '.join(self.missing) or 'none'}"]
         lines += [f"  unexpected keys, not used: {', '.join(shorten_names(self.unexpected)) or 'none'}"]
         lines += [f"  interpolated from {grids} tokens: {name}" for name, grids in self.interpolated.items()]
-        lines += [f"  not loaded, of another size in the checkpoint: {name}" for name in self.kept]
+        lines += [f"  not loaded, as the checkpoint's does not fit: {name}" for name in self.kept]
         return "\n".join(lines)
 
 
@@ -244,7 +243,7 @@ def load_start_weights(
         InputError: as :func:`load_segmenter` and :func:`load_encoder`.
     """
     if init_weights:
-        return load_segmenter(network, init_weights)
+        return load_segmenter(network, init_weights, record["labels"])
     if record.model is not None and not Path(pretrained_encoder).is_file():
         return None
     return load_encoder(network, pretrained_encoder)
@@ -267,13 +266,16 @@ def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | N
     return _load(network, checkpoint, "network") if checkpoint else None
 
 
-def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | None:
+def load_segmenter(
+    network: HiEndUNETR, checkpoint: str | Path, labels: Mapping[str, int] | None = None
+) -> LoadReport | None:
     """Load a fine-tuned segmenter, to go on from it, print what was loaded, and drop its head if the classes differ.
 
     Args:
         network: to be loaded.
         checkpoint: a `model.pt` of a segmentation bundle, or an empty string for none. At another `img_size` its
             learned positions are interpolated.
+        labels: values of the labels by name; a head that was trained on others is dropped too. None does not compare.
 
     Returns:
         The report, None for none.
@@ -282,12 +284,36 @@ def load_segmenter(network: HiEndUNETR, checkpoint: str | Path) -> LoadReport | 
         InputError: if the file is missing or unreadable, if anything but head and positions is not the network's, or
             if the token grid of its positions cannot be told.
     """
-    return _load(network, checkpoint, "segmenter") if checkpoint else None
+    return _load(network, checkpoint, "segmenter", labels) if checkpoint else None
 
 
-def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> LoadReport:
+def network_settings(network: nn.Module) -> dict[str, Any]:
+    """Return the settings of a network that change what it computes but no tensor's shape.
+
+    Args:
+        network: a :class:`HiEndUNETR` or :class:`HiEndMAE`; others have none.
+
+    Returns:
+        `num_heads`, `out_indices` and for pre-training `decoder_num_heads`, as the networks take them.
+    """
+    if not isinstance(network, HiEndUNETR | HiEndMAE):
+        return {}
+    heads = {module.num_heads for name, module in network.vit.named_modules() if name.endswith("attn")}
+    settings = {"num_heads": heads.pop(), "out_indices": network.vit.out_indices}
+    if isinstance(network, HiEndMAE):
+        heads = {module.num_heads for name, module in network.decoder.named_modules() if name.endswith("attn")}
+        settings |= {"decoder_num_heads": heads.pop()} if heads else {}
+    return settings
+
+
+def _load(
+    network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str, labels: Mapping[str, int] | None = None
+) -> LoadReport:
     """Load the network, or its encoder alone, and change nothing if the checkpoint does not cover it."""
-    if read_record(checkpoint) is None and part == "segmenter":
+    record = read_record(checkpoint)
+    settings = network_settings(network)
+    check_network(checkpoint, record, {"num_heads": settings["num_heads"]} if part == "encoder" else settings)
+    if record is None and part == "segmenter":
         logger.warning("%s has no record: cases that trained it may now validate or test unnoticed", checkpoint)
     weights = read_weights(checkpoint)
     prefix = "vit." if part == "encoder" else ""
@@ -314,10 +340,13 @@ def _load(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str) -> 
             )
     fits = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
     if part == "segmenter":
-        head = [name for name in own if name.startswith("out.") and name in weights.keys() - fits.keys()]
+        others = labels is not None and record is not None and record["labels"] != labels
+        head = [name for name in own if name.startswith("out.") and name in weights and (others or name not in fits)]
         if head:
             found, wanted = len(weights[head[0]]), len(own[head[0]])
-            print(f"{checkpoint}: has {found} classes, not {wanted}: its head is left out and starts anew", flush=True)
+            which = f"has {found} classes, not {wanted}" if found != wanted else "was trained on other labels"
+            print(f"{checkpoint}: {which}: its head is left out and starts anew", flush=True)
+            fits = {name: tensor for name, tensor in fits.items() if name not in head}
             kept += tuple(head)
     report = LoadReport(
         source=str(checkpoint),

@@ -295,6 +295,8 @@ def wrong_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     elif request.param == "partial":
         content.popitem()
         torch.save(content, weights)
+    if request.param in ("nested", "prefixed"):
+        weights.with_suffix(".json").unlink()  # it is of the weights before
     return weights
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 from ignite.engine import Engine
-from monai.bundle import ConfigWorkflow, download_large_files
+from monai.bundle import ConfigParser, ConfigWorkflow, download_large_files
 from monai.networks.nets import ViT
 from torch import Tensor, nn
 
-from shared_networks.datasets.record import save_tensors
+from shared_networks.datasets.record import read_record, save_tensors, training_record, write_model
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.networks.checkpoints import (
     LoadReport,
@@ -30,6 +30,8 @@ from shared_networks.networks.checkpoints import (
     load_hi_end_mae,
     load_hi_end_mae_10k,
     load_segmenter,
+    load_start_weights,
+    network_settings,
     read_weights,
     shorten_names,
     to_monai_vit,
@@ -39,7 +41,7 @@ from shared_networks.networks.official import PATCH_WEIGHT, count_blocks, from_o
 from shared_networks.networks.positions import token_grid
 from shared_networks.networks.unetr import HiEndUNETR
 from shared_networks.networks.vit import ViTEncoder, patchify, sincos_positions
-from tests.conftest import ROOT
+from tests.conftest import BUNDLES, ROOT
 
 PUBLISHED: dict[str, list[int]] = json.loads(
     (ROOT / "tests" / "data" / "official_checkpoint_keys_vit_large_p12.json").read_text()
@@ -329,7 +331,7 @@ def test_another_token_grid_keeps_its_own_positions(tmp_path, capsys):
     own = segmenter.get_parameter(POSITIONS).clone()
     report = load_encoder(segmenter, save(mae.state_dict(), tmp_path))
     assert report.kept == (POSITIONS,) and POSITIONS not in report.loaded and not report.missing
-    assert capsys.readouterr().out.endswith(f"\n  not loaded, of another size in the checkpoint: {POSITIONS}\n")
+    assert capsys.readouterr().out.endswith(f"\n  not loaded, as the checkpoint's does not fit: {POSITIONS}\n")
     assert torch.equal(segmenter.get_parameter(POSITIONS), own)
     assert torch.equal(segmenter.get_parameter("vit.norm.weight"), mae.get_parameter("vit.norm.weight"))
 
@@ -623,6 +625,97 @@ def test_safetensors_hold_the_same_weights(form: str, tmp_path: Path) -> None:
     written = {"model": source, "official": official, "monai_vit": encoder}[form]
     assert_same_weights(safetensors.load_file(file), written)
     assert_same_weights(read_weights(file), encoder if form == "monai_vit" else source)
+
+
+HEADS = {"num_heads": 3, "out_indices": [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("load", "make", "changed", "kept"),
+    [
+        (check_weights, tiny_segmenter, {"num_heads": 2}, {}),
+        (check_weights, tiny_segmenter, {"out_indices": (1, 2, 3)}, {}),
+        (check_weights, tiny_mae, {"decoder_num_heads": 1}, {}),
+        (load_segmenter, tiny_segmenter, {"num_heads": 2}, {}),
+        (load_segmenter, tiny_segmenter, {"out_indices": (1, 2, 3)}, {}),
+        (load_hi_end_mae, tiny_mae, {"decoder_num_heads": 1}, {}),
+        (load_encoder, tiny_segmenter, {"num_heads": 2}, {"out_indices": (1, 2, 3)}),
+    ],
+)
+def test_settings_that_no_shape_tells_are_compared_with_the_record(load, make, changed, kept, tmp_path):
+    source = tiny_mae() if load is load_encoder else make()
+    recorded = {**HEADS, **({"decoder_num_heads": 2} if isinstance(source, HiEndMAE) else {})}
+    assert network_settings(source) == recorded
+    parts = {"train": [], "validation": [], "test": []}
+    for name, record in (("new", training_record("", parts, {}, network=recorded)), ("old", {})):
+        file = tmp_path / name / "model.pt"
+        write_model(source.state_dict(), file, training_record("", parts, {}) | record)
+    arguments = (
+        (lambda file, network: (file, network)) if load is check_weights else lambda file, network: (network, file)
+    )
+    load(*arguments(tmp_path / "new/model.pt", make(**kept)))
+    load(*arguments(tmp_path / "old/model.pt", make(**changed)))
+    (setting, value), before = changed.popitem(), make().state_dict()
+    network = make(**{setting: value})
+    with pytest.raises(InputError) as error:
+        load(*arguments(tmp_path / "new/model.pt", network))
+    there = str(recorded[setting])
+    assert str(error.value) == (
+        f"{tmp_path}/new/model.pt: of a network with other settings: {setting} was {there} and is "
+        f"{list(value) if setting == 'out_indices' else value}. Pass --network_def#{setting} {there.replace(', ', ',')}"
+    )
+    if load is not check_weights and make is tiny_segmenter:
+        assert_same_weights(network.state_dict(), before)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_training_records_the_settings_of_its_network(bundle):
+    parser = ConfigParser()
+    parser.read_config([ROOT / bundle / "configs" / f"{name}.json" for name in ("train", "small")])
+    recorded = parser.get_parsed_content("record#network")
+    assert recorded == network_settings(parser.get_parsed_content("network_def"))
+    assert read_record(ROOT / bundle / "weights" / "small.pt")["network"] == recorded
+
+
+def test_weights_that_ship_are_not_used_with_other_heads():
+    parser = ConfigParser()
+    parser.read_config([ROOT / BUNDLES[1] / "configs" / f"{name}.json" for name in ("inference", "small")])
+    parser.update({"bundle_root": str(ROOT / BUNDLES[1]), "network_def#num_heads": 3})
+    place = next(i for i, item in enumerate(parser["initialize"]) if "check_weights" in str(item))
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content(f"initialize#{place}")
+    assert "num_heads was 6 and is 3. Pass --network_def#num_heads 6" in str(input_error_in(error.value))
+
+
+def test_a_head_of_other_labels_is_left_out(tmp_path, capsys):
+    source, parts = tiny_segmenter(), {"train": [], "validation": [], "test": []}
+    with torch.no_grad():
+        source.out.conv.conv.weight.fill_(7)
+    write_model(
+        source.state_dict(),
+        tmp_path / "model.pt",
+        training_record("", parts, {}, label_names=("air", "liver", "spleen")),
+    )
+    for names, same in ((("air", "liver", "spleen"), True), (("air", "spleen", "liver"), False)):
+        target = tiny_segmenter()
+        own = target.state_dict()["out.conv.conv.weight"].clone()
+        load_start_weights(target, tmp_path / "model.pt", "", training_record("", parts, {}, label_names=names))
+        expected = source.state_dict()["out.conv.conv.weight"] if same else own
+        assert torch.equal(target.state_dict()["out.conv.conv.weight"], expected)
+        said = f"{tmp_path}/model.pt: was trained on other labels: its head is left out and starts anew"
+        assert (said in capsys.readouterr().out) == (not same)
+
+
+def test_evaluator_loads_the_published_form(tmp_path: Path) -> None:
+    source, network = tiny_segmenter(), tiny_segmenter()
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    file = save({"state_dict": {f"module.{name}": tensor for name, tensor in source.state_dict().items()}}, tmp_path)
+    check_weights(file, network)
+    engine = Engine(lambda engine, batch: None)
+    WeightsLoader(load_path=str(file), load_dict={"model": network}, map_location="cpu").attach(engine)
+    engine.run([0])
+    assert_same_weights(network.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
