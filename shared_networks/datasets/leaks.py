@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared_networks.datasets.record import (
     PARTS,
     Case,
     Record,
     case_digests,
+    check_network,
     common_cases,
     different_settings,
     listed_differences,
@@ -22,6 +24,7 @@ from shared_networks.datasets.record import (
 from shared_networks.errors import InputError
 
 _FEW = ("num_train_cases",)
+_DRAWS_VALIDATION = ("val_cases", "val_fraction")
 
 
 def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: Sequence[Case]) -> None:
@@ -34,7 +37,7 @@ def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: S
 
     Raises:
         InputError: a model has seen such a case, was trained with another split of this data set, or has a record that
-            is of other weights.
+            is of other weights. Unlabelled scans are compared by name alone, and their split's settings not at all.
     """
     tested = case_digests(reported)
     of_split = tested.keys() & {
@@ -43,13 +46,13 @@ def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: S
     is_validation = bool(of_split) and tested.keys() <= now["validation"].keys()
     for checkpoint in checkpoints:
         record = read_record(checkpoint)
-        if record is None or not record["labels"]:
+        if record is None or bool(record["labels"]) != bool(now["labels"]):
             continue
         file, same = record_file(checkpoint), record["dataset"] == now["dataset"]
         # Scans beside the split (imagesTs) are any model's; only a few-shot report must be of that model.
-        asked = now["split"] if of_split else {key: n for key in _FEW if (n := now["split"].get(key)) is not None}
-        differing = different_settings(record["split"], asked)
-        if same and differing:
+        few = {key: n for key in _FEW if (n := now["split"].get(key)) is not None}
+        differing = different_splits(record, now) if of_split else different_settings(record["split"], few)
+        if same and differing and now["labels"]:
             raise InputError(
                 f"{file}: the model was trained with another split: {listed_differences(differing)}. "
                 f"Give the settings of training: {split_options(record)}"
@@ -61,7 +64,7 @@ def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: S
         if not is_validation:
             chose = common_cases(tested, seen_cases(record, "validation"), by_name)
             leaks["chose the model and would now test"] = [name for name in chose if name not in memorised]
-        refuse_leaks(file, leaks, record)
+        refuse_leaks(file, leaks, _advice(record, now) if of_split else "Leave these cases out of the report")
 
 
 def check_start(record: Record, before: Record, source: str | Path) -> None:
@@ -73,7 +76,7 @@ def check_start(record: Record, before: Record, source: str | Path) -> None:
         source: the file that holds `before`.
 
     Raises:
-        InputError: label names, preparation or split differ, or a case would validate or test that trained.
+        InputError: label names, preparation, network or split differ, or a case would validate or test that trained.
     """
     if trained_labels(before) != trained_labels(record):
         raise InputError(
@@ -85,8 +88,9 @@ def check_start(record: Record, before: Record, source: str | Path) -> None:
             f"{source}: trained on scans prepared otherwise: {listed_differences(differing)}. "
             f"Pass {options({key: there for key, (there, _) in differing.items()})}, or another --ckpt_dir"
         )
+    check_network(source, before, record["network"], ", or another --ckpt_dir")
     same = before["dataset"] == record["dataset"]
-    if same and (differing := different_settings(before["split"], record["split"])):
+    if same and (differing := different_splits(before, record)):
         raise InputError(
             f"{source}: trained with another split: {listed_differences(differing)}. "
             f"Give the settings of training, {split_options(before)}, or another --ckpt_dir"
@@ -120,25 +124,40 @@ def check_unseen(
         "trained and would now choose the model": common_cases(chooses, trained, same_names),
         "chose the model and would now test": common_cases(record["test"], chose, same_names),
     }
-    refuse_leaks(source, leaks, before)
+    elsewhere = "Start from weights that have not seen these cases, or split the cases as they were split there"
+    refuse_leaks(source, leaks, _advice(before, record) if before else elsewhere)
 
 
-def refuse_leaks(source: str | Path, leaks: Mapping[str, Sequence[str]], record: Record | None) -> None:
+def different_splits(there: Record, here: Record) -> dict[str, tuple[Any, Any]]:
+    """Return settings of two splits that differ; how validation cases were chosen is none if they are the same."""
+    same_cases = there["validation"].keys() == here["validation"].keys()
+    asked = {key: n for key, n in here["split"].items() if not (same_cases and key in _DRAWS_VALIDATION)}
+    return different_settings(there["split"], asked)
+
+
+def refuse_leaks(source: str | Path, leaks: Mapping[str, Sequence[str]], advice: str) -> None:
     """Raise an `InputError` that lists cases by what they would do twice, if there are any."""
     lines = [f"{', '.join(sorted(cases)[:5])} ({len(cases)} in all) {what}" for what, cases in leaks.items() if cases]
     if lines:
-        advice = (
-            f"Give the settings of training: {split_options(record)}"
-            if record
-            else ("Start from weights that have not seen these cases, or split the cases as they were split there")
-        )
         raise InputError(f"{source}: {'; '.join(lines)}. {advice}")
+
+
+def _advice(before: Record, now: Record) -> str:
+    """What makes the split of a training again."""
+    if different_settings(before["split"], now["split"]):
+        return f"Give the settings of training: {split_options(before)}"
+    changed = "The settings are those of training, so the data set has changed"
+    if now["test"] or not before["validation"]:
+        return f"{changed}: give that of training, or start anew in another --ckpt_dir"
+    return f"{changed}: keep its validation cases, {options({'split#val_cases': list(before['validation'])})}"
 
 
 def split_options(record: Record) -> str:
     """Return the command-line options that make a recorded split again."""
     split = record["split"]
     chosen = ("fold", "num_folds") if split.get("fold") is not None else ("test_fraction", "val_cases")
-    keys = ("seed", "val_fraction", "num_train_cases", *chosen)
+    named = "val_cases" in chosen and record["validation"].keys() & split.get("val_cases", [])
+    keys = ("seed", *(() if named else ("val_fraction",)), "num_train_cases", *chosen)
     settings = {key: split[key] for key in keys if split.get(key) is not None and split[key] != []}
-    return options({key if key == "seed" else f"split#{key}": value for key, value in settings.items()})
+    own = {"seed"} if record["labels"] else {"seed", "val_fraction"}  # which pre-training names at its top
+    return options({key if key in own else f"split#{key}": value for key, value in settings.items()})

@@ -25,6 +25,7 @@ from shared_networks.datasets.record import (
 from shared_networks.errors import InputError
 
 logger = logging.getLogger(__name__)
+VAL_FRACTION = 0.2
 
 
 class Split(UserDict[str, list[Case]]):
@@ -45,7 +46,7 @@ class Split(UserDict[str, list[Case]]):
 def split_cases(
     cases: Sequence[Mapping[str, Any]],
     val_cases: str | Sequence[str] = (),
-    val_fraction: float = 0.2,
+    val_fraction: float = VAL_FRACTION,
     seed: int = 0,
 ) -> dict[str, list[Mapping[str, Any]]]:
     """Split cases into training and validation, whatever their order.
@@ -139,7 +140,7 @@ def report_cases(
 def split_dataset(
     cases: Sequence[Case],
     val_cases: str | Sequence[str] = (),
-    val_fraction: float = 0.2,
+    val_fraction: float | None = None,
     fold: int | None = None,
     num_folds: int = 5,
     test_fraction: float = 0.0,
@@ -157,7 +158,8 @@ def split_dataset(
             a case is that, unless there is a fold.
         val_cases: names of the validation cases, see :func:`shared_networks.datasets.splits.split_cases`; not used with
             a fold, which draws its own.
-        val_fraction: share of the cases without the test cases to draw for validation.
+        val_fraction: share of the cases without the test cases to draw for validation; `None` for 0.2. Not to be given
+            where `val_cases` or the list chooses them.
         fold: the fold to test on, 0 to `num_folds - 1`; `None` for no folds.
         num_folds: number of folds; each case is in one.
         test_fraction: share of the cases, `val_cases` left out, to draw for test; 0 for none.
@@ -168,8 +170,9 @@ def split_dataset(
         The cases of each part, sorted by case name and without `part`; all empty where there is no case.
 
     Raises:
-        InputError: a setting is out of its range, or leaves too few cases.
+        InputError: a setting is out of its range, is given though another one decides, or leaves too few cases.
     """
+    share = VAL_FRACTION if val_fraction is None else val_fraction
     if fold is not None and test_fraction:
         raise InputError(f"fold is {fold} and test_fraction {test_fraction}; give one of them, both choose test cases")
     if not 0 <= test_fraction < 1:
@@ -177,7 +180,7 @@ def split_dataset(
     settings = {
         "seed": seed,
         "val_cases": list(ensure_tuple(val_cases)),
-        "val_fraction": val_fraction,
+        "val_fraction": share,
         "fold": fold,
         "num_folds": num_folds,
         "test_fraction": test_fraction,
@@ -196,7 +199,14 @@ def split_dataset(
         tested = listed["test"] or _share(_without(ordered, val_cases), test_fraction, seed)
     names = {name_of(case) for case in tested}
     bare: list[Case] = [{key: value for key, value in case.items() if key != "part"} for case in ordered]
-    parts = split_cases([case for case in bare if name_of(case) not in names], val_cases, val_fraction, seed)
+    parts = split_cases([case for case in bare if name_of(case) not in names], val_cases, share, seed)
+    named = [name for case in parts["validation"] if (name := name_of(case)) in ensure_tuple(val_cases)]
+    if named and val_fraction is not None:
+        raise InputError(
+            f"val_fraction is {val_fraction}, but {', '.join(named[:3])} ({len(named)} in all) validate by name, of "
+            "val_cases or of the list; leave --split#val_fraction out, or draw with --split#val_cases [] from cases "
+            "without a part"
+        )
     train = _few(parts["train"], num_train_cases, seed)
     test = [case for case in bare if name_of(case) in names]
     return Split({"train": train, "validation": parts["validation"], "test": test}, settings)

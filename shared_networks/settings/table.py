@@ -105,7 +105,7 @@ SETTINGS: dict[str, Kind] = {
     "label": optional(NOT_NEGATIVE),
     # parts of components
     "split#val_cases": NAMES,
-    "split#val_fraction": BELOW_ONE,
+    "split#val_fraction": optional(BELOW_ONE),
     "split#fold": optional(NOT_NEGATIVE),
     "split#num_folds": whole("a whole number of at least 2", lambda n: n >= 2),
     "split#test_fraction": BELOW_ONE,

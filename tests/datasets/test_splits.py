@@ -103,10 +103,20 @@ def test_splits_that_cannot_be(settings, message):
         split(BTCV, **settings)
 
 
-def record(found: dict, dataset: str = "/data/ours", start_weights: tuple = (), **settings) -> dict:
+@pytest.mark.parametrize("given", [cases(BTCV), [*cases(list("abcd")), *cases(["v"], part="validation")]])
+def test_a_share_is_refused_where_names_choose_the_validation_cases(given):
+    for share in (0.0, 0.3):
+        with pytest.raises(InputError, match=rf"val_fraction is {share}, but .* validate by name, of val_cases or of"):
+            split_dataset(given, val_cases=PUBLISHED, val_fraction=share)
+    assert split_dataset(given, val_cases=PUBLISHED).settings["val_fraction"] == 0.2
+    assert names(split_dataset(given, val_cases=PUBLISHED, val_fraction=0.3, fold=0, num_folds=3))["test"]
+
+
+def record(
+    found: dict, dataset: str = "/data/ours", start_weights: tuple = (), label_names=("background", "liver"), **settings
+) -> dict:
     settings = {"seed": 0, "fold": None, "num_folds": 3, "num_train_cases": None, **settings}
-    names = ["background", "liver"]
-    return training_record(dataset, Split(found, settings), {}, label_names=names, start_weights=start_weights)
+    return training_record(dataset, Split(found, settings), {}, label_names=label_names, start_weights=start_weights)
 
 
 def scans(folder: Path, names: str, rename: str = "") -> dict[str, dict]:
@@ -202,6 +212,45 @@ def test_validation_cases_may_be_reported_on_where_nothing_is_held_out(tmp_path)
     split = parts(ours, "ab", "c")
     write_model({}, tmp_path / "model.pt", record(split, tmp_path / "ours"))
     check_evaluation([tmp_path / "model.pt"], record(split, tmp_path / "ours"), split["validation"])
+
+
+def test_unlabelled_scans_that_trained_are_not_evaluated(tmp_path):
+    """By name, as they have no digests, and within the data set alone."""
+    found = {name: {"image": f"{name}.nii.gz"} for name in "abcd"}
+    write_model({}, tmp_path / "model.pt", record(parts(found, "ab", "cd"), label_names=(), val_fraction=0.5))
+    same = parts(found, "ab", "c")
+    check_evaluation([tmp_path / "model.pt"], record(same, label_names=(), val_fraction=0.3), same["validation"])
+    other = parts(found, "bc", "ad")
+    check_evaluation([tmp_path / "model.pt"], record(other, "/others", label_names=()), other["validation"])
+    with pytest.raises(InputError) as caught:
+        check_evaluation([tmp_path / "model.pt"], record(other, label_names=(), seed=3), other["validation"])
+    assert str(caught.value) == (
+        f"{tmp_path}/model.json: a (1 in all) trained and would now test. Give the settings of training: --seed 0 "
+        "--val_fraction 0.5"
+    )
+
+
+@pytest.mark.parametrize("label_names", [("background", "liver"), ()])
+def test_a_training_goes_on_with_more_cases_if_its_validation_cases_are_kept(tmp_path, label_names):
+    found = scans(tmp_path / "ours", "abcdef")
+    share = {"val_cases": [], "val_fraction": 0.3, "label_names": label_names}
+    before = record(parts(found, "abc", "d"), **share)
+    check_start(record(parts(found, "abcef", "d"), **{**share, "val_cases": ["d"], "val_fraction": 0.2}), before, "s")
+    with pytest.raises(InputError) as caught:
+        check_start(record(parts(found, "bcdef", "a"), **share), before, "s")
+    assert str(caught.value) == (
+        "s: a (1 in all) trained and would now choose the model. The settings are those of training, so the data set "
+        "has changed: keep its validation cases, --split#val_cases \"['d']\""
+    )
+    with pytest.raises(InputError, match=r"val_fraction was 0\.3 and is 0\.5"):
+        check_start(record(parts(found, "ab", "cd"), **{**share, "val_fraction": 0.5}), before, "s")
+
+
+def test_the_advice_names_no_share_where_names_chose_the_validation_cases(tmp_path):
+    split = parts(scans(tmp_path / "ours", "abcd"), "ab", "c")
+    before = record(split, val_cases=["c"], val_fraction=0.2)
+    with pytest.raises(InputError, match=r"Give the settings of training, --seed 0 --split#val_cases \"\['c'\]\","):
+        check_start(record(split, val_cases=["c"], val_fraction=0.2, num_train_cases=1), before, "s")
 
 
 def test_the_only_case_may_train_choose_and_be_reported_on(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from shared_networks.datasets.record import read_record
+from shared_networks.datasets.record import read_record, write_model
 from shared_networks.errors import input_error_in
 from shared_networks.synthetic.phantom import write_dataset
 from shared_networks.synthetic.tissues import label_names
@@ -20,7 +20,7 @@ from tests.conftest import COARSE, ROOT
 
 pytestmark = pytest.mark.integration
 
-BUNDLE = ROOT / "hi_end_mae_btcv_seg"
+BUNDLE, PRETRAIN = ROOT / "hi_end_mae_btcv_seg", ROOT / "hi_end_mae_pretrain"
 FOLD = {"split#fold": 0, "split#num_folds": 3, "split#val_fraction": 0.3}
 
 
@@ -157,6 +157,29 @@ def test_weights_that_saw_this_folds_test_cases_are_no_start(
     train(datasets["btcv"], tmp_path, **FOLD, init_weights=str(run / "model.pt"))
     record = read_record(tmp_path / "model.pt")
     assert record is not None and record["seen_before"]["train"] == record["train"]
+
+
+def test_scans_that_pretrained_are_not_evaluated(datasets: dict[str, Path], tmp_path: Path) -> None:
+    """Another seed draws another validation case: the loss on it would not be that of a scan never seen."""
+
+    def evaluation(**settings: Any) -> ConfigWorkflow:
+        return ConfigWorkflow(
+            config_file=[str(PRETRAIN / "configs" / f"{name}.json") for name in ("train", "evaluate", "tiny")],
+            workflow_type="train",
+            logging_file=False,
+            bundle_root=str(PRETRAIN),
+            dataset_dir=str(datasets["btcv"]),
+            **{"ckpt_dir": str(tmp_path), "output_dir": str(tmp_path), "cache_rate": 0.0, **settings},
+        )
+
+    parser = evaluation().parser
+    network, record = (parser.get_parsed_content(name) for name in ("network_def", "record"))
+    write_model(network.state_dict(), tmp_path / "model.pt", record)
+    evaluation().initialize()
+    with pytest.raises(Exception) as caught:
+        evaluation(seed=1).initialize()
+    line = str(input_error_in(caught.value))
+    assert "(1 in all) trained and would now test. Give the settings of training: --seed 0 --val_fraction 0.1" in line
 
 
 def test_folds_have_folders_of_their_own(datasets: dict[str, Path]) -> None:
