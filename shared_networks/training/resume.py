@@ -26,6 +26,7 @@ from shared_networks.datasets.leaks import check_start
 from shared_networks.datasets.record import (
     Record,
     TrainingRecord,
+    read_record,
     record_file,
     save_tensors,
     seen_cases,
@@ -134,8 +135,8 @@ class TrainingRun:
         self.rank: int = self.trainer.state.rank
         self.validated_epoch = 0
         self.saved_at = time.monotonic()
-        self.own: list[Path] = []
         self.stop_signal = 0
+        self.left = False
         self.votes: dist.ProcessGroup | None = None
 
     @property
@@ -147,7 +148,7 @@ class TrainingRun:
     @property
     def unvalidated(self) -> bool:
         """Return whether all epochs are trained and the last was not validated, so that its model may be unsaved."""
-        return not self.unfinished and not self.stop_signal and self.validated_epoch < self.trainer.state.max_epochs
+        return not self.unfinished and not self.left and self.validated_epoch < self.trainer.state.max_epochs
 
     def run(self) -> None:
         """Train to the end, validate the last epoch, and save a model in any case.
@@ -166,19 +167,23 @@ class TrainingRun:
     def start(self) -> None:
         """Attach to trainer and evaluator; resume, remove or challenge the training in the folder.
 
-        A model that is trained on in place is the one to beat: it is validated first, on the present validation cases.
+        A model is the one to beat, validated first on the present validation cases, where it is trained on in place,
+        where no state is left to resume from, or where the state chose it by other cases.
 
         Raises:
             InputError: as :func:`check_run_folder`; or no state can be read though some exist, or they are of another
                 network, seed, split or other labels.
         """
         check_run_folder(self.model.parent, self.record, self.resume, self.overwrite)
-        found = sorted(self.folder.glob("state_*.ckpt"), reverse=True)
+        found = self.states()
         if self.resume and found:
             self.load(found)
-            self.own = found[::-1]
             for broken_off in self.folder.glob(f"{UNFINISHED}*") if self.rank == 0 else ():
                 broken_off.unlink()
+        elif self.resume and self.model.is_file():  # it was checked that it is of this training
+            logger.warning("%s has no state beside it: training starts anew", self.model)
+            self.see(read_record(self.model) or {})
+            self.challenge()
         elif self.overwrite:
             self.remove(self.model, record_file(self.model))
         elif self.record.in_place:
@@ -193,14 +198,26 @@ class TrainingRun:
         self.trainer.register_events(*ReadingEvents)
         self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.after_validation)
 
+    def states(self) -> list[Path]:
+        """Return the states in the folder, the newest first."""
+        return sorted(self.folder.glob("state_*.ckpt"), reverse=True)
+
     def remove(self, *files: Path) -> None:
         """Remove the states of an earlier training, then further files of it."""
         if self.rank == 0:
-            for file in (*self.folder.glob("state_*.ckpt"), *self.folder.glob(f"{UNFINISHED}*"), *files):
+            for file in (*self.states(), *self.folder.glob(f"{UNFINISHED}*"), *files):
                 file.unlink(missing_ok=True)
 
-    def challenge(self) -> None:
+    def see(self, record: Record) -> None:
+        """Note the cases of an earlier training that is gone on with, also those that are no longer in the data set."""
+        for part, cases in self.record["seen_before"].items():
+            cases.update(seen_cases(record, part))
+
+    def challenge(self, epoch: int = 0) -> None:
         """Make a model that is already there the one to beat.
+
+        Args:
+            epoch: that it is of; 0 is before the first.
 
         Raises:
             InputError: it is of another network.
@@ -211,17 +228,17 @@ class TrainingRun:
         own = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         check_same_network(own, older, self.model)
         self.network.load_state_dict(older)
-        self.evaluator.run()
+        self.evaluator.run(max(epoch, 1))
         self.network.load_state_dict(own)
         if self.evaluator.state.best_metric_epoch != -1:
-            self.evaluator.state.best_metric_epoch = 0  # before the first
+            self.evaluator.state.best_metric_epoch = epoch
             if self.rank == 0:
                 score = f"{self.evaluator.state.key_metric_name} {self.evaluator.state.best_metric:.4f}"
                 print(f"{self.model} has {score}; only a better model replaces it", flush=True)
 
     def finish(self) -> None:
         """Save the weights as `model.pt` where there was nothing to validate them on."""
-        if self.rank == 0 and not self.unfinished and self.evaluator.state.best_metric_epoch == -1:
+        if self.rank == 0 and not self.unfinished and not self.left and self.evaluator.state.best_metric_epoch == -1:
             weights = getattr(self.ema, "average", None) or self.network.state_dict()
             check_finite(weights, self.model)
             write_model(weights, self.model, {**self.record, "score": None})
@@ -265,11 +282,13 @@ class TrainingRun:
 
     def leave(self, engine: Any) -> None:
         """Save and end the trainer's run."""
+        self.left = True
         self.save()
         if self.rank == 0:
             at = f"epoch {engine.state.epoch}, iteration {engine.state.iteration}"
             print(
-                f"stopped by signal {self.stop_signal} at {at}; --resume True goes on from {self.own[-1]}", flush=True
+                f"stopped by signal {self.stop_signal} at {at}; --resume True goes on from {self.states()[0]}",
+                flush=True,
             )
         engine.terminate()
 
@@ -305,9 +324,10 @@ class TrainingRun:
         }
         with atomic_write(file, GO_ON) as unfinished:
             save_tensors(content, unfinished)
-        kept = [*(other for other in self.own if other != file), file]
-        self.own = kept[-self.keep :]
-        for other in kept[: -self.keep]:
+        states = self.states()
+        place = states.index(file)
+        # Larger numbers are of epochs that had more iterations; they would be taken for newer at the next resume.
+        for other in (*states[:place], *states[place + self.keep :]):
             other.unlink(missing_ok=True)
 
     def load(self, files: list[Path]) -> None:
@@ -321,17 +341,20 @@ class TrainingRun:
         else:
             raise InputError(f"{self.folder}: none of its states can be read; remove them to start anew")
         self.check(state, file)
-        for part, cases in self.record["seen_before"].items():  # also those that are no longer in the data set
-            cases.update(seen_cases(state["record"], part))
+        self.see(state["record"])
+        score, epoch = state["best_metric"], state["best_metric_epoch"]
+        if epoch != -1 and not self.model.is_file():
+            logger.warning("%s is gone: the best model is chosen anew", self.model)
+            epoch = -1
+        if epoch != -1 and state["record"]["validation"] != self.record["validation"]:
+            logger.warning("%s: other cases validate now, so that its best model is validated anew", file)
+            self.challenge(epoch)  # before the average is loaded, which would take the model's place
+        else:
+            self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = score, epoch
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.trainer.scaler is not None and state["scaler"] is not None:
             self.trainer.scaler.load_state_dict(state["scaler"])
-        self.evaluator.state.best_metric = state["best_metric"]
-        self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
-        if state["best_metric_epoch"] != -1 and not self.model.is_file():
-            logger.warning("%s is gone: the best model is chosen anew", self.model)
-            self.evaluator.state.best_metric_epoch = -1
         self.validated_epoch = state["validated_epoch"]
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
@@ -368,14 +391,15 @@ class TrainingRun:
             raise InputError(f"{file}: its seed is {state['seed']}, not {self.seed}; pass --seed {state['seed']}")
         check_start(self.record, state["record"], file)
         check_same_network(self.network.state_dict(), state["network"], file)
-        own, there = (
-            [len(group["params"]) for group in groups]
-            for groups in (self.optimizer.param_groups, state["optimizer"]["param_groups"])
-        )
+        groups = (self.optimizer.param_groups, state["optimizer"]["param_groups"])
+        kinds = [{"momentum", "betas"} & made[0].keys() for made in groups]
+        if kinds[0] != kinds[1]:
+            raise InputError(f"{file}: trained with another optimiser; pass --muon {'momentum' in kinds[1]}")
+        own, there = ([len(group["params"]) for group in made] for made in groups)
         if own != there:
             raise InputError(
                 f"{file}: its optimiser has {len(there)} group(s) of {sum(there)} parameters, here {len(own)} of "
-                f"{sum(own)}; give the --layer_decay and --freeze_encoder that it was trained with"
+                f"{sum(own)}; give the --optimizer#params#layer_decay and --optimizer#params#freeze_encoder of then"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from shared_networks.datasets.leaks import check_unseen
+from shared_networks.datasets.leaks import check_start, check_unseen
 from shared_networks.datasets.record import (
     Record,
     TrainingRecord,
@@ -30,7 +30,8 @@ def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = 
     Args:
         folder: `ckpt_dir`, of `model.pt` and of states in `state`.
         record: of this training; a model that is trained on in place must have the same labels and preparation.
-        resume: whether to go on with the newest state. An empty folder is trained into from the start.
+        resume: whether to go on with the newest state. Without one training starts from the beginning, and a model of
+            the same training is the one to beat.
         overwrite: whether an earlier training in the folder is to be removed when this one starts.
 
     Raises:
@@ -45,13 +46,19 @@ def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = 
     model, states = Path(folder) / "model.pt", sorted((Path(folder) / STATES).glob("state_*.ckpt"))
     if record.in_place and not overwrite:
         check_same_training(model, record)
-    elif (model.is_file() or states) and not overwrite and not (resume and states):
-        resumable = "--resume True to go on with it" if not resume else "no --resume, as it has no state to resume from"
+    elif (model.is_file() or states) and not overwrite and not resume:
         raise InputError(
-            f"{folder}: holds {'a trained model' if model.is_file() else 'an unfinished training'}; give {resumable}, "
-            "--overwrite True to remove it and start anew, or another --ckpt_dir"
+            f"{folder}: holds {'a trained model' if model.is_file() else 'an unfinished training'}; give --resume True "
+            "to go on with it, --overwrite True to remove it and start anew, or another --ckpt_dir"
         )
-    if not resume:
+    elif resume and model.is_file() and not states:
+        if (before := read_record(model)) is None:
+            raise InputError(
+                f"{folder}: holds a model without record and no state to resume from; give --overwrite True in place "
+                "of --resume True to remove it and start anew, or another --ckpt_dir"
+            )
+        check_start(record, before, model)
+    if not (resume and states):
         try:
             check_unseen(record, record["seen_before"], record.model or "the weights to start from")
         except InputError as error:
@@ -65,8 +72,11 @@ def check_same_training(model: Path, record: Record) -> None:
     before = read_record(model)
     if before is None:
         return
-    labels_and_preparation = ({"label_names": trained_labels(made), **made["preparation"]} for made in (before, record))
-    if differing := different_settings(*labels_and_preparation):
+    settings = (
+        {"label_names": trained_labels(made), **made["preparation"], **made.get("network", {})}
+        for made in (before, record)
+    )
+    if differing := different_settings(*settings):
         raise InputError(
             f"{model}: trained otherwise than it would be now: {listed_differences(differing)}. "
             "Give the settings of that training, or move the model away to start anew"

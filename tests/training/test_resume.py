@@ -31,6 +31,7 @@ from shared_networks.training import host_copy
 from shared_networks.training.ema import EMA
 from shared_networks.training.handlers import StopOnNonFinite
 from shared_networks.training.host_copy import HostCopy
+from shared_networks.training.muon import Muon
 from shared_networks.training.resume import SaveBestModel, TrainingRun
 from shared_networks.training.run_folder import check_run_folder
 from shared_networks.training.sampler import SeededSampler
@@ -138,7 +139,7 @@ def training(
     data = Dataset([{"image": torch.tensor([float(i)]), "label": torch.ones(1)} for i in range(cases)])
     sampler = SeededSampler(data, num_replicas=1, rank=0, seed=seed)
     loader = DataLoader(Indexed(data), sampler=sampler, batch_size=batch)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    optimizer = kwargs.pop("optimizer", torch.optim.AdamW)(network.parameters(), lr=0.1)
     schedule = WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=epochs * len(loader))
     evaluator = SupervisedEvaluator(
         device=torch.device("cpu"),
@@ -176,6 +177,7 @@ def a_record(
     spacing: Sequence[float] = (2.0, 2.0, 5.0),
     start_weights: Sequence[Path] = (),
     in_place: Path | None = None,
+    num_heads: int = 6,
     **split: Any,
 ) -> TrainingRecord:
     """A record of cases named by letters, whose scans are not on disk; in place, they are handed over for a folder."""
@@ -193,6 +195,7 @@ def a_record(
         label_names=labels,
         start_weights=start_weights,
         ckpt_dir=in_place,
+        network={"num_heads": num_heads},
     )
 
 
@@ -207,6 +210,13 @@ class Indexed:
 
     def __getitem__(self, draw: Any) -> Any:
         return self.data[draw.case]
+
+
+def averaged(folder: Path, **kwargs: Any) -> TrainingRun:
+    state = training(folder, **kwargs)
+    average = EMA(state.network, 0.5, state.trainer, state.evaluator)
+    state.ema = average
+    return state
 
 
 def run(state: TrainingRun) -> TrainingRun:
@@ -408,6 +418,19 @@ def test_another_number_of_processes_goes_on_from_the_start_of_the_epoch(tmp_pat
     assert other.trainer.state.iteration == 8
 
 
+def test_after_a_larger_batch_the_state_of_fewer_iterations_is_the_newest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(training(tmp_path, epochs=2))
+    assert names(tmp_path) == ["state_000000003.ckpt", "state_000000006.ckpt"]
+    resumed = run(training(tmp_path, epochs=3, batch=6, resume=True))  # an iteration an epoch
+    assert names(tmp_path) == ["state_000000003.ckpt"]
+    again = run(training(tmp_path, epochs=3, batch=6, resume=True))
+    assert f"finished: {tmp_path}/state/state_000000003.ckpt is at epoch 3 of 3" in capsys.readouterr().out
+    assert torch.equal(again.network.state_dict()["weight"], resumed.network.state_dict()["weight"])
+    assert again.evaluator.state.best_metric == resumed.evaluator.state.best_metric
+
+
 def test_a_folder_with_a_training_is_refused(tmp_path: Path) -> None:
     run(training(tmp_path))
     held = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
@@ -427,12 +450,37 @@ def test_a_folder_with_states_alone_is_refused(tmp_path: Path) -> None:
         check_run_folder(tmp_path, a_record())
 
 
-def test_a_model_without_states_cannot_be_resumed(tmp_path: Path) -> None:
-    run(training(tmp_path))
-    for file in (tmp_path / "state").iterdir():
-        file.unlink()
-    with pytest.raises(InputError, match="holds a trained model; give no --resume, as it has no state to resume from"):
+def test_a_model_without_states_is_the_one_to_beat_of_its_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}  # nothing can be better
+    write_model(good, tmp_path / "model.pt", a_record(train="abcx"))
+    state = run(training(tmp_path, resume=True))
+    assert state.trainer.state.iteration == 6 and names(tmp_path)
+    assert "model.pt has no state beside it: training starts anew" in caplog.text
+    assert torch.load(tmp_path / "model.pt", weights_only=True) == good
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and set(record["seen_before"]["train"]) == set("abcx")
+
+
+def test_a_model_without_states_of_another_training_cannot_be_resumed(tmp_path: Path) -> None:
+    write_model({}, tmp_path / "model.pt", a_record(spacing=(1.0, 1.0, 1.0)))
+    with pytest.raises(InputError, match=r"model\.pt: trained on scans prepared otherwise: .* or another --ckpt_dir"):
         check_run_folder(tmp_path, a_record(), resume=True)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(InputError, match=r"without record and no state .*; give --overwrite True in place of --resume"):
+        check_run_folder(tmp_path, a_record(), resume=True)
+
+
+def test_the_start_of_a_training_that_can_be_resumed_is_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("e_0000.nii.gz").write_bytes(b"a scan")
+    write_model({}, tmp_path / "start.pt", a_record(train="e"))
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"e \(1 in all\) trained and would now choose the model"):
+            check_run_folder(tmp_path / "run", a_record(start_weights=[tmp_path / "start.pt"]), resume=resume)
 
 
 def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
@@ -537,6 +585,7 @@ def test_in_place_a_model_of_other_labels_or_preparation_is_refused(
             "trained on other labels, background, liver; here they are background, s",
         ),
         ({"spacing": (1.0, 1.0, 1.0)}, r"spacing was \[2.0, 2.0, 5.0\] and is .*Pass --spacing \[2.0,2.0,5.0\]"),
+        ({"num_heads": 3}, "num_heads was 6 and is 3. Pass --network_def#num_heads 6, or another --ckpt_dir"),
         ({"fold": 1}, "trained with another split: fold was None and is 1"),
         ({"num_train_cases": 1}, "num_train_cases was None and is 1. Give the settings of training, --seed 0"),
         ({"train": "abc", "validation": "d"}, r"d \(1 in all\) trained and would now choose the model"),
@@ -562,9 +611,59 @@ def test_a_state_of_other_parameter_groups_is_refused(tmp_path: Path) -> None:
     state = training(tmp_path, epochs=3, resume=True)
     state.optimizer.param_groups.append({**state.optimizer.param_groups[0], "params": []})
     with pytest.raises(
-        InputError, match=r"optimiser has 1 group\(s\) of 2 parameters, here 2 of 2; give the --layer_d"
+        InputError, match=r"has 1 group\(s\) of 2 parameters, here 2 of 2; give the --optimizer#params#layer_decay and"
     ):
         state.start()
+
+
+@pytest.mark.parametrize(("there", "here"), [(Muon, torch.optim.AdamW), (torch.optim.AdamW, Muon)])
+def test_a_state_of_another_optimiser_is_refused(tmp_path: Path, there: type, here: type) -> None:
+    run(training(tmp_path, optimizer=there))
+    with pytest.raises(InputError, match=f"trained with another optimiser; pass --muon {there is Muon}"):
+        training(tmp_path, epochs=3, optimizer=here, resume=True).start()
+
+
+def test_a_state_of_a_version_that_kept_no_settings_of_the_network_is_resumed(tmp_path: Path) -> None:
+    run(training(tmp_path))
+    for file in (tmp_path / "state").iterdir():
+        state = torch.load(file, weights_only=True)
+        del state["record"]["network"]
+        torch.save(state, file)
+    assert run(training(tmp_path, epochs=3, resume=True)).trainer.state.iteration == 9
+
+
+@pytest.mark.parametrize("make", [training, averaged])
+def test_the_best_model_is_validated_anew_where_other_cases_validate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[..., TrainingRun]
+) -> None:
+    """On the cases of before nothing could be better; on those of now its error is 1."""
+    run(make(tmp_path))
+    for file in (tmp_path / "state").iterdir():
+        torch.save({**torch.load(file, weights_only=True), "best_metric": 0.0, "best_metric_epoch": 1}, file)
+    old = {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)}
+    write_model(old, tmp_path / "model.pt", a_record())
+    state = make(tmp_path, epochs=9, record=a_record(validation="ex"), resume=True)
+    state.start()
+    assert "other cases validate now, so that its best model is validated anew" in caplog.text
+    assert (state.evaluator.state.best_metric, state.evaluator.state.best_metric_epoch) == (1.0, 1)
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and set(record["validation"]) == set("ex")
+    assert record["score"] == {"name": "error", "value": 1.0, "epoch": 1}
+    assert torch.load(tmp_path / "model.pt", weights_only=True) == old
+    state.trainer.run()
+    assert state.evaluator.state.best_metric < 1 and torch.load(tmp_path / "model.pt", weights_only=True) != old
+
+
+def test_a_stop_in_the_last_iteration_leaves_the_choice_of_the_model_to_the_resumed_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = training(tmp_path, val=5)
+    stop_after(state, 6)
+    run(state)
+    assert not (tmp_path / "model.pt").exists() and "no validation cases" not in caplog.text
+    run(training(tmp_path, val=5, resume=True))
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and record["score"]["epoch"] == 2
 
 
 def test_a_state_without_a_record_is_refused(tmp_path: Path) -> None:
@@ -596,13 +695,6 @@ def test_without_validation_cases_the_last_weights_are_the_model(
     run(state)
     assert "no validation cases" in caplog.text
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=True)["bias"], state.network.state_dict()["bias"])
-
-
-def averaged(folder: Path, **kwargs: Any) -> TrainingRun:
-    state = training(folder, **kwargs)
-    average = EMA(state.network, 0.5, state.trainer, state.evaluator)
-    state.ema = average
-    return state
 
 
 def test_the_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
