@@ -138,9 +138,11 @@ def read_settings(
     """
     settings: dict[str, Any] = {}
     problems = []
+    named = set()
     for one in given:
         one = one._replace(name=one.name.removeprefix("+").replace("::", "#"))
         name, top = one.name, one.name.partition("#")[0]
+        named.add(top)
         if top in beside and top not in config.get():
             continue
         if one.value is False and not one.file and top[:1] == "_" and _has(config, top[1:]):
@@ -181,6 +183,12 @@ def read_settings(
     problems += _misfits(settings)
     if problems:
         raise InputError("\n".join(problems))
+    if (
+        "ckpt_dir" in named & settings.keys()
+        and "checkpoint" in config.get()
+        and not named & {"checkpoint", "checkpoints"}
+    ):
+        settings["checkpoint"] = f"{settings['ckpt_dir']}/model.pt"  # what is given comes before an overlay's default
     return settings
 
 
@@ -198,16 +206,22 @@ def _has(config: ConfigParser, name: str) -> bool:
 
 
 def _misfits(settings: Mapping[str, Any]) -> list[str]:
-    """A line for settings that do not go together."""
-    if "img_size" not in settings or "patch_size" not in settings:
-        return []
-    size, patch = settings["img_size"], settings["patch_size"]
-    patches = patch if isinstance(patch, list) else [patch] * 3
-    if not any(n % p for n, p in zip(size, patches, strict=True)):
-        return []
-    nearest = [max(round(n / p), 1) * p for n, p in zip(size, patches, strict=True)]
-    line = f"--img_size {size} is no multiple of --patch_size {patch}; give such as --img_size {nearest}"
-    return [line.replace(", ", ",")]
+    """A line for all settings that do not go together."""
+    lines = []
+    epochs, warmup = settings.get("epochs", math.inf), settings.get("warmup_epochs", 0)
+    if epochs <= warmup > 1:  # a trial of one epoch may warm up in it
+        lines.append(
+            f"--epochs {epochs} ends within --warmup_epochs {warmup}, at the highest learning rate; give such as "
+            f"--warmup_epochs {epochs // 10}"
+        )
+    if "img_size" in settings and "patch_size" in settings:
+        size, patch = settings["img_size"], settings["patch_size"]
+        patches = patch if isinstance(patch, list) else [patch] * 3
+        if any(n % p for n, p in zip(size, patches, strict=True)):
+            nearest = [max(round(n / p), 1) * p for n, p in zip(size, patches, strict=True)]
+            line = f"--img_size {size} is no multiple of --patch_size {patch}; give such as --img_size {nearest}"
+            lines.append(line.replace(", ", ","))
+    return lines
 
 
 def _is_expression(value: Any, one: Given) -> bool:
@@ -242,11 +256,12 @@ def _checked(config: ConfigParser, one: Given) -> Any:
     if "#" not in name and name in SETTINGS:
         return one.value if isinstance(one.value, dict) and one.file else _read(SETTINGS[name], one)
     current, annotation = _found(config, name)
+    if isinstance(current, dict) and not isinstance(one.passed, dict):
+        raise InputError(f"{one}: {name} is not one value; set its parts, as --{name}#PART VALUE")
     if not one.file and isinstance(one.value, str) and "#" in one.value:
         raise InputError(f"{one}: MONAI cannot take a # in this setting; give a value or a path without")
     if "#" not in name:
-        part = dict if isinstance(current, dict) else list if isinstance(current, list) else object
-        if part is not object and not isinstance(one.passed, (part, tuple) if part is list else part):
+        if isinstance(current, list) and not isinstance(one.passed, (list, tuple)):
             raise InputError(f"{one}: {name} is not one value; set its parts, as --{name}#PART VALUE")
         return one.passed
     kind = SETTINGS.get(name) or _kind_of(current, annotation)

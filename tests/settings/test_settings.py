@@ -190,7 +190,7 @@ def test_what_is_made_from_a_setting_gets_it_as_typed(command_line, tmp_path) ->
 def test_an_option_without_a_value_or_given_twice_is_what_fire_makes_of_it(command_line) -> None:
     for words, value in ((["--amp"], True), (["--noamp"], False), (["--amp=False"], False)):
         assert command_line(TRAIN, *words).parser.get_parsed_content("amp") is value
-    assert command_line(TRAIN, "--epochs", "3", "--epochs=4").parser.get_parsed_content("epochs") == 4
+    assert command_line(TRAIN, "--epochs", "73", "--epochs=74").parser.get_parsed_content("epochs") == 74
 
 
 def test_references_and_expressions_are_still_evaluated(command_line) -> None:
@@ -208,6 +208,7 @@ REFUSED = [
     (TRAIN, "device", "gpu", "give a device of this machine: cpu"),
     (TRAIN, "img_size", "[48,48,40]", "is no multiple of --patch_size 12; give such as --img_size [48,48,36]"),
     (TRAIN, "epochs", "0", "give a whole number of at least 1"),
+    (TRAIN, "epochs", "20", "ends within --warmup_epochs 50, at the highest learning rate; give such as --warmup_e"),
     (TRAIN, "epochs", "1.5", "give a whole number of at least 1"),
     (TRAIN, "epochs", "True", "give a whole number of at least 1"),
     (TRAIN, "epochs", "4#5", "give a whole number of at least 1"),
@@ -308,6 +309,9 @@ NESTED_REFUSED = [
     ("spacing#2", "x", "give a number"),
     ("spacing#2", "0", "--spacing#2 0: spacing would be [1.5, 1.5, 0]; give three numbers above 0"),
     ("loss", "5", "set its parts, as --loss#PART VALUE"),
+    ("training_run#ema", "0.99", "training_run#ema is not one value; set its parts, as --training_run#ema#PART VALUE"),
+    ("training_run#ema", "None", "set its parts, as --training_run#ema#PART VALUE"),
+    ("datalist#check", "False", "set its parts, as --datalist#check#PART VALUE"),
     ("datset_dir", "x", "--datset_dir: there is no setting 'datset_dir'; did you mean --dataset_dir?"),
 ]
 
@@ -317,6 +321,25 @@ def test_a_deeper_setting_that_is_not_there_or_cannot_be_is_refused(name, text, 
     with pytest.raises(InputError) as caught:
         command_line_settings(["--config_file", files_of(TRAIN), f"--{name}", text])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_optimisers_learning_rate_is_that_of_all_its_groups(command_line) -> None:
+    parser = command_line(TRAIN, "--optimizer#lr", "0.5").parser
+    assert parser.get_parsed_content("optimizer#params#learning_rate") == 0.5
+
+
+@pytest.mark.parametrize("bundle", [BTCV, PRETRAIN])
+def test_the_model_of_the_folder_that_is_given_comes_before_the_weights_that_ship(bundle, command_line) -> None:
+    config = (bundle, "train.json", "evaluate.json", "small.json")
+    for words, model in (
+        ((), f"{ROOT / bundle}/weights/small.pt"),
+        (("--ckpt_dir", "/runs/own"), "/runs/own/model.pt"),
+        (("--ckpt_dir", "/runs/own", "--checkpoint", "/other.pt"), "/other.pt"),
+    ):
+        assert command_line(config, *words).parser.get_parsed_content("checkpoint") == model
+    if bundle == BTCV:
+        parser = command_line(config, "--ckpt_dir", "/runs/own", "--checkpoints", "['/a.pt','/b.pt']").parser
+        assert parser.get_parsed_content("checkpoint") == "/a.pt"
 
 
 def test_all_that_is_wrong_is_said_at_once(command_line) -> None:
@@ -348,10 +371,10 @@ def test_settings_of_files_are_taken_alike(command_line, tmp_path) -> None:
     config = (BTCV, "train.json", str(own))
     with pytest.raises(InputError, match=r"--checkpoint_dir: there is no setting 'checkpoint_dir'.*\(.*args\.json; "):
         command_line(config, "--args_file", str(arguments))
-    arguments.write_text(json.dumps({"flip_axes": 1, "ckpt_dir": "c#1", "epochs": 7}))
-    found = command_line_settings(["--config_file", files_of(config), "--args_file", str(arguments), "--epochs", "8"])
+    arguments.write_text(json.dumps({"flip_axes": 1, "ckpt_dir": "c#1", "epochs": 77}))
+    found = command_line_settings(["--config_file", files_of(config), "--args_file", str(arguments), "--epochs", "78"])
     expected = {"spacing": [3, 3, 3], "output_dir": "o#1", "label_names": ["1", "02"], "num_workers": 2}
-    expected |= {"flip_axes": [1], "ckpt_dir": "c#1", "epochs": 8}
+    expected |= {"flip_axes": [1], "ckpt_dir": "c#1", "epochs": 78}
     assert {name: found[name] for name in expected} == expected
     own.write_text(json.dumps({"spacing": 0}))
     with pytest.raises(InputError, match=r"^spacing = 0 in .*own\.json.*: give three numbers above 0"):
