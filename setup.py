@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from shared_networks.version import RELEASED_FILES  # noqa: E402
+from shared_networks.version import RELEASED_FILES, released_content  # noqa: E402
 
 
 class BuildWithBundles(build_py):
@@ -37,7 +37,7 @@ class BuildWithBundles(build_py):
         super().run()
         for source, target in self.shipped().items():
             self.mkpath(str(Path(target).parent))
-            self.copy_file(str(ROOT / source), target)
+            Path(target).write_bytes(released_content(ROOT / source))
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         """Return all files that are written."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shared_networks.errors import InputError
 
@@ -10,6 +13,49 @@ __version__ = "0.1.0"
 
 RELEASED_FILES = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*", "weights/[!.]*")
 """What of a bundle's folder is in zips and in the wheel, beside weights that are given."""
+
+
+def released_content(file: Path) -> bytes:
+    """Return what is published of a file of :data:`RELEASED_FILES`: all of it, but for names in a record of weights.
+
+    Raises:
+        InputError: a `.json` file beside the weights is no record.
+    """
+    content = file.read_bytes()
+    if (file.parent.name, file.suffix) != ("weights", ".json"):
+        return content
+    try:
+        return record_text(released_record(json.loads(content)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: no record of a model ({type(error).__name__}: {error}); remove it") from None
+
+
+def record_text(record: Mapping[str, Any]) -> bytes:
+    """Return a record as the content of its file."""
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def released_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's record without names of cases, as they may be names of people.
+
+    Scans stay known by their digests, so that a report on those that trained the model is still refused.
+
+    Args:
+        record: of :func:`shared_networks.datasets.record.read_record`, or its file's whole content. That also holds
+            the record of older weights where a writing was broken off.
+    """
+
+    def nameless(cases: Mapping[str, str]) -> dict[str, str]:
+        return {digest or f"unknown {number}": digest for number, digest in enumerate(sorted(cases.values()))}
+
+    released = dict(record)
+    for part in ("train", "validation", "test"):
+        released[part] = nameless(record[part])
+    released["seen_before"] = {part: nameless(cases) for part, cases in record["seen_before"].items()}
+    released["split"] = {key: value for key, value in record["split"].items() if key != "val_cases"}
+    if record.get("replaces"):
+        released["replaces"] = released_record(record["replaces"])
+    return released
 
 
 def bundle_names(root: Path) -> list[str]:

@@ -13,12 +13,14 @@ from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.networks.checkpoints import half_precision, read_weights
 from shared_networks.settings.command_line import call_with_options
 from shared_networks.settings.kinds import PATH
+from shared_networks.version import released_record
 
 
 def halve(checkpoint: str | Path, output: str | Path) -> None:
     """Write the weights of a model as float16, with its record beside them, in one act.
 
-    Whatever loads a model computes in float32 from it. An older output is replaced.
+    Whatever loads a model computes in float32 from it. The record no longer names any case. An older output is
+    replaced.
 
     Args:
         checkpoint: `model.pt` with its record `model.json`.
@@ -36,7 +38,7 @@ def halve(checkpoint: str | Path, output: str | Path) -> None:
     weights, record = read_weights(checkpoint), read_record(checkpoint)
     if record is None:
         raise InputError(f"{record_file(checkpoint)}: no such file; weights ship with the record of their training")
-    write_model(half_precision(weights, checkpoint), file, record)
+    write_model(half_precision(weights, checkpoint), file, released_record(record))
     before, after = (Path(path).stat().st_size / 1e6 for path in (checkpoint, file))
     print(f"{file}: {len(weights)} tensors, {after:.1f} MB in place of {before:.1f} MB")
 

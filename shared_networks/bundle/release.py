@@ -23,11 +23,18 @@ from monai.bundle import ConfigParser
 from shared_networks.bundle.card import model_card, released_card
 from shared_networks.bundle.config_format import format_config
 from shared_networks.datasets.labels import model_labels
-from shared_networks.datasets.record import PARTS, SAFETENSORS, read_record, record_file
+from shared_networks.datasets.record import SAFETENSORS, read_record, record_file
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write
 from shared_networks.networks.checkpoints import check_weights
-from shared_networks.version import RELEASED_FILES, __version__, bundle_names
+from shared_networks.version import (
+    RELEASED_FILES,
+    __version__,
+    bundle_names,
+    record_text,
+    released_content,
+    released_record,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = "all"
@@ -105,14 +112,16 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
         Content of files by their path in the bundle. Weights that an overlay names are in `models` alone.
 
     Raises:
-        InputError: as :func:`bake` and :func:`released_weights`.
+        InputError: as :func:`bake`, :func:`released_weights` and :func:`shared_networks.version.released_content`.
     """
     bundle = root / name
-    files = {file: file.relative_to(bundle) for pattern in RELEASED_FILES for file in bundle.glob(pattern)}
+    files = {
+        file: file.relative_to(bundle) for pattern in RELEASED_FILES for file in bundle.glob(pattern) if file.is_file()
+    }
     files |= {root / "docs" / f"{guide}.md": Path("docs") / f"{guide}.md" for guide in GUIDES}
     package = (root / "shared_networks").rglob("*")
     files |= {file: file.relative_to(root) for file in package if file.suffix == ".py" or file.name == "py.typed"}
-    content = {path.as_posix(): file.read_bytes() for file, path in files.items()}
+    content = {path.as_posix(): released_content(file) for file, path in files.items()}
     if overlay:
         baked = bake(content, overlay)
         if own := overlay_weights(bundle, overlay, content):
@@ -211,7 +220,8 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
         weights: `model.pt` as training writes it: a flat state_dict, for a segmenter with its record beside it.
 
     Returns:
-        Content of `models/model.pt` and of its record `models/model.json`, which no longer names any case.
+        Content of `models/model.pt` and of its record `models/model.json`, which no longer names any
+        case; see :func:`shared_networks.version.released_record`.
 
     Raises:
         InputError: names or shapes are not the network's, the state_dict is not flat, or the labels are unknown or
@@ -233,11 +243,7 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
             f"{record_file(weights)}: not the labels of this bundle; release these weights in the one that trained them"
         )
     if record := read_record(weights):
-        # Names of cases may be names of people.
-        split = {key: value for key, value in record["split"].items() if key != "val_cases"}
-        nobody: dict[str, Any] = {**{part: {} for part in PARTS}, "seen_before": {"train": {}, "validation": {}}}
-        record = {**record, **nobody, "split": split}
-        files["models/model.json"] = (json.dumps(record, indent=1) + "\n").encode()
+        files["models/model.json"] = record_text(released_record(record))
     return files
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from shared_networks.bundle.halve import halve
-from shared_networks.datasets.record import Record, file_digest, read_record, write_model
+from shared_networks.datasets.leaks import check_evaluation
+from shared_networks.datasets.record import Record, file_digest, read_record, training_record, write_model
 from shared_networks.errors import InputError
 from shared_networks.networks.checkpoints import read_weights
 
@@ -26,6 +27,10 @@ RECORD: Record = {
 }
 
 
+# What ships names no case.
+RELEASED = {**RECORD, "train": {"12ab": "12ab"}}
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +42,7 @@ def test_weights_and_record_are_written_together(model: Path, capsys: pytest.Cap
     file = model.parents[1] / "weights" / "small.pt"
     for _ in range(2):  # an older one is replaced
         halve(model, file)
-        assert read_record(file) == {**RECORD, "weights_sha256": file_digest(file)}
+        assert read_record(file) == {**RELEASED, "weights_sha256": file_digest(file)}
     assert sorted(path.name for path in file.parent.iterdir()) == ["small.json", "small.pt"]
     assert torch.load(file, weights_only=True)["a"].dtype == torch.float16
     torch.testing.assert_close(read_weights(file), read_weights(model), atol=1e-7, rtol=2**-11)
@@ -48,8 +53,24 @@ def test_weights_and_record_are_written_together(model: Path, capsys: pytest.Cap
 def test_safetensors_are_written_with_the_record(model: Path) -> None:
     file = model.parents[1] / "weights" / "small.safetensors"
     halve(model, file)
-    assert read_record(file) == {**RECORD, "weights_sha256": file_digest(file)}
+    assert read_record(file) == {**RELEASED, "weights_sha256": file_digest(file)}
     torch.testing.assert_close(read_weights(file), read_weights(model), atol=1e-7, rtol=2**-11)
+
+
+def test_scans_that_trained_it_stay_known_without_their_names(tmp_path: Path) -> None:
+    cases = []
+    for name in ("Smith", "Jones"):
+        (tmp_path / f"{name}.nii.gz").write_text(name)
+        cases.append({"image": str(tmp_path / f"{name}.nii.gz"), "label": "x"})
+    train, test = [{"train": [], "validation": [], "test": [], part: cases[:1]} for part in ("train", "test")]
+    labels = ["background", "liver"]
+    write_model({"a": torch.zeros(3)}, tmp_path / "model.pt", training_record("/data/X", train, {}, label_names=labels))
+    halve(tmp_path / "model.pt", tmp_path / "small.pt")
+    assert "Smith" not in (tmp_path / "small.json").read_text()
+    now = training_record("/data/Y", test, {}, label_names=labels)
+    check_evaluation([tmp_path / "small.pt"], now, cases[1:])
+    with pytest.raises(InputError, match=r"Smith \(1 in all\) trained and would now test"):
+        check_evaluation([tmp_path / "small.pt"], now, cases)
 
 
 @pytest.mark.parametrize("output", ["models/model.pt", "models/../models/model.pt", "weights/small.pth", "weights"])

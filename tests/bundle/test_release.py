@@ -34,7 +34,7 @@ from shared_networks.bundle.config_format import format_config
 from shared_networks.bundle.halve import halve
 from shared_networks.bundle.release import GUIDES, bake, bundle_files, check_versions, main, release, with_settings
 from shared_networks.datasets.labels import model_labels
-from shared_networks.datasets.record import file_digest, read_record, training_record, write_model
+from shared_networks.datasets.record import PARTS, file_digest, read_record, training_record, write_model
 from shared_networks.datasets.splits import Split
 from shared_networks.errors import InputError
 from shared_networks.networks.checkpoints import check_weights
@@ -219,6 +219,32 @@ def test_other_releases_carry_the_weights_that_ship_beside_their_own(shipping: P
     )
     given = unzip(archive, tmp_path / "given") / "models" / "model.pt"
     assert given.read_bytes() == (shipping / "trained" / BTCV / "model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_records_of_weights_that_ship_name_no_case(bundle: str, tree: Path) -> None:
+    """Also those of older weights, which the record holds where a writing was broken off."""
+    file = tree / bundle / "weights" / "small.json"
+    before = json.loads(file.read_text())
+    case = {"Smith": hashlib.sha256(b"scan").hexdigest()}
+    named = {**before, "split": {**before["split"], "val_cases": ["Smith"]}, "seen_before": {**before["seen_before"]}}
+    named |= {part: {**before[part], **case} for part in PARTS}
+    named["seen_before"]["train"] = case
+    file.write_text(json.dumps({**named, "replaces": named}))
+    released = bundle_files(tree, bundle)["weights/small.json"]
+    names = {name for part in PARTS for name in named[part]}
+    assert len(names) > 300 and not [name for name in names if f'"{name}"' in released.decode()]
+    after = json.loads(released)
+    for record in (after, after["replaces"]):
+        for part in PARTS:
+            assert sorted(record[part].values()) == sorted(named[part].values()), "scans stay known by digest"
+        assert list(record["seen_before"]["train"].values()) == [*case.values()]
+        assert {key: record[key] for key in ("labels", "weights_sha256")} == {
+            key: before[key] for key in ("labels", "weights_sha256")
+        }
+    file.write_text('{"train": ["Smith"]}')
+    with pytest.raises(InputError, match=f"^{file}: no record of a model"):
+        bundle_files(tree, bundle)
 
 
 CONFIG = """{

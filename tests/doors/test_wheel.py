@@ -95,10 +95,11 @@ def test_the_wheel_holds_what_is_released_of_each_bundle(wheel: Path) -> None:
             files = {file for pattern in RELEASED_FILES for file in (ROOT / bundle).glob(pattern)}
             expected = {f"{SHIPPED}/{bundle}/{file.relative_to(ROOT / bundle)}" for file in files}
             assert {name for name in names if name.startswith(f"{SHIPPED}/{bundle}/")} == expected
-            assert (
-                content.read(f"{SHIPPED}/{bundle}/weights/small.pt")
-                == (ROOT / bundle / "weights" / "small.pt").read_bytes()
-            )
+            weights, record = (f"{bundle}/weights/small.{ending}" for ending in ("pt", "json"))
+            assert content.read(f"{SHIPPED}/{weights}") == (ROOT / weights).read_bytes()
+            released, own = content.read(f"{SHIPPED}/{record}").decode(), json.loads((ROOT / record).read_text())
+            assert not [name for part in ("train", "validation") for name in own[part] if f'"{name}"' in released]
+            assert json.loads(released)["weights_sha256"] == own["weights_sha256"]
     assert not [name for name in names if name.startswith(("tests/", *BUNDLES))]
     assert [name for name in names if name.endswith("setup.py")] == []
 
