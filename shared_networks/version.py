@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,21 +74,28 @@ def bundle_names(root: Path) -> list[str]:
 def check_copy(bundle_root: str | Path) -> None:
     """Refuse a bundle whose own copy of this package is not the one that runs, byte for byte.
 
-    MONAI Label serves all its bundles from one process, in which the first one's copy is everyone's.
+    A release has its copy in the bundle, a clone beside it. MONAI Label serves all its bundles from one process, in
+    which the first one's copy is everyone's. In a clone, Python prefers a package that is installed.
 
     Args:
-        bundle_root: the bundle's folder; without a copy in it, as in the repository, there is nothing to compare.
+        bundle_root: the bundle's folder; without a copy in it or beside it there is nothing to compare.
 
     Raises:
         InputError: a file differs, or only one of the copies has it.
     """
-    own, running = Path(str(bundle_root)).absolute() / "shared_networks", Path(__file__).parent
-    if not (own / "version.py").is_file() or own.samefile(running):
+    root, running = Path(os.path.abspath(str(bundle_root))), Path(__file__).parent
+    folder = next((path for path in (root, root.parent) if (path / "shared_networks" / "version.py").is_file()), None)
+    if folder is None or (own := folder / "shared_networks").samefile(running):
         return
-    copies = [{file.relative_to(root): file.read_bytes() for file in root.rglob("*.py")} for root in (own, running)]
+    copies = [{file.relative_to(place): file.read_bytes() for file in place.rglob("*.py")} for place in (own, running)]
     differing = sorted(file for file in {**copies[0], **copies[1]} if copies[0].get(file) != copies[1].get(file))
     if differing:
+        advice = (
+            "give all Hi-End-MAE bundles of a server the same release"
+            if folder == root
+            else f"commands in this clone would not run its own code: pip install -e {folder}"
+        )
         raise InputError(
             f"{own}: another version than {running}, which is loaded already: {len(differing)} file(s) differ, such as "
-            f"{differing[0]}; give all Hi-End-MAE bundles of a server the same release"
+            f"{differing[0]}; {advice}"
         )

@@ -32,7 +32,12 @@ def test_a_bundle_with_another_package_is_refused(
 ) -> None:
     """Of the same version too: one line of another file may compute something else."""
     monkeypatch.setattr(sys, "path", [*sys.path])  # the config adds to it
-    own = bundle / "shared_networks"
+    error = refusal(bundle, config, file, bundle / "shared_networks")
+    assert f"1 file(s) differ, such as {file}; give all" in error
+
+
+def refusal(bundle: Path, config: str, file: str, own: Path) -> str:
+    """What a bundle's config says once a file of its own copy of the package has changed."""
     with (own / file).open("a") as stream:
         stream.write("# changed\n")
     parser = ConfigParser()
@@ -43,4 +48,21 @@ def test_a_bundle_with_another_package_is_refused(
     error = input_error_in(caught.value)
     assert isinstance(error, InputError)
     assert str(error).startswith(f"{own}: another version than {ROOT / 'shared_networks'}, which is loaded already: ")
-    assert f"1 file(s) differ, such as {file}; give all" in str(error)
+    return str(error)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_clone_with_other_code_than_the_installed_package_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs here stands for the package that `pip install .` installed."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shutil.copytree(ROOT / name / "configs", tmp_path / name / "configs")
+    shutil.copytree(ROOT / "shared_networks", tmp_path / "shared_networks")
+    check_copy(tmp_path / name)
+    monkeypatch.chdir(tmp_path / name)
+    check_copy(".")
+    error = refusal(tmp_path / name, "inference.json", "networks/vit.py", tmp_path / "shared_networks")
+    assert error.endswith(f"networks/vit.py; commands in this clone would not run its own code: pip install -e {tmp_path}")
+    with pytest.raises(InputError, match="1 file"):
+        check_copy(".")
