@@ -63,6 +63,8 @@ def test_a_clone_with_other_code_than_the_installed_package_is_refused(
     monkeypatch.chdir(tmp_path / name)
     check_copy(".")
     error = refusal(tmp_path / name, "inference.json", "networks/vit.py", tmp_path / "shared_networks")
-    assert error.endswith(f"networks/vit.py; commands in this clone would not run its own code: pip install -e {tmp_path}")
+    assert error.endswith(
+        f"networks/vit.py; commands in this clone would not run its own code: pip install -e {tmp_path}"
+    )
     with pytest.raises(InputError, match="1 file"):
         check_copy(".")

@@ -5,12 +5,7 @@
 APP is made where it is not there: a copy of MONAI Label's app `monaibundle`, the zips unpacked in its folder `model`.
 A zip is unpacked only if its files are those of its SHA256SUMS. An unpacked bundle stays unchanged, as it may have been
 trained since. The server listens to this machine alone unless `--host` says otherwise. Further options go to
-`monailabel start_server`: `--port 8000`, `--conf skip_trainers true`. All this can be done by hand:
-
-    monailabel apps --download --name monaibundle --output .
-    unzip -d monaibundle/model hi_end_mae_btcv_seg_v0.1.0.zip
-    (cd monaibundle/model/hi_end_mae_btcv_seg && sha256sum --check --strict SHA256SUMS)
-    monailabel start_server --app monaibundle --studies STUDIES --conf models hi_end_mae_btcv_seg --conf sam2 false
+`monailabel start_server`: `--port 8000`, `--conf skip_trainers true`. docs/monai_label.md says how to do this by hand.
 """
 
 from __future__ import annotations
@@ -22,18 +17,20 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from zipfile import BadZipFile, ZipFile
 
 
 def install(bundle: str, app: Path) -> str:
-    """Unpack a release zip into the app, and return the name of its bundle.
+    """Unpack a release zip into the app, all of it or nothing, and return the name of its bundle.
 
     Args:
         bundle: the zip, or the name of a bundle that is in the app already.
         app: MONAI Label's app.
 
     Raises:
-        SystemExit: in one line: there is no such zip or bundle, or the zip is no release or was changed since.
+        SystemExit: in one line: there is no such zip or bundle, the zip is no release or was changed since, or it
+            cannot be unpacked.
     """
     if (app / "model" / bundle).is_dir():
         return bundle
@@ -43,10 +40,29 @@ def install(bundle: str, app: Path) -> str:
             if (app / "model" / name).exists():
                 print(f"{app / 'model' / name} exists already and stays unchanged", flush=True)
             else:
-                archive.extractall(app / "model")
+                (app / "model").mkdir(parents=True, exist_ok=True)
+                with TemporaryDirectory(prefix=".unfinished_", dir=app / "model") as unfinished:
+                    archive.extractall(unfinished)
+                    os.replace(Path(unfinished, name), app / "model" / name)
     except (OSError, BadZipFile, ValueError) as error:
         raise SystemExit(f"error: {bundle}: {error}") from None
     return name
+
+
+def copy_app(source: Path, app: Path) -> None:
+    """Copy MONAI Label's app, all of it or nothing, to where there is none or an empty folder.
+
+    Raises:
+        SystemExit: in one line: it is not installed, or cannot be written.
+    """
+    if app.is_dir() and any(app.iterdir()):
+        return
+    try:
+        app.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".unfinished_", dir=app.parent) as unfinished:
+            os.replace(shutil.copytree(source, Path(unfinished, app.name)), app)
+    except OSError as error:
+        raise SystemExit(f"error: {app}: {' '.join(str(error).split())[:500]}") from None
 
 
 def check_release(archive: ZipFile) -> str:
@@ -121,8 +137,7 @@ def main() -> None:
     parser.add_argument("--studies", required=True, help="folder of scans, or address of a DICOMweb server")
     parser.add_argument("bundles", nargs="+", help="zips, or names of bundles in APP/model")
     own, options = parser.parse_known_args()
-    if not own.app.is_dir():
-        shutil.copytree(Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle", own.app)
+    copy_app(Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle", own.app)
     names = [install(bundle, own.app) for bundle in own.bundles]
     words = ["--app", str(own.app), "--studies", own.studies, "--conf", "models", ",".join(names)]
     words += ["--conf", "sam2", "false"]  # Segment Anything would be downloaded
