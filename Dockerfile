@@ -1,10 +1,15 @@
 # Training and serving. Torch brings its own CUDA: the host needs NVIDIA's driver and container toolkit, or runs on CPU.
 #   docker build --target train --tag hi-end-mae .
+#   docker run --rm --gpus all --shm-size 8g -v /data:/data -w /opt/hi-end-mae/hi_end_mae_pretrain hi-end-mae \
+#       run --config_file configs/train.json --dataset_dir /data/CT --ckpt_dir /data/encoder --output_dir /data/curves
 #   docker run --rm --gpus all --shm-size 8g -v /data:/data -w /opt/hi-end-mae/hi_end_mae_btcv_seg hi-end-mae \
-#       run --config_file configs/train.json --dataset_dir /data/BTCV --ckpt_dir /data/models --output_dir /data/outputs
+#       run --config_file configs/train.json --dataset_dir /data/BTCV --pretrained_encoder /data/encoder/model.pt \
+#       --ckpt_dir /data/models --output_dir /data/outputs
 #   docker build --target serve --tag hi-end-mae-label .
-#   docker run --rm --gpus all --shm-size 8g -p 127.0.0.1:8000:8000 -v /data/studies:/studies hi-end-mae-label
-# Both run as user 1000, who must be allowed to write to the folders that are mounted.
+#   docker run --rm --gpus all --shm-size 8g -p 127.0.0.1:8000:8000 -v /data/studies:/studies -v label:/home/monai \
+#       hi-end-mae-label
+# Both run as user 1000, who must be allowed to write to the folders that are mounted. The server has the small weights.
+# What it trains stays in the volume `label`, with its bundles: a newer image needs another volume.
 FROM python:3.11.13-slim-bookworm AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 1000 monai
@@ -28,7 +33,7 @@ CMD ["--help"]
 
 FROM train AS releases
 COPY docs docs
-RUN python -m shared_networks.bundle.release --output_dir /tmp/releases
+RUN python -m shared_networks.bundle.release --output_dir /tmp/releases --overlay small
 
 FROM base AS serve
 COPY shared_networks/bundle/monai_label/requirements.txt ./

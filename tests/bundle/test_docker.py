@@ -33,8 +33,8 @@ def step(marked: str) -> str:
     return re.sub(r"\bpython\b", sys.executable, command).replace("pip ", f"{sys.executable} -m pip ")
 
 
-def run(command: str, folder: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+def run(command: str, folder: Path, package: Path | None = None) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(package or folder)}
     done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -79,3 +79,17 @@ def test_releases_are_made_of_what_is_copied(context: Path, tmp_path: Path) -> N
         with ZipFile(archive) as content:
             name = archive.name.removesuffix(f"_v{__version__}.zip")
             assert f"{name}/configs/inference.json" in content.namelist()
+            assert content.read(f"{name}/models/model.pt") == (ROOT / name / "weights" / "small.pt").read_bytes()
+
+
+def test_printed_trainings_run_one_after_the_other(context: Path, datasets: dict[str, Path], tmp_path: Path) -> None:
+    """With the arguments that the header gives to the image, small, in its folders."""
+    header = (ROOT / "Dockerfile").read_text().split("FROM ")[0].replace("\\\n#", "").replace("\n#", "\n")
+    runs = re.findall(r"-v /data:/data -w /opt/hi-end-mae/(\S+) hi-end-mae +(run .*)", header)
+    assert [bundle for bundle, _ in runs] == [*BUNDLES[:2]]
+    for bundle, command in runs:
+        command = re.sub(r"/data/(BTCV|CT)\b", str(datasets["btcv"]), command).replace("/data/", f"{tmp_path}/")
+        command = command.replace("configs/train.json", "\"['configs/train.json','configs/tiny.json']\"")
+        quick = "--epochs 1 --warmup_epochs 1 --num_samples 1 --batch_size 1 --spacing [6.0,6.0,6.0]"
+        run(f"{sys.executable} -m monai.bundle {command} {quick}", context / bundle, package=context)
+    assert (tmp_path / "models" / "model.pt").is_file()
