@@ -124,7 +124,6 @@ SETTINGS: dict[str, Kind] = {
     "network_def#decoder_hidden_size": COUNT,
     "network_def#decoder_num_heads": COUNT,
     "network_def#decoder_self_layers": NOT_NEGATIVE,
-    "network_def#mlp_ratio": POSITIVE,
     "network_def#num_upsamples": whole("from 1 to 3", lambda n: n in (1, 2, 3)),
     "network_def#out_indices": list_of(NOT_NEGATIVE, "a list of block indices, such as [3,6,9]", distinct=True),
     "network_def#mask_ratio": number("a number above 0 and below 1", lambda x: 0 < x < 1),

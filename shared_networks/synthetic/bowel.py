@@ -29,8 +29,6 @@ class Filling(NamedTuple):
 
 
 # fmt: off
-CONTRAST = ("thin oral contrast", "oral contrast", "dense oral contrast")
-FLUIDS = ("chyme", "water", "soft chyme")
 SMALL = {  # chance as the main filling of a patient's small bowel, and the fillings
     "collapsed": (0.25, Filling("", (0.45, 0.7))),
     "chyme": (0.2, Filling("chyme", gas=(-0.6, 0.3))),
