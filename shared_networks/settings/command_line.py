@@ -256,7 +256,9 @@ def _checked(config: ConfigParser, one: Given) -> Any:
     if "#" not in name and name in SETTINGS:
         return one.value if isinstance(one.value, dict) and one.file else _read(SETTINGS[name], one)
     current, annotation = _found(config, name)
-    if isinstance(current, dict) and not isinstance(one.passed, dict):
+    # A dict without a target in place of a component would leave MONAI with that dict.
+    component = isinstance(current, dict) and "_target_" in current
+    if isinstance(current, dict) and (not isinstance(one.passed, dict) or (component and "_target_" not in one.passed)):
         raise InputError(f"{one}: {name} is not one value; set its parts, as --{name}#PART VALUE")
     if not one.file and isinstance(one.value, str) and "#" in one.value:
         raise InputError(f"{one}: MONAI cannot take a # in this setting; give a value or a path without")

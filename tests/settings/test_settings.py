@@ -309,6 +309,7 @@ NESTED_REFUSED = [
     ("spacing#2", "x", "give a number"),
     ("spacing#2", "0", "--spacing#2 0: spacing would be [1.5, 1.5, 0]; give three numbers above 0"),
     ("loss", "5", "set its parts, as --loss#PART VALUE"),
+    ("split", "{'fold':0}", "split is not one value; set its parts, as --split#PART VALUE"),
     ("training_run#ema", "0.99", "training_run#ema is not one value; set its parts, as --training_run#ema#PART VALUE"),
     ("training_run#ema", "None", "set its parts, as --training_run#ema#PART VALUE"),
     ("datalist#check", "False", "set its parts, as --datalist#check#PART VALUE"),
