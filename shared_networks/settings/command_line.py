@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
+import logging
 import math
 import re
 import sys
@@ -23,6 +25,8 @@ from shared_networks.errors import InputError
 from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, Kind, list_of, number, whole
 from shared_networks.settings.table import SETTINGS
 from shared_networks.version import check_copy
+
+logger = logging.getLogger(__name__)
 
 _FLAG = re.compile(r"--|-[a-zA-Z]")  # what fire takes for an option; "-175" is a value
 
@@ -116,7 +120,16 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
         problems.append(f"--output_dir {options['output_dir']}: MONAI's --tracking cannot take a # there")
     if problems:
         raise InputError("\n".join(problems))
+    for name in _unused(config, {re.split("#|::", name.removeprefix("+"))[0] for name in of_monai}):
+        logger.warning("--%s: has no effect, as nothing in %s reads it", name, files)
     return settings
+
+
+def _unused(config: ConfigParser, names: Iterable[str]) -> list[str]:
+    """Return declared settings of a config that nothing in it refers to, as an overlay has replaced what did."""
+    text = json.dumps(config.get(), default=str)
+    declared = [name for name in sorted(names) if name in SETTINGS and name in config.get()]
+    return [name for name in declared if not re.search(rf"(?:[@%]|\[')(?:::)?{name}\b", text)]
 
 
 def read_settings(

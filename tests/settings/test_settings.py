@@ -329,6 +329,21 @@ def test_the_optimisers_learning_rate_is_that_of_all_its_groups(command_line) ->
     assert parser.get_parsed_content("optimizer#params#learning_rate") == 0.5
 
 
+@pytest.mark.parametrize(
+    ("config", "words", "unused"),
+    [
+        ((BTCV, "train.json"), ("--flip_axes", "[0]", "--compile", "True"), []),
+        ((BTCV, "train.json", "synthetic.json"), ("--flip_axes", "[0]", "--epochs", "99"), ["flip_axes"]),
+        ((BTCV, "train.json", "evaluate.json"), ("--compile", "True", "--overlap", "0.0"), ["compile"]),
+        ((PRETRAIN, "train.json", "prepared.json"), ("--images", "[a.nii.gz]", "--spacing#2", "3.0"), ["images"]),
+    ],
+)
+def test_a_setting_that_an_overlay_leaves_without_effect_is_named(config, words, unused, caplog) -> None:
+    command_line_settings(["--config_file", files_of(config), *words])
+    assert [line.partition(":")[0] for line in caplog.messages] == [f"--{name}" for name in unused]
+    assert all("has no effect, as nothing in " in line for line in caplog.messages)
+
+
 @pytest.mark.parametrize("bundle", [BTCV, PRETRAIN])
 def test_the_model_of_the_folder_that_is_given_comes_before_the_weights_that_ship(bundle, command_line) -> None:
     config = (bundle, "train.json", "evaluate.json", "small.json")
