@@ -13,6 +13,11 @@ _GUIDE = "](../../docs/"
 _RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|[#/])[^)#]+")
 
 
+def relative_links(card: str) -> list[str]:
+    """Return the files that a card links to or shows, relative to its folder."""
+    return _RELATIVE_LINK.findall(card)
+
+
 def released_card(card: str) -> str:
     """Let a card's links lead to the guides beside it in a release, not in the repository.
 
@@ -20,6 +25,29 @@ def released_card(card: str) -> str:
         card: text of `docs/README.md` in the repository.
     """
     return card.replace(_GUIDE, "](")
+
+
+def note_on_release(card: str, note: str) -> str:
+    """Put a paragraph below the title of a card."""
+    title, rest = card.split("\n", 1)
+    return f"{title}\n\n{note}\n{rest}"
+
+
+def with_ckpt_dir(card: str) -> str:
+    """Let the commands of a card train into a folder `trained`, where `models` holds the weights of a release.
+
+    Args:
+        card: Markdown; a command is in a `bash` fence, and may go over several lines that end in a backslash.
+    """
+
+    def trained(command: re.Match[str]) -> str:
+        evaluates = "configs/train.json" not in command[0] or "configs/evaluate.json" in command[0]
+        return command[0] if evaluates else f"{command[0]} --ckpt_dir trained"
+
+    def fence(block: re.Match[str]) -> str:
+        return re.sub(r"^(?:.*\\\n)*.*monai\.bundle run(?:.*\\\n)*.*$", trained, block[0], flags=re.MULTILINE)
+
+    return re.sub(r"^```bash\n.*?^```", fence, card, flags=re.MULTILINE | re.DOTALL)
 
 
 def model_card(card: str, metadata: Mapping[str, Any], folder: str = "docs") -> str:

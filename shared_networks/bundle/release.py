@@ -20,7 +20,7 @@ from zipfile import ZipFile, ZipInfo
 import torch
 from monai.bundle import ConfigParser
 
-from shared_networks.bundle.card import model_card, released_card
+from shared_networks.bundle.card import model_card, note_on_release, released_card, with_ckpt_dir
 from shared_networks.bundle.config_format import format_config
 from shared_networks.datasets.labels import model_labels
 from shared_networks.datasets.record import SAFETENSORS, read_record, record_file
@@ -122,22 +122,66 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
     package = (root / "shared_networks").rglob("*")
     files |= {file: file.relative_to(root) for file in package if file.suffix == ".py" or file.name == "py.typed"}
     content = {path.as_posix(): released_content(file) for file, path in files.items()}
-    if overlay:
-        baked = bake(content, overlay)
-        if own := overlay_weights(bundle, overlay, content):
-            content = {path: text for path, text in content.items() if not path.startswith("weights/")}
-            if not weights and not own.is_file():
-                print(f"{name}: no {own.relative_to(bundle)}, so it is released without weights", flush=True)
-            weights = weights or (own if own.is_file() else "")
-        content |= baked
+    baked = bake(content, overlay) if overlay else {}
+    own = overlay_weights(bundle, overlay, content) if overlay else None
+    content |= baked
+    if own:
+        shipped = own.relative_to(bundle).as_posix()
+        content = {path: text for path, text in content.items() if not path.startswith("weights/")}
+        content |= {
+            path: text.replace(shipped.encode(), b"models/model.pt")
+            for path, text in content.items()
+            if path.startswith("docs/") and path.endswith(".md")
+        }
+        if not weights and not own.is_file():
+            print(f"{name}: no {shipped}, so it is released without weights", flush=True)
+        weights = weights or (own if own.is_file() else "")
+    config = ConfigParser(json.loads(content["configs/inference.json"]))
+    config["bundle_root"] = str(bundle)
     card = released_card(content["docs/README.md"].decode())
+    if weights:
+        content |= released_weights(config, Path(weights))
+        card = with_ckpt_dir(card)
+    if overlay or weights:
+        card = note_on_release(card, release_note(config, overlay, bool(weights)))
     content["docs/README.md"] = card.encode()
     content["README.md"] = model_card(card, json.loads(content["configs/metadata.json"])).encode()
-    if weights:
-        config = ConfigParser(json.loads(content["configs/inference.json"]))
-        config["bundle_root"] = str(bundle)
-        content |= released_weights(config, Path(weights))
     return content
+
+
+def release_note(config: ConfigParser, overlay: str, weights: bool) -> str:
+    """Say on top of a card what a release is, where the card alone would mislead.
+
+    Args:
+        config: the release's inference config.
+        overlay: that is baked in, if any: the card describes the full network.
+        weights: whether `models` holds weights, so that a training needs another folder.
+    """
+    sentences = []
+    if overlay:
+        size = sum(p.numel() for p in network_of(config).parameters() if p.requires_grad) / 1e6
+        spacing, crop = (
+            " x ".join(f"{length:g}" for length in config.get_parsed_content(key)) for key in ("spacing", "img_size")
+        )
+        sentences += [
+            f"**This release has the network of `configs/{overlay}.json`: {size:.1f} M parameters, voxels of "
+            f"{spacing} mm, crops of {crop} voxels.** Its configs have these defaults. What follows describes the full "
+            "network."
+        ]
+    if weights:
+        sentences += [
+            "Its weights are `models/model.pt`, so training needs another folder: `--ckpt_dir trained`. Other commands "
+            "then take `--checkpoint trained/model.pt`."
+        ]
+    return " ".join(sentences)
+
+
+def network_of(config: ConfigParser) -> torch.nn.Module:
+    """Return the network of a bundle's inference config, with a channel for each label."""
+    if names := config.get("label_names"):
+        config["num_classes"] = len(names)
+    network: torch.nn.Module = config.get_parsed_content("network_def")
+    return network
 
 
 def overlay_weights(bundle: Path, overlay: str, files: Mapping[str, bytes]) -> Path | None:
@@ -227,10 +271,7 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
         InputError: names or shapes are not the network's, the state_dict is not flat, or the labels are unknown or
             not the bundle's.
     """
-    names = config.get("label_names")
-    if names:
-        config["num_classes"] = len(names)
-    network = config.get_parsed_content("network_def")
+    names, network = config.get("label_names"), network_of(config)
     check_weights(weights, network)
     form = weights.suffix == SAFETENSORS or torch.load(weights, map_location="cpu", weights_only=True).keys()
     if form != network.state_dict().keys():

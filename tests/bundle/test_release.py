@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -247,6 +248,36 @@ def test_records_of_weights_that_ship_name_no_case(bundle: str, tree: Path) -> N
         bundle_files(tree, bundle)
 
 
+NAMED = re.compile(r"\b(?:configs|weights|models|docs)/[\w.-]*\.\w+")
+
+
+@pytest.mark.parametrize(("bundle", "millions"), [(PRETRAIN, 6.1), (BTCV, 7.7), (FLARE, 7.7)])
+def test_a_small_release_says_so_and_its_card_names_only_files_that_it_has(bundle: str, millions: float) -> None:
+    files = bundle_files(ROOT, bundle, overlay="small")
+    assert "models/model.pt" in files and "no weights" not in files["configs/metadata.json"].decode()
+    for card in ("README.md", "docs/README.md"):
+        text = files[card].decode()
+        paragraph = re.sub(r"^---.*?^---\n\n", "", text, flags=re.DOTALL | re.MULTILINE).split("\n\n")[1]
+        said = f"{millions} M parameters, voxels of 3 x 3 x 3 mm, crops of 60 x 60 x 60 voxels."
+        assert said in paragraph and "`models/model.pt`" in paragraph
+        named = {"configs/train.json", "configs/small.json", "models/model.pt"}
+        assert named <= set(NAMED.findall(text)) <= files.keys()
+    shipped = [path for path, text in files.items() if path.endswith(".md") and b"weights/small.pt" in text]
+    assert shipped == []
+
+
+def test_the_card_of_other_releases_says_what_they_are(tmp_path: Path) -> None:
+    plain = bundle_files(ROOT, BTCV)["docs/README.md"].decode()
+    assert "This release" not in plain and "trained/" not in plain and "--init_weights weights/small.pt" in plain
+    tiny = bundle_files(ROOT, BTCV, overlay="tiny")["docs/README.md"].decode()
+    assert "crops of 48 x 48 x 48 voxels" in tiny and "--ckpt_dir" not in tiny
+    own = tiny_weights(BTCV, tmp_path / "own", "btcv")
+    given = bundle_files(ROOT, BTCV, overlay="tiny", weights=own)["docs/README.md"].decode()
+    assert "Its weights are `models/model.pt`" in given
+    # None but training, and the backslash of a command of two lines stays at the end of its first.
+    assert given.count(" --ckpt_dir trained\n") == 2 and "--init_weights weights/small.pt --ckpt_dir trained\n" in given
+
+
 CONFIG = """{
     "spacing": [1.5, 1.5, 1.5],
     "names": [
@@ -478,6 +509,26 @@ def fine_tuned(
     assert f"{bundle}/../{PRETRAIN}/models/model.pt" in shown
     assert "missing keys: none" in shown
     return bundle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", [PRETRAIN, BTCV])
+def test_a_small_release_runs_the_commands_of_its_card(
+    bundle: str, run: Run, datasets: dict[str, Path], tmp_path: Path
+) -> None:
+    """All but that for two GPUs. Of its ways to train a user takes one."""
+    for archive in release(tmp_path / "dist", overlay="small"):
+        unzip(archive, tmp_path)
+    folder = tmp_path / bundle
+    fences = "\n".join(re.findall(r"```bash\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
+    commands = [c for c in fences.replace("\\\n", " ").splitlines() if c.startswith("python -m monai.bundle run")]
+    assert len(commands) == 5
+    before = (folder / "models" / "model.pt").read_bytes()
+    for command in commands:
+        words = [re.sub("^/data/.*", str(datasets["btcv"]), word) for word in shlex.split(command)[1:]]
+        trains = "--ckpt_dir" in words
+        run(*words, *([*QUICK, "--overwrite", "True"] if trains else []), folder=folder, bundle=folder)
+    assert (folder / "trained" / "model.pt").is_file() and (folder / "models" / "model.pt").read_bytes() == before
 
 
 def test_the_repository_cannot_be_imported(run: Run) -> None:
