@@ -8,15 +8,19 @@ sections of its card that differ.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from shared_networks.bundle.card import relative_links
 from shared_networks.bundle.config_format import format_config
 from shared_networks.bundle.relabel import RELABELLED, relabelled
+from shared_networks.datasets.labels import checked_names
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write, read_json
 from shared_networks.settings.command_line import call_with_options
@@ -37,7 +41,8 @@ def derived_files(bundle: str | Path) -> dict[str, str]:
         Texts by path in the bundle.
 
     Raises:
-        InputError: the facts cannot be read or lack an entry, or the other bundle is missing.
+        InputError: the facts cannot be read or lack an entry, the other bundle is missing, or the card links to a file
+            that does not exist; and as :func:`check_texts`.
     """
     file = Path(bundle) / FACTS
     try:
@@ -47,6 +52,7 @@ def derived_files(bundle: str | Path) -> dict[str, str]:
         raise InputError(f"{file}: not readable as facts of a bundle ({error}); see the one of FLARE22") from None
     if wrong:
         raise InputError(f"{file}: {', '.join(wrong)} missing or of another kind; see the one of FLARE22")
+    check_texts(facts, file)
     source = Path(bundle).resolve().parent / facts["derived_from"]
     configs = {config.stem: read_json(config) for config in sorted((source / "configs").glob("*.json"))}
     if missing := [name for name in RELABELLED if name not in configs]:
@@ -56,7 +62,39 @@ def derived_files(bundle: str | Path) -> dict[str, str]:
     files |= {name: (source / name).read_text(encoding="utf-8") for name in _COPIED}
     card = (source / "docs" / "README.md").read_text(encoding="utf-8")
     sections = {**facts["card"], "Labels": labels_section(facts["label_names"])}
-    return {**files, "docs/README.md": derived_card(card, sections, facts["words"])}
+    files["docs/README.md"] = derived_card(card, sections, facts["words"])
+    folder = Path(bundle).resolve()
+    linked = {link: Path(os.path.abspath(folder / "docs" / link)) for link in relative_links(files["docs/README.md"])}
+    made = {folder / path for path in files}
+    if missing := sorted(link for link, target in linked.items() if target not in made and not target.exists()):
+        raise InputError(
+            f"{folder / 'docs'}: {', '.join(missing)} not there, to which the card links; add them, or change the "
+            f"section in {FACTS}"
+        )
+    return files
+
+
+def check_texts(facts: Mapping[str, Any], file: Path) -> None:
+    """Refuse facts in which YAML reads a name as something else, or labels that are no bundle's.
+
+    Args:
+        facts: content of `facts.yaml`, whose entries are of the right kind.
+        file: for the message.
+
+    Raises:
+        InputError: a name or text is a number, a date or a truth value to YAML, such as 0035 and yes; the labels are
+            fewer than two, alike, or do not begin with `background`.
+    """
+    texts = {name: facts[name] for name in ("label_names", "val_cases")}
+    texts |= {name: [*facts[name], *facts[name].values()] for name in ("words", "card")}
+    for name, values in texts.items():
+        if other := [value for value in values if not isinstance(value, str)]:
+            raise InputError(
+                f"{file}: {name}: YAML reads {other[0]!r}, which is no text; quote it as it is meant, such as '0035'"
+            )
+    checked_names(facts["label_names"], f"{file}: label_names")
+    if facts["label_names"][0] != "background":
+        raise InputError(f"{file}: label_names: begin with {facts['label_names'][0]!r}; value 0 is background")
 
 
 def labels_section(label_names: Sequence[str]) -> str:

@@ -37,11 +37,21 @@ def test_only_labels_validation_cases_and_facts_differ() -> None:
     assert train["label_names"] == list(label_names("flare")) and train["split"]["val_cases"] == []
 
 
-def test_a_third_bundle_is_made_by_the_command(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / BTCV, tmp_path / BTCV, ignore=shutil.ignore_patterns("models", "outputs"))
+@pytest.fixture
+def beside(tmp_path: Path) -> Path:
+    """A clone with an empty bundle, but for what its card shows."""
+    shutil.copytree(ROOT / BTCV, tmp_path / BTCV, ignore=shutil.ignore_patterns("models", "outputs", "weights"))
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("results", "*.png"))
+    (tmp_path / "own" / "docs").mkdir(parents=True)
+    for name in ("overlay.png", "failure.png", "data_license.txt"):
+        (tmp_path / "own" / "docs" / name).touch()
+    return tmp_path
+
+
+def test_a_third_bundle_is_made_by_the_command(beside: Path) -> None:
+    tmp_path = beside
     facts = yaml.safe_load((ROOT / FLARE / FACTS).read_text())
     facts |= {"label_names": ["background", "liver"], "val_cases": ["a"], "words": {"BTCV": "OWN"}}
-    (tmp_path / "own").mkdir()
     (tmp_path / "own" / FACTS).write_text(yaml.safe_dump(facts))
     derive(str(tmp_path / "own"))
     train = json.loads((tmp_path / "own" / "configs" / "train.json").read_text())
@@ -54,21 +64,40 @@ def test_a_third_bundle_is_made_by_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"words": None}, r"facts.yaml: words missing or of another kind"),
-        ({"derived_from": "nowhere"}, r"nowhere: has no configs/train.json"),
-        ({"card": {"Weather": "sunny"}}, r"there is no section 'Weather'; there are Intended use"),
+        ("words: null", r"facts.yaml: words missing or of another kind"),
+        ("derived_from: nowhere", r"nowhere: has no configs/train.json"),
+        ("card: {Weather: sunny}", r"there is no section 'Weather'; there are Intended use"),
+        ("card: {Data: 2022}", r"facts.yaml: card: YAML reads 2022, which is no text; quote it"),
+        ("words: {BTCV: 2022}", r"facts.yaml: words: YAML reads 2022, which is no text; quote it"),
+        ("words: {yes: done}", r"facts.yaml: words: YAML reads True, which is no text"),
+        ("val_cases: [0035, 0036]", r"facts.yaml: val_cases: YAML reads 29, .* such as '0035'"),
+        ("label_names: [background, liver, yes]", r"facts.yaml: label_names: YAML reads True, which is no"),
+        ("label_names: [background, liver, liver]", r"label_names: liver stand\(s\) for several values"),
+        ("label_names: [liver, background]", r"label_names: begin with 'liver'; value 0 is background"),
+        ("label_names: [background]", r"label_names: \['background'\] names no organ"),
     ],
 )
-def test_wrong_facts_are_said_in_one_line(change: dict, said: str, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / BTCV, tmp_path / BTCV, ignore=shutil.ignore_patterns("models", "outputs"))
-    facts = {**yaml.safe_load((ROOT / FLARE / FACTS).read_text()), **change}
-    (tmp_path / FACTS).write_text(yaml.safe_dump(facts))
-    (tmp_path / "own").mkdir()
-    (tmp_path / FACTS).rename(tmp_path / "own" / FACTS)
-    with pytest.raises(InputError, match=said):
-        derived_files(tmp_path / "own")
+def test_wrong_facts_are_said_in_one_line(change: str, said: str, beside: Path) -> None:
+    """As they are written: of two entries of a name YAML takes the last."""
+    (beside / "own" / FACTS).write_text(f"{(ROOT / FLARE / FACTS).read_text()}\n{change}\n")
+    with pytest.raises(InputError, match=said) as caught:
+        derived_files(beside / "own")
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="not readable as facts"):
-        derived_files(tmp_path / "none")
+        derived_files(beside / "none")
+
+
+def test_files_that_the_card_links_to_must_be_there(beside: Path) -> None:
+    facts = yaml.safe_load((ROOT / FLARE / FACTS).read_text())
+    facts["card"]["Performance"] += (
+        "\nSee [a guide](../../docs/gide.md), [scores](#data) and [more](https://monai.io).\n"
+    )
+    (beside / "own" / FACTS).write_text(yaml.safe_dump(facts))
+    (beside / "own" / "docs" / "overlay.png").unlink()
+    with pytest.raises(InputError, match=r"own/docs: \.\./\.\./docs/gide\.md, overlay\.png not there") as caught:
+        derive(str(beside / "own"))
+    assert "\n" not in str(caught.value)
+    assert not (beside / "own" / "configs").exists()
 
 
 def test_a_card_keeps_its_other_sections_with_words_replaced() -> None:
