@@ -155,7 +155,7 @@ def listed_paths(case: Any, key: str) -> list[str]:
         key: `image` or `label`.
     """
     value = case.get(key) if isinstance(case, dict) else case
-    paths = value if isinstance(value, list) else [value]
+    paths: list[Any] = value if isinstance(value, list) else [value]
     return paths if all(isinstance(path, str) and path for path in paths) else []
 
 

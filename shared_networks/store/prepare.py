@@ -171,7 +171,7 @@ def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entr
     """
     if source.problem:
         raise BadScanError(source.problem)
-    origin = {
+    origin: Entry = {
         "source": _origin(source),
         "series": source.series,
         **_stat(source.files),
