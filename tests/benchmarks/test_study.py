@@ -124,7 +124,8 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     count = Counter(trial.cell for trial in found)
     for labels in size["labels"]:
         assert [count[Cell(arm, labels, steps)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
-    assert [count[Cell(SCRATCH, 16, round(share * steps))] for share in (0.25, 0.5, 1, 2, 4)] == [3] * 5
+    for labels in (16, 4):
+        assert [count[Cell(SCRATCH, labels, round(share * steps))] for share in (0.25, 0.5, 1, 2, 4)] == [3] * 5
     assert {t[1:] for t in found if t.cell == Cell(OURS, 16, 2 * steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell.variant == "strong augmentation, from scratch"} == {(0, 0), (0, 1), (0, 2)}
@@ -132,7 +133,8 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     assert [t.cell for t in found[:4]] == [Cell(arm, 4, steps) for arm in ARMS]
     assert {t.cell.labels for t in found[:30]} == {4}
     assert {t.pretraining for t in found[30:66]} == {0} and {t.cell.labels for t in found[30:66]} == {1, 16, 64}
-    assert {t.cell.variant for t in found[66:90]} == {SCRATCH, OURS}
+    assert {t.cell.variant for t in found[66:114]} == {SCRATCH, OURS}
+    assert [{t.cell.labels for t in found[at : at + 24]} for at in (66, 90)] == [{16}, {4}]
     assert {t.cell.variant for t in found[-54:]} == {PLAIN, OURS, FROZEN}
 
 
@@ -200,11 +202,11 @@ def test_curve_has_the_steps_of_which_both_arms_are_there() -> None:
         ("synthetic", Cell(OURS, 16, 4)): scores(np.full((3, 4), 0.1), diagonal),
         ("synthetic", Cell(OURS, 4, 32)): scores(np.full((3, 4), 0.1), diagonal),
     }
-    assert report.curve_rows(read, "synthetic") == [
+    assert report.curve_rows(read, "synthetic", 16) == [
         [8, "0.500 (0.500 to 0.500)", "0.600 (0.600 to 0.600)", "+0.100 (+0.100 to +0.100)"],
         [16, "0.700 (0.700 to 0.700)", "0.725 (0.725 to 0.725)", "+0.025 (+0.025 to +0.025)"],
     ]
-    (upper, lower) = report.figure(read, report.curve_cells(cell for _, cell in read), "steps").axes
+    (upper, lower) = report.figure(read, report.curve_cells((cell for _, cell in read), 16), "steps").axes
     assert [label.get_text() for label in lower.get_xticklabels()] == ["8", "16"]
     assert lower.get_xlabel() == "steps"
     heights = [list(container.lines[0].get_ydata()) for container in (*upper.containers, *lower.containers)]

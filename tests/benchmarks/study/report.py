@@ -108,17 +108,17 @@ def organ_table(read: Mapping[tuple[str, Cell], Scores], test_set: str, cells: S
     return table(["organ", *(f"{cell.variant}, {cell.labels}" for cell, _ in there)], rows)
 
 
-def curve_cells(cells: Iterable[Cell]) -> dict[str, dict[int, Cell]]:
-    """Return those of the curve, by arm and by the numbers of steps of which all arms are there."""
+def curve_cells(cells: Iterable[Cell], labels: int) -> dict[str, dict[int, Cell]]:
+    """Return those of a curve, by arm and by the numbers of steps of which all arms are there."""
     there = set(cells)
-    steps = sorted({cell.steps for cell in there if cell.labels == CURVE_LABELS})
-    whole = [count for count in steps if all(Cell(arm, CURVE_LABELS, count) in there for arm in CURVE_ARMS)]
-    return {arm: {count: Cell(arm, CURVE_LABELS, count) for count in whole} for arm in CURVE_ARMS}
+    steps = sorted({cell.steps for cell in there if cell.labels == labels})
+    whole = [count for count in steps if all(Cell(arm, labels, count) in there for arm in CURVE_ARMS)]
+    return {arm: {count: Cell(arm, labels, count) for count in whole} for arm in CURVE_ARMS}
 
 
-def curve_rows(read: Mapping[tuple[str, Cell], Scores], test_set: str) -> list[list[Any]]:
-    """Return mean Dice of the two arms of the curve, and the second less the first, by the number of steps."""
-    first, second = curve_cells(cell for name, cell in read if name == test_set).values()
+def curve_rows(read: Mapping[tuple[str, Cell], Scores], test_set: str, labels: int) -> list[list[Any]]:
+    """Return mean Dice of the two arms of a curve, and the second less the first, by the number of steps."""
+    first, second = curve_cells((cell for name, cell in read if name == test_set), labels).values()
     rows = []
     for count in first:
         pair = read[test_set, first[count]], read[test_set, second[count]]
@@ -232,10 +232,11 @@ def dice_sections(read: Mapping[tuple[str, Cell], Scores], size: Settings) -> li
             "By organ:",
             organ_table(read, test_set, [Cell(arm, n, steps) for n in size["labels"] for arm in arms]),
         ]
-        curve = curve_rows(read, test_set)
-        if len(curve) > 1:
-            header = ["steps", *CURVE_ARMS, f"{CURVE_ARMS[1]} less {CURVE_ARMS[0]}"]
-            sections += [f"By steps, with {CURVE_LABELS} labelled cases:", table(header, curve)]
+        for labels in CURVE_LABELS:
+            curve = curve_rows(read, test_set, labels)
+            if len(curve) > 1:
+                header = ["steps", *CURVE_ARMS, f"{CURVE_ARMS[1]} less {CURVE_ARMS[0]}"]
+                sections += [f"By steps, with {labels} labelled cases:", table(header, curve)]
         if others:
             sections += ["Ablations:", ablation_table(read, test_set, others, base, scratch)]
     return sections
@@ -260,8 +261,9 @@ def report(
         arms = {arm: {count: Cell(arm, count, steps) for count in size["labels"]} for arm in size["arms"]}
         figure(read, arms, "labelled cases").savefig(out / "transfer.png")
         sections += ["![Mean Dice by labelled cases](transfer.png)"]
-        curve = curve_cells(cell for _, cell in read)
-        if len(curve[SCRATCH]) > 1:
-            figure(read, curve, "steps").savefig(out / "curve.png")
-            sections += [f"![Mean Dice by steps, with {CURVE_LABELS} labelled cases](curve.png)"]
+        for labels in CURVE_LABELS:
+            curve = curve_cells((cell for _, cell in read), labels)
+            if len(curve[SCRATCH]) > 1:
+                figure(read, curve, "steps").savefig(out / f"curve_{labels}.png")
+                sections += [f"![Mean Dice by steps, with {labels} labelled cases](curve_{labels}.png)"]
     return sections + dice_sections(read, size)

@@ -48,9 +48,9 @@ def slug(name: str) -> str:
 
 
 def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mapping[str, int]) -> list[Trial]:
-    """List all fine-tunings: those of the main measure, one pre-training of the other arms, curve, ablations, the rest.
+    """List all fine-tunings: the main measure, one pre-training of the arms elsewhere, curves, ablations, the rest.
 
-    Arms have every pre-training with every seed. Ablations and the curve have one fine-tuning for each seed, and a
+    Arms have every pre-training with every seed. Ablations and curves have one fine-tuning for each seed, and a
     pre-training of its own for each.
     """
     steps, seeds = size["fine-tuning"]["steps"], size["seeds"]
@@ -75,11 +75,12 @@ def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mappin
 
     rest = [count for count in size["labels"] if count != MAIN_LABELS]
     numbers = range(max(pretrainings.values()))
-    curve = [arm for arm in CURVE_ARMS if arm in size["arms"] and CURVE_LABELS in rest]
+    counts = [round(share * steps) for share in CURVE]
+    curved = CURVE_LABELS if {*CURVE_LABELS} <= {*size["labels"]} and {*CURVE_ARMS} <= {*size["arms"]} else ()
     return [
         *arms([count for count in size["labels"] if count == MAIN_LABELS], numbers),
         *arms(rest, numbers[:1]),
-        *others(curve, CURVE_LABELS, [round(share * steps) for share in CURVE]),
+        *(trial for labels in curved for trial in others(CURVE_ARMS, labels, counts)),
         *others([name for name in variants if name not in ARMS], MAIN_LABELS, [steps]),
         *arms(rest, numbers[1:]),
     ]

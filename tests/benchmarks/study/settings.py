@@ -86,7 +86,7 @@ MAIN_LABELS = 4
 CURVE = (0.25, 0.5, 2.0, 4.0)
 """Shares of the steps for which `CURVE_ARMS` are trained too, with `CURVE_LABELS`."""
 CURVE_ARMS = (SCRATCH, OURS)
-CURVE_LABELS = 16
+CURVE_LABELS = (16, MAIN_LABELS)
 
 
 def upsamplings(patch_size: int) -> Settings:
