@@ -58,9 +58,11 @@ def truncate(file: Path) -> None:
 
 
 def enlarge(file: Path) -> None:
-    """Have a file say that it holds 20000 voxels an axis."""
+    """Have a file say that it holds 20000 voxels an axis, which are small enough for a body."""
     content = bytearray(gzip.decompress(file.read_bytes()))
     content[42:48] = np.array([20000] * 3, np.int16).tobytes()
+    for start, end in ((80, 92), *((row, row + 12) for row in (280, 296, 312))):  # pixdim, and the sform's rows
+        content[start:end] = (np.frombuffer(content[start:end], "<f4") / 50).tobytes()
     file.write_bytes(gzip.compress(content))
 
 
