@@ -174,7 +174,9 @@ def prepare_case(task: Task, source: Source, known: Entry | None = None) -> Entr
     origin: Entry = {
         "source": _origin(source),
         "series": source.series,
-        **_stat(source.files),
+        "bytes": sum(map(os.path.getsize, source.files)),
+        "state": files_state(source.files),
+        "files": len(source.files),
         "sha256": _sha256(source.files),
     }
     if known and known["sha256"] == origin["sha256"] and _fits(task, known):
@@ -364,10 +366,9 @@ def _is_current(task: Task, source: Source, entry: Mapping[str, Any] | None) -> 
     if entry is None or source.problem or entry["source"] != _origin(source) or not _fits(task, entry):
         return False
     try:
-        stat = _stat(source.files)
+        return bool(entry.get("state") == files_state(source.files))
     except FileNotFoundError:
         return False
-    return all(entry.get(name) == value for name, value in stat.items())
 
 
 def _fits(task: Task, entry: Mapping[str, Any]) -> bool:
@@ -459,10 +460,6 @@ def _source_grid(scan: Scan) -> dict[str, Any]:
         "source_spacing": np.round(nib.affines.voxel_sizes(scan.affine), 6).tolist(),
         "source_axcodes": "".join(nib.aff2axcodes(scan.affine)),
     }
-
-
-def _stat(files: Sequence[str]) -> dict[str, int | str]:
-    return {"bytes": sum(map(os.path.getsize, files)), "state": files_state(files), "files": len(files)}
 
 
 def _sha256(files: Sequence[str]) -> str:
