@@ -18,18 +18,6 @@ from shared_networks.figures.overlay import DRAWN_OF
 from shared_networks.files import OTHER_FOLDER, UNFINISHED, read_json, write_json
 
 
-def made_with(stamp: str, checkpoints: Sequence[str | Path], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that results depend on, as JSON reads it back.
-
-    Args:
-        stamp: of the scan, see :func:`shared_networks.inference.predict.scan_stamp`.
-        checkpoints: files of the weights.
-        settings: all else, by name.
-    """
-    weights = [f"{file}: {file_digest(file)}" for file in checkpoints]
-    return dict(json.loads(json.dumps({"scan": stamp, "weights": weights, **settings}, default=str)))
-
-
 def read_note(file: Path) -> dict[str, Any]:
     """Return what a file says of the results of a scan; nothing if it is missing or cannot be read."""
     try:
@@ -66,8 +54,13 @@ class Results:
         return self.output_dir / f"{name}_{self.kind}.json"
 
     def made_with(self, stamp: str) -> dict[str, Any]:
-        """Return all that results depend on: the scan, the weights and the settings."""
-        return made_with(stamp, self.checkpoints, self.settings)
+        """Return all that results depend on, as JSON reads it back: the scan, the weights and the settings.
+
+        Args:
+            stamp: of the scan, see :func:`shared_networks.inference.predict.scan_stamp`.
+        """
+        weights = [f"{file}: {file_digest(file)}" for file in self.checkpoints]
+        return dict(json.loads(json.dumps({"scan": stamp, "weights": weights, **self.settings}, default=str)))
 
     def check(self, name: str, source: Source, inputs: Collection[str]) -> None:
         """Refuse to replace what is no earlier result of the same scan.
