@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from monai.bundle import ConfigParser
+from PIL import Image
 
 from shared_networks.errors import InputError
 from shared_networks.evaluation.tables import COLUMNS, measure_rows
@@ -239,7 +240,7 @@ def drawn(panel: Axes) -> dict[str, list[float]]:
 
 
 def test_raw_numbers_are_read_again(reports: dict[Trial, Path], tmp_path: Path) -> None:
-    rows = results.raw_rows(reports)
+    rows = results.raw_rows(reports, results.read_known(None, []))
     assert rows[0] == [*results.COLUMNS, "liver", "spleen"]
     assert len(rows) == 1 + 4 * 3
     assert ["real CT", OURS, 4, 8, 0, 1, "ct_001", 0.8, 0.4] in rows
@@ -264,6 +265,43 @@ def test_raw_numbers_are_read_again(reports: dict[Trial, Path], tmp_path: Path) 
         assert drawn(figure.axes[column]) == {arm: pytest.approx([mean, *ends]) for arm, (mean, ends) in wanted.items()}
         mean, ends = report.difference(ours, scratch)
         assert drawn(figure.axes[2 + column]) == {OURS: pytest.approx([mean, *ends])}
+
+
+def test_numbers_of_an_earlier_sitting_are_not_made_again(reports: dict[Trial, Path], tmp_path: Path) -> None:
+    """Of those tested on the same sets; what is there is taken from there."""
+    nothing = results.read_known(None, [])
+    write_csv(tmp_path / "transfer.csv", before := results.raw_rows(reports, nothing))
+    ends = dict(zip(results.CURVES, (0.5, 0.9, 0.1, 40.5), strict=True))
+    write_csv(
+        tmp_path / "pretrainings.csv", results.pretraining_rows({}, nothing._replace(pretrainings={(OURS, 1): ends}))
+    )
+    known = results.read_known(tmp_path, ["synthetic", "real CT"])
+    assert known.pretrainings == {(OURS, 1): ends}
+    assert list(known.rows) == [trial for trial, folder in reports.items() if folder.is_dir()]
+    assert results.read_known(tmp_path, ["synthetic", "another"]).rows == {}
+    gone = {trial: tmp_path / "nowhere" for trial in reports}
+    assert results.raw_rows(gone, known) == [[str(value) for value in row] for row in before]
+    here = dict(list(reports.items())[:2])
+    assert results.raw_rows(gone | here, known)[1:7] == before[1:7]
+
+    (tmp_path / "reconstructions").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "reconstructions" / "hi_end_mae_1.jpg")
+    (out := tmp_path / "out").mkdir()
+    size = SIZES["smoke"] | {"arms": [SCRATCH, OURS], "labels": [4], "seeds": [0, 1], "fine-tuning": {"steps": 8}}
+    sections = report.report(out, size, {}, gone, known)
+    assert sections[0] == (
+        "4 of 5 fine-tunings are done, and 1 pre-trainings. "
+        "4 fine-tunings are of earlier sittings, whose times are not in the table."
+    )
+    picture = "![what Hi-End-MAE 1 makes of a test scan](reconstructions/hi_end_mae_1.jpg)"
+    assert sections[2].endswith(f"| Hi-End-MAE | 1 | 0.500 | 0.900 | 0.100 | 40.5 | {picture} |")
+    for name in ("transfer.csv", "pretrainings.csv", "reconstructions/hi_end_mae_1.jpg"):
+        assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
+
+    with pytest.raises(
+        InputError, match=r"nowhere: has no transfer\.csv; give --known the results of an earlier sitting"
+    ):
+        results.read_known(tmp_path / "nowhere", [])
 
 
 def test_times_add_up_by_part() -> None:
@@ -418,9 +456,25 @@ def test_the_whole_chain_runs_once(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "transfer.md").read_text()
     assert text.startswith(DESIGN.read_text().strip()) and "2 of 2 fine-tunings are done, and 1 pre-trainings." in text
     assert "| 1 | Hi-End-MAE, frozen less Hi-End-MAE | " in text
-    for picture in ("transfer.png", "reconstructions.jpg"):
+    for picture in ("transfer.png", "reconstructions/hi_end_mae_0.jpg"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
+    assert not list((tmp_path / "out" / "fine-tuning").rglob("*.png"))  # nobody would look at them
     models = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.pt")}
     assert len(models) == 3
     subprocess.run(words, cwd=ROOT, check=True)
     assert {file: file.stat().st_mtime_ns for file in models} == models
+
+    # What a worker made is what the command makes by itself.
+    folder = tmp_path / "out" / "fine-tuning" / "hi_end_mae_1_4" / "0_0"
+    record = json.loads((folder / "run.json").read_text())
+    command = [word.replace(str(folder), str(tmp_path / "alone")) for word in record["words"]]
+    subprocess.run([sys.executable, *command], cwd=ROOT / record["bundle"], check=True)
+    here, alone = (torch.load(place / "model.pt", weights_only=True) for place in (folder, tmp_path / "alone"))
+    assert here.keys() == alone.keys() and all(torch.equal(here[name], alone[name]) for name in here)
+
+    # On another machine nothing of it is run again.
+    words[words.index("--out") + 1] = str(tmp_path / "other")
+    subprocess.run([*words, "--known", str(tmp_path / "out")], cwd=ROOT, check=True)
+    assert not list((tmp_path / "other").rglob("model.pt"))
+    for name in ("transfer.csv", "pretrainings.csv"):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

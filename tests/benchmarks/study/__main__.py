@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from shared_networks.errors import InputError
@@ -16,6 +16,7 @@ from ..loader import machine
 from . import runs
 from .execution import Run, Sitting, is_done
 from .report import report, time_table
+from .results import read_known
 from .runs import Trial, slug
 from .settings import ABLATIONS, ARMS, SIZES, Settings, Variant, patch_ablations
 
@@ -54,8 +55,9 @@ def run_all(
     tests: Mapping[str, Path],
     unlabelled: Sequence[Path],
     sitting: Sitting,
+    known: Container[Trial] = (),
 ) -> tuple[dict[tuple[str, int], Path], dict[Trial, Path]]:
-    """Run what has not been run.
+    """Run what has not been run and is not known.
 
     Returns:
         Folders of pre-trainings, by variant and number, and of evaluations; none before all scans are made.
@@ -92,6 +94,10 @@ def run_all(
     chains: dict[Trial | tuple[str, int], list[Run]] = {}  # by trial; those of an ablation begin with its pre-training
     for trial in runs.trials(size, variants, repeats):
         variant, encoder, key = variants[trial.cell.variant], None, trial
+        place = out / "fine-tuning" / slug(" ".join(map(str, trial.cell))) / f"{trial.pretraining}_{trial.seed}"
+        reports[trial] = runs.report_folder(place, cases)
+        if trial in known:
+            continue
         if variant.pretraining is not None:
             owner = variant.encoder_of or trial.cell.variant, trial.pretraining
             encoder = out / "pretraining" / slug(owner[0]) / str(owner[1])
@@ -104,10 +110,8 @@ def run_all(
                 else:
                     chains[owner] = [first, then]
             key = owner if owner in chains else trial
-        place = out / "fine-tuning" / slug(" ".join(map(str, trial.cell))) / f"{trial.pretraining}_{trial.seed}"
         chain = runs.fine_tuning(labelled, cases, encoder, place, size, variant, trial)
         chains.setdefault(key, []).extend(chain)
-        reports[trial] = chain[-1].folder
     sitting.run(arms)
     sitting.run(list(chains.values()))
     return {key: run.folder.parent for key, run in pretrainings.items() if is_done(run)}, reports
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--test", action="append", default=[], metavar="NAME=FOLDER", help="further labelled scans")
     parser.add_argument("--unlabelled", action="append", default=[], type=Path, help="folder of real scans")
+    parser.add_argument("--known", type=Path, metavar="FOLDER", help="results of an earlier sitting, not to run again")
     parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--minutes", type=float, help="begin no further run after this time")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as cores, fewer on a GPU")
@@ -134,7 +139,8 @@ def main() -> None:
     try:
         tests = find_folders(args.test)
         variants = variants_of(size, bool(args.unlabelled), args.ablations)
-        found = run_all(out, size, variants, tests, args.unlabelled, sitting)
+        known = read_known(args.known, [runs.SYNTHETIC, *tests])
+        found = run_all(out, size, variants, tests, args.unlabelled, sitting, known.rows)
     except InputError as error:
         sys.exit(f"error: {error}")
     told = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
@@ -144,7 +150,7 @@ def main() -> None:
         "# Results",
         f"Size {args.size}, {sitting.jobs} runs at a time, {minutes:.0f} minutes this time. {told}.",
         time_table(sitting.records),
-        *report(out, size, *found),
+        *report(out, size, *found, known),
     ]
     text = "\n\n".join(sections)
     (out / "transfer.md").write_text(text + "\n")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import resource
+import runpy
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +56,61 @@ def bundle_run(part: str, folder: Path, bundle: str, configs: Sequence[str], opt
     return Run(part, folder, bundle, [*words, *(word for pair in pairs for word in pair)])
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """Run a command, unless its results are there.
+@contextmanager
+def output_in(file: Path) -> Iterator[None]:
+    """Append to a file what this process writes to its output and errors, whoever writes it."""
+    with file.open("a") as log:
+        kept = [os.dup(stream) for stream in (1, 2)]
+        try:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, before in zip((1, 2), kept, strict=True):
+                os.dup2(before, stream)
+                os.close(before)
+
+
+def processor_seconds() -> float:
+    """Of this process and those it started."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def run_here(run: Run) -> tuple[int, dict[str, float]]:
+    """Run a module as the command does, in this process, which so imports everything once for many commands.
+
+    Returns:
+        The exit code, and the record's times.
+    """
+    start, used = time.monotonic(), processor_seconds()
+    arguments, path, folder = sys.argv, sys.path[:], Path.cwd()
+    place = run.words.index("-m") + 1
+    code = 0
+    with output_in(run.folder / "log.txt"), warnings.catch_warnings():
+        try:
+            warnings.simplefilter("ignore")
+            os.chdir(ROOT / run.bundle)
+            sys.argv = run.words[place:]
+            runpy.run_module(run.words[place], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code)
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+        finally:
+            sys.argv, sys.path[:] = arguments, path
+            os.chdir(folder)
+    times = {"seconds": time.monotonic() - start, "processor_seconds": processor_seconds() - used}
+    return code, {key: round(value, 1) for key, value in times.items()}
+
+
+def execute(run: Run, workers: Executor) -> dict[str, Any]:
+    """Run a command in a worker, unless its results are there.
 
     Returns:
         `run.json`: the command, its seconds, and seconds of processor time.
@@ -70,22 +129,15 @@ def execute(run: Run) -> dict[str, Any]:
         if "seconds" in before:
             return before
     write_json(record, content)
-    start = time.monotonic()
-    with (run.folder / "log.txt").open("a") as log:
-        process = subprocess.Popen(
-            [sys.executable, *run.words],
-            cwd=ROOT / run.bundle,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        last = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-        raise InputError(f"{run.folder / 'log.txt'}: exit code {process.returncode}: {' '.join(last)}")
-    content["seconds"] = round(time.monotonic() - start, 1)
-    content["processor_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
+    log = run.folder / "log.txt"
+    try:
+        code, times = workers.submit(run_here, run).result()
+    except BrokenProcessPool:
+        raise InputError(f"{log}: its process was killed; start again to go on") from None
+    if code:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise InputError(f"{log}: exit code {code}: {' '.join(last)}")
+    content |= times
     write_json(record, content)
     return content
 
@@ -122,11 +174,13 @@ def execute_all(
         for run in chain:
             if until() and not is_done(run):
                 return records
-            records.append(execute(run))
+            records.append(execute(run, workers))
         say(f"{chain[0].part}, {chain[0].folder}: {sum(record['seconds'] for record in records):.0f} s")
         return records
 
-    with ThreadPoolExecutor(jobs) as pool:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which share the cores
+    fresh = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
+    with ProcessPoolExecutor(jobs, fresh) as workers, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(follow, chain) for chain in chains]
         try:
             ended, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,25 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imread
+from PIL import Image
 
 from shared_networks.datasets.labels import label_colour
 from shared_networks.figures.planes import TEXT_COLOUR
 from shared_networks.files import write_csv
 
-from .results import Scores, curves, ends, matched, nested, raw_rows, read_scores
-from .runs import SYNTHETIC, Cell, Trial
+from .results import (
+    PRETRAININGS,
+    RAW,
+    Known,
+    Scores,
+    ends,
+    matched,
+    nested,
+    pretraining_rows,
+    raw_rows,
+    read_scores,
+)
+from .runs import SYNTHETIC, Cell, Trial, slug
 from .settings import ARMS, CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, OURS, SCRATCH, Settings
 
 Estimate = tuple[float, tuple[float, float]]
@@ -49,16 +61,16 @@ def shown(estimate: Estimate, sign: str = "") -> str:
     return f"{mean} ({low} to {high})"
 
 
-def pretraining_table(folders: Mapping[tuple[str, int], Path]) -> str:
-    """Return a row for each pre-training."""
+def pretraining_table(rows: Iterable[Sequence[Any]], pictures: Path) -> str:
+    """Return a row for each pre-training, of :func:`.results.pretraining_rows`, with its picture in a folder."""
     header = ["", "pre-training", "masked error, training", "masked error, validation", "probe, Dice", "effective rank"]
-    variants = list(dict.fromkeys(variant for variant, _ in folders))
-    rows = []
-    for variant, number in sorted(folders, key=lambda key: (variants.index(key[0]), key[1])):
-        found = curves(folders[variant, number])
-        ended = [found.get(tag, float("nan")) for tag in ("masked_mse", "val_masked_mse", "probe_dice")]
-        rows.append([variant, number, *(f"{value:.3f}" for value in ended), f"{found.get('effective_rank', 0):.1f}"])
-    return table(header, rows)
+    lines = []
+    for variant, number, *ended, rank in rows:
+        picture = pictures / f"{slug(variant)}_{number}.jpg"
+        shown = f"![what {variant} {number} makes of a test scan]({pictures.name}/{picture.name})"
+        values = (f"{value:.3f}" for value in ended)
+        lines.append([variant, number, *values, f"{rank:.1f}", shown if picture.is_file() else "not here"])
+    return table([*header, "reconstruction"], lines)
 
 
 def arms_tables(read: Mapping[tuple[str, Cell], Scores], test_set: str, arms: Sequence[str], steps: int) -> list[str]:
@@ -200,22 +212,16 @@ def figure(read: Mapping[tuple[str, Cell], Scores], arms: Mapping[str, Mapping[i
     return drawing
 
 
-def reconstructions(folders: Mapping[tuple[str, int], Path]) -> Figure:
-    """Put the pictures that inference drew of each pre-training together: a row a variant, a column a pre-training."""
-    images = {key: imread(min((folder / "drawn").glob("*_reconstruction.png"))) for key, folder in folders.items()}
-    variants, numbers = list(dict.fromkeys(name for name, _ in images)), sorted({number for _, number in images})
-    height, width = next(iter(images.values())).shape[:2]
-    size = 4 * len(numbers), (4 * height / width + 0.2) * len(variants)
-    drawing = Figure(figsize=size, dpi=100, layout="constrained")
-    FigureCanvasAgg(drawing)
-    panels = drawing.subplots(len(variants), len(numbers), squeeze=False)
-    for (row, column), panel in np.ndenumerate(panels):
-        key = variants[row], numbers[column]
-        if key in images:
-            panel.imshow(images[key])
-            panel.set_title(f"{key[0]}, pre-training {key[1]}", fontsize=8, color=TEXT_COLOUR)
-        panel.axis("off")
-    return drawing
+def save_reconstructions(pretrainings: Mapping[tuple[str, int], Path], known: Path | None, folder: Path) -> None:
+    """Save what inference drew of each pre-training, and copy pictures of earlier sittings, as small JPEG files."""
+    folder.mkdir(exist_ok=True)
+    for (variant, number), drawn in pretrainings.items():
+        with Image.open(min((drawn / "drawn").glob("*_reconstruction.png"))) as picture:
+            picture.thumbnail((600, 600))
+            picture.convert("RGB").save(folder / f"{slug(variant)}_{number}.jpg", quality=80)
+    for file in (known / folder.name).glob("*.jpg") if known else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def dice_sections(read: Mapping[tuple[str, Cell], Scores], size: Settings) -> list[str]:
@@ -243,19 +249,35 @@ def dice_sections(read: Mapping[tuple[str, Cell], Scores], size: Settings) -> li
 
 
 def report(
-    out: Path, size: Settings, pretrainings: Mapping[tuple[str, int], Path], reports: Mapping[Trial, Path]
+    out: Path,
+    size: Settings,
+    pretrainings: Mapping[tuple[str, int], Path],
+    reports: Mapping[Trial, Path],
+    known: Known,
 ) -> list[str]:
-    """Write raw numbers and figures, and return the sections of the text."""
+    """Write raw numbers and figures, and return the sections of the text.
+
+    Args:
+        out: folder to write to.
+        size: of the study.
+        pretrainings: folders of those that are there.
+        reports: folders of all evaluations, also of those that are not there.
+        known: of earlier sittings.
+    """
     if not reports:
         return ["The scans are not all made yet."]
-    write_csv(out / "transfer.csv", raw_rows(reports))
-    read = read_scores(out / "transfer.csv", size["seeds"])
-    there = sum((folder / "metrics.csv").is_file() for folder in reports.values())
-    sections = [f"{there} of {len(reports)} fine-tunings are done, and {len(pretrainings)} pre-trainings."]
-    if pretrainings:
-        reconstructions(pretrainings).savefig(out / "reconstructions.jpg", pil_kwargs={"quality": 80})
-        picture = "![A test scan, and what each makes of it](reconstructions.jpg)"
-        sections += ["## Pre-trainings", pretraining_table(pretrainings), picture]
+    write_csv(out / RAW, raw_rows(reports, known))
+    write_csv(out / PRETRAININGS, ended := pretraining_rows(pretrainings, known))
+    read = read_scores(out / RAW, size["seeds"])
+    here = {trial for trial, folder in reports.items() if (folder / "metrics.csv").is_file()}
+    earlier = (known.rows.keys() & reports.keys()) - here
+    told = f"{len(here | earlier)} of {len(reports)} fine-tunings are done, and {len(ended) - 1} pre-trainings."
+    if earlier:
+        told += f" {len(earlier)} fine-tunings are of earlier sittings, whose times are not in the table."
+    sections = [told]
+    if ended[1:]:
+        save_reconstructions(pretrainings, known.folder, out / "reconstructions")
+        sections += ["## Pre-trainings", pretraining_table(ended[1:], out / "reconstructions")]
     if read:
         steps = size["fine-tuning"]["steps"]
         arms = {arm: {count: Cell(arm, count, steps) for count in size["labels"]} for arm in size["arms"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shared_networks.errors import InputError
 from shared_networks.evaluation.tables import CONFIDENCE, RESAMPLES
 
 from .runs import SYNTHETIC, Cell, Trial
 
 Array = NDArray[np.float64]
+RAW, PRETRAININGS = "transfer.csv", "pretrainings.csv"
+CURVES = ("masked_mse", "val_masked_mse", "probe_dice", "effective_rank")
 COLUMNS = ["test set", "variant", "labelled cases", "steps", "pre-training", "seed", "case"]
 
 
@@ -49,18 +52,75 @@ def read_report(file: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def raw_rows(reports: Mapping[Trial, Path]) -> list[list[Any]]:
-    """Return Dice by organ of all evaluations that are there, a row a case, below a header."""
+class Known(NamedTuple):
+    """Raw numbers of earlier sittings.
+
+    Args:
+        folder: of their results; None without any.
+        organs: names.
+        rows: a row a case, as in `transfer.csv`, by fine-tuning.
+        pretrainings: what :func:`curves` told, by variant and number.
+    """
+
+    folder: Path | None
+    organs: list[str]
+    rows: dict[Trial, list[list[Any]]]
+    pretrainings: dict[tuple[str, int], dict[str, float]]
+
+
+def read_known(folder: Path | None, test_sets: Iterable[str]) -> Known:
+    """Read `transfer.csv` and `pretrainings.csv` of a folder, of fine-tunings that were tested on just these sets.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    known = Known(folder, [], {}, {})
+    if folder is None:
+        return known
+    for name in (RAW, PRETRAININGS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: has no {name}; give --known the results of an earlier sitting")
+    with (folder / RAW).open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    found: dict[Trial, list[list[Any]]] = {}
+    for row in rows:
+        _, variant, labels, steps, number, seed, *_ = row
+        found.setdefault(Trial(Cell(variant, int(labels), int(steps)), int(number), int(seed)), []).append(row)
+    known.organs.extend(header[len(COLUMNS) :])
+    known.rows.update({trial: rows for trial, rows in found.items() if {row[0] for row in rows} == {*test_sets}})
+    with (folder / PRETRAININGS).open(newline="") as stream:
+        for line in csv.DictReader(stream):
+            key = line.pop("variant"), int(line.pop("pre-training"))
+            known.pretrainings[key] = {tag: float(value) for tag, value in line.items()}
+    return known
+
+
+def raw_rows(reports: Mapping[Trial, Path], known: Known) -> list[list[Any]]:
+    """Return Dice by organ of all evaluations that are there or known, a row a case, below a header."""
     rows: list[list[Any]] = []
-    organs: dict[str, float] = {}
-    for (cell, pretraining, seed), folder in reports.items():
+    organs = known.organs
+    for trial, folder in reports.items():
         if not (folder / "metrics.csv").is_file():
+            rows += known.rows.get(trial, [])
             continue
-        for case, organs in read_report(folder / "metrics.csv").items():
+        cell, pretraining, seed = trial
+        for case, scores in read_report(folder / "metrics.csv").items():
+            organs = list(scores)
             test_set, _, name = case.partition("__")
-            dice = ("" if np.isnan(value) else value for value in organs.values())
+            dice = ("" if np.isnan(value) else value for value in scores.values())
             rows.append([test_set, *cell, pretraining, seed, name, *dice])
     return [[*COLUMNS, *organs], *rows]
+
+
+def pretraining_rows(folders: Mapping[tuple[str, int], Path], known: Known) -> list[list[Any]]:
+    """Return what all pre-trainings ended with that are there or known, variant by variant, below a header."""
+    ended = known.pretrainings | {key: curves(folder) for key, folder in folders.items()}
+    variants = list(dict.fromkeys(variant for variant, _ in ended))
+    order = sorted(ended, key=lambda key: (variants.index(key[0]), key[1]))
+    return [
+        ["variant", "pre-training", *CURVES],
+        *([*key, *(ended[key].get(tag, "") for tag in CURVES)] for key in order),
+    ]
 
 
 def read_scores(file: Path, seeds: Sequence[int]) -> dict[tuple[str, Cell], Scores]:
@@ -146,8 +206,7 @@ def curves(folder: Path) -> dict[str, float]:
     """Return what a pre-training ended with: masked errors, the probe's Dice, and the effective rank."""
     read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = set(read.Tags()["scalars"])
-    wanted = ("masked_mse", "val_masked_mse", "probe_dice", "effective_rank")
-    values = {tag: [event.value for event in read.Scalars(tag)] for tag in wanted if tag in tags}
+    values = {tag: [event.value for event in read.Scalars(tag)] for tag in CURVES if tag in tags}
     found = {tag: value[-1] for tag, value in values.items()}
     found["masked_mse"] = float(np.mean(values["masked_mse"][-max(1, len(values["masked_mse"]) // 20) :]))
     return found

@@ -134,6 +134,11 @@ def reconstruction(scan: Path, folder: Path, size: Settings, variant: Variant) -
     return bundle_run("reconstruction", folder / "drawn", PRETRAINING, ["inference"], options)
 
 
+def report_folder(folder: Path, tests: Path) -> Path:
+    """Return the folder of a fine-tuning's evaluation on one of the test data sets of :func:`gather_tests`."""
+    return folder / tests.name.replace("tests", "report")
+
+
 def fine_tuning(
     data: Path, tests: Path, encoder: Path | None, folder: Path, size: Settings, variant: Variant, trial: Trial
 ) -> list[Run]:
@@ -160,7 +165,7 @@ def fine_tuning(
         "warmup_epochs": max(1, epochs // 20),
         "val_interval": epochs,
     }
-    report = folder / tests.name.replace("tests", "report")
+    report = report_folder(folder, tests)
     evaluation = {
         "dataset_dir": str(tests),
         "label_names": "@model_labels",
@@ -169,7 +174,7 @@ def fine_tuning(
         "overlap": 0.25,
         "sw_batch_size": 4,
         "num_workers": 0,
-        "validate#postprocessing#transforms#0#_disabled_": True,  # pictures, which nobody would look at
+        "validate#postprocessing#transforms#1#_disabled_": True,  # pictures, which nobody would look at
     }
     shape = {key: value for key, value in settings.items() if key.startswith("network_def#")}
     configs = ["train", *variant.configs]
