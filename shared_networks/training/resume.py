@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +157,18 @@ class TrainingRun:
 
         Raises:
             InputError: as :meth:`start`, or a file cannot be written.
+            SystemExit: SIGTERM ended it before, so that whatever should follow a whole training does not. The code is
+                143, as a shell tells of the signal.
         """
         self.start()
-        with fast_cpu(self.network, torch.device(self.trainer.state.device)):
+        with fast_cpu(self.network, torch.device(self.trainer.state.device)), self.stopping_on_sigterm():
             if self.unfinished:
                 self.trainer.run()
             if self.unvalidated:
                 self.evaluator.run(self.trainer.state.max_epochs)
         self.finish()
+        if self.left:
+            sys.exit(128 + self.stop_signal)
 
     def start(self) -> None:
         """Attach to trainer and evaluator; resume, remove or challenge the training in the folder.
@@ -191,8 +197,6 @@ class TrainingRun:
             self.challenge()
         if dist.is_available() and dist.is_initialized():
             self.votes = dist.new_group(backend="gloo")  # on the CPU: asking NCCL would halt the GPU in every iteration
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.request_stop)
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.after_iteration)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
         self.trainer.register_events(*ReadingEvents)
@@ -243,6 +247,18 @@ class TrainingRun:
             check_finite(weights, self.model)
             write_model(weights, self.model, {**self.record, "score": None})
             logger.warning("no validation cases: %s holds the weights at the end of the training", self.model)
+
+    @contextmanager
+    def stopping_on_sigterm(self) -> Iterator[None]:
+        """Take SIGTERM as a request to stop, and after training leave it to whoever had it before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self.request_stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """Note a signal; training stops after the iteration that is under way."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command(data, out, *more), cwd=PRETRAIN, **pipes)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-5000:]
+    assert process.returncode == code, output[-5000:]
     return output
 
 
@@ -111,11 +111,11 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
 
 
 @pytest.mark.integration
-def test_sigterm_saves_and_exits_cleanly(datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_as_stopped(datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path) -> None:
     process = start(datasets["btcv"], tmp_path, "--training_run#every_minutes", "0")
     wait_for(lambda: list((tmp_path / "state").glob("state_*.ckpt")), process)
     process.send_signal(signal.SIGTERM)
-    assert "stopped by signal 15 at epoch" in finish(process)
+    assert "stopped by signal 15 at epoch" in finish(process, 143)
     assert "resuming from" in finish(start(datasets["btcv"], tmp_path, "--resume"))
     assert_same_run(tmp_path, uninterrupted)
 
@@ -224,13 +224,6 @@ def run(state: TrainingRun) -> TrainingRun:
     return state
 
 
-@pytest.fixture(autouse=True)
-def sigterm_as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def spoil(state: TrainingRun, place: int) -> None:
     """One of the cases is NaN; the others are finite."""
     cases: Any = state.trainer.data_loader.dataset.data.data
@@ -323,6 +316,13 @@ def stop_after(state: TrainingRun, iteration: int) -> None:
     state.trainer.add_event_handler(event, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def run_until(state: TrainingRun, iteration: int) -> None:
+    stop_after(state, iteration)
+    with pytest.raises(SystemExit) as end:
+        state.run()
+    assert end.value.code == 143
+
+
 def test_states_are_rotated(tmp_path: Path) -> None:
     run(training(tmp_path, epochs=5))
     assert names(tmp_path) == ["state_000000012.ckpt", "state_000000015.ckpt"]
@@ -354,8 +354,7 @@ def test_a_state_holds_all_that_training_needs(tmp_path: Path) -> None:
 def test_stopping_anywhere_changes_nothing(tmp_path: Path, at: int) -> None:
     whole = run(training(tmp_path / "whole"))
     stopped = training(tmp_path / "parts")
-    stop_after(stopped, at)
-    run(stopped)
+    run_until(stopped, at)
     assert stopped.trainer.state.iteration == at
     resumed = run(training(tmp_path / "parts", resume=True))
     for key in ("weight", "bias"):
@@ -365,10 +364,20 @@ def test_stopping_anywhere_changes_nothing(tmp_path: Path, at: int) -> None:
     assert whole.optimizer.state_dict()["param_groups"] == resumed.optimizer.state_dict()["param_groups"]
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_sigterm_is_the_programs_again_after_training(tmp_path: Path, stopped: bool) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    state = training(tmp_path)
+    if stopped:
+        run_until(state, 2)
+    else:
+        run(state)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_half_accumulated_gradients_are_not_saved(tmp_path: Path) -> None:
     state = training(tmp_path, epochs=1, cases=12, accumulation_steps=4)  # 6 iterations, steps after 4 and 6
-    stop_after(state, 2)
-    run(state)
+    run_until(state, 2)
     assert state.trainer.state.iteration == 4
 
 
@@ -400,8 +409,7 @@ def test_more_epochs_and_another_epoch_length_begin_at_the_rate_of_their_schedul
     assert rates == expected and rates[0] > 0.05
 
     state = training(tmp_path / "b", epochs=4)
-    stop_after(state, 5)
-    run(state)
+    run_until(state, 5)
     other = training(tmp_path / "b", epochs=4, batch=3, resume=True)
     other.start()
     assert other.optimizer.param_groups[0]["lr"] == 0.1 * other.lr_scheduler.lr_lambda(2)  # type: ignore[attr-defined]
@@ -409,8 +417,7 @@ def test_more_epochs_and_another_epoch_length_begin_at_the_rate_of_their_schedul
 
 def test_another_number_of_processes_goes_on_from_the_start_of_the_epoch(tmp_path: Path) -> None:
     state = training(tmp_path, epochs=4)
-    stop_after(state, 5)  # the second of three iterations of epoch 2
-    run(state)
+    run_until(state, 5)  # the second of three iterations of epoch 2
     other = training(tmp_path, epochs=4, batch=3, resume=True)  # as if there were more: 2 iterations an epoch
     other.start()
     assert other.trainer.state.iteration == 2 and other.lr_scheduler.last_epoch == 2
@@ -658,8 +665,7 @@ def test_a_stop_in_the_last_iteration_leaves_the_choice_of_the_model_to_the_resu
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = training(tmp_path, val=5)
-    stop_after(state, 6)
-    run(state)
+    run_until(state, 6)
     assert not (tmp_path / "model.pt").exists() and "no validation cases" not in caplog.text
     run(training(tmp_path, val=5, resume=True))
     record = read_record(tmp_path / "model.pt")
@@ -717,8 +723,7 @@ def test_the_moving_average_is_validated_and_saved(tmp_path: Path) -> None:
 def test_the_moving_average_survives_an_interruption(tmp_path: Path, at: int) -> None:
     run(averaged(tmp_path / "whole"))
     stopped = averaged(tmp_path / "parts")
-    stop_after(stopped, at)
-    run(stopped)
+    run_until(stopped, at)
     run(averaged(tmp_path / "parts", resume=True))
     whole, parts = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "parts"))
     assert torch.equal(whole["weight"], parts["weight"]) and torch.equal(whole["bias"], parts["bias"])
