@@ -11,9 +11,15 @@ Example:
 from __future__ import annotations
 
 import gzip
+import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -22,7 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shared_networks.datasets.tissue_maps import TISSUE_CHANNEL
-from shared_networks.errors import report_in_one_line
+from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write, write_json
 from shared_networks.settings.command_line import call_with_options
 from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, PATH, SEED, choice, number
@@ -42,6 +48,7 @@ OPTIONS = {
     "seed": SEED,
     "voxel_mm": number("a size from 0.4 to 6 mm", lambda size: 0.4 <= size <= 6),
     "tissues": FLAG,
+    "num_workers": NOT_NEGATIVE,
 }
 """What the options of the command line take."""
 
@@ -77,6 +84,39 @@ def phantom_case(
     return image, label, affine @ inv_ornt_aff(turn, canvas.tissue.shape)
 
 
+class Planned(NamedTuple):
+    """A case to write: its files, and the numbers that decide on its patient and scan."""
+
+    image: Path
+    label: Path
+    key: tuple[int, int, int]
+
+
+def write_case(planned: Planned, label_set: str, voxel_mm: float, tissues: bool) -> None:
+    """Write one scan of `phantom_case` and its label."""
+    image, label, affine = phantom_case(np.random.default_rng(planned.key), label_set, voxel_mm, tissues)
+    for path, volume in ((planned.image, image), (planned.label, label)):
+        with atomic_write(path, "give another --out") as unfinished:
+            unfinished.write_bytes(gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), 1, mtime=0))
+
+
+def each(write: Callable[[Planned], None], cases: Iterable[Planned], num_workers: int) -> Iterator[None]:
+    """Write cases, several at a time, and yield after each.
+
+    Raises:
+        InputError: a process was killed.
+    """
+    if num_workers == 0:
+        yield from map(write, cases)
+        return
+    ignored = signal.SIGINT, signal.SIG_IGN  # Ctrl-C reaches all processes; this one stops the others
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), signal.signal, ignored) as pool:
+        try:
+            yield from pool.map(write, cases)
+        except BrokenProcessPool:
+            raise InputError("a process was killed, mostly for want of memory; give fewer --num_workers") from None
+
+
 def write_dataset(
     out: str | Path,
     label_set: str = "btcv",
@@ -85,6 +125,7 @@ def write_dataset(
     seed: int = 0,
     voxel_mm: float = 3.0,
     tissues: bool = False,
+    num_workers: int = 0,
 ) -> None:
     """Write phantoms as an nnU-Net folder: imagesTr, labelsTr, imagesTs, labelsTs and, last, dataset.json.
 
@@ -98,27 +139,31 @@ def write_dataset(
         seed: Seed of the whole set.
         voxel_mm: In-plane voxel size: 3 makes a case in about half a second, 0.8 is clinical resolution.
         tissues: Write tissue maps in place of scans, and the table of their indices, `tissues.json`.
+        num_workers: Processes, each of which makes another case; 0 makes them in this one. The files are the same.
 
     Raises:
         ValueError: As `phantom_case`.
         FileExistsError: If the folder already holds other scans.
+        InputError: If a process was killed.
     """
     folder, names = Path(out), label_names(label_set)
-    planned = {
-        (split, i): (folder / f"images{end}/{name}_{i:03d}_0000.nii.gz", folder / f"labels{end}/{name}_{i:03d}.nii.gz")
+    planned = [
+        Planned(
+            folder / f"images{end}/{name}_{i:03d}_0000.nii.gz",
+            folder / f"labels{end}/{name}_{i:03d}.nii.gz",
+            (seed, split, i),
+        )
         for split, (name, end, count) in enumerate((("train", "Tr", train), ("test", "Ts", test)))
         for i in range(count)
-    }
-    others = set(folder.glob("*T[rs]/*.nii.gz")) - {path for paths in planned.values() for path in paths}
+    ]
+    others = set(folder.glob("*T[rs]/*.nii.gz")) - {path for case in planned for path in (case.image, case.label)}
     if others:
         raise FileExistsError(f"{folder} already holds other scans, such as {min(others)}; choose an empty folder")
     for kind in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    for (split, index), paths in tqdm(planned.items(), desc="phantoms", unit="case"):
-        image, label, affine = phantom_case(np.random.default_rng([seed, split, index]), label_set, voxel_mm, tissues)
-        for path, volume in zip(paths, (image, label), strict=True):
-            with atomic_write(path, "give another --out") as unfinished:
-                unfinished.write_bytes(gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), 1, mtime=0))
+    write = partial(write_case, label_set=label_set, voxel_mm=voxel_mm, tissues=tissues)
+    for _ in tqdm(each(write, planned, num_workers), desc="phantoms", unit="case", total=len(planned)):
+        pass
     if tissues:
         write_json(folder / TABLE_FILE, table_content(phantom_tissues()), "give another --out")
     summary = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from shared_networks import files
 from shared_networks.datasets.tissue_maps import TISSUE_CHANNEL
+from shared_networks.errors import InputError
 from shared_networks.synthetic import phantom
 from shared_networks.synthetic.phantom import phantom_case, write_dataset
 from shared_networks.synthetic.tissue_table import read_tissue_table
@@ -68,6 +70,7 @@ def test_dataset_by_the_command_line(tmp_path: Path) -> None:
     """The documented command writes nnU-Net's layout; each case depends on its own number only."""
     out = tmp_path / "Dataset901_Phantom"
     options = ["--label_set", "btcv", "--train", "2", "--test", "1", "--seed", "5", "--voxel_mm", "6"]
+    options += ["--num_workers", "2"]
     command = [sys.executable, "-m", "shared_networks.synthetic.phantom", "--out", str(out), *options]
     root = str(Path(phantom.__file__).parents[2])
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -125,6 +128,15 @@ def test_tissue_maps_with_their_table(tmp_path: Path) -> None:
         assert indices.max() < len(TISSUES) and indices.shape == organs.shape
         liver = np.bincount(indices[organs == FLARE22.index("liver")], minlength=len(TISSUES))
         assert liver.argmax() == TISSUE_ID["liver"] and liver[0] == 0
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told() -> None:
+    with pytest.raises(InputError, match="a process was killed, mostly for want of memory; give fewer --num_workers"):
+        list(phantom.each(killed, [phantom.Planned(Path("a"), Path("b"), (0, 0, 0))], 1))
 
 
 def test_interrupted_writing_leaves_no_half_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mappin
 
 def phantoms(folder: Path, size: Settings, train: int, test: int, seed: int) -> Run:
     """Make synthetic scans."""
-    options = {"train": train, "test": test, "voxel_mm": size["phantoms"]["voxel_mm"], "seed": seed}
+    options = {"train": train, "test": test, "voxel_mm": size["phantoms"]["voxel_mm"], "seed": seed, "num_workers": 16}
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     words = ["-m", "shared_networks.synthetic.phantom", "--out", str(folder), "--label_set", "btcv", *words]
     return Run("synthetic scans", folder.parent / f"{folder.name}_made", ".", words)
