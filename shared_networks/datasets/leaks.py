@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared_networks.datasets.pairs import name_of
 from shared_networks.datasets.record import (
     PARTS,
     Case,
@@ -13,6 +14,7 @@ from shared_networks.datasets.record import (
     case_digests,
     check_network,
     common_cases,
+    dataset_name,
     different_settings,
     listed_differences,
     options,
@@ -65,6 +67,37 @@ def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: S
             chose = common_cases(tested, seen_cases(record, "validation"), by_name)
             leaks["chose the model and would now test"] = [name for name in chose if name not in memorised]
         refuse_leaks(file, leaks, _advice(record, now) if of_split else "Leave these cases out of the report")
+
+
+def unseen_cases(
+    checkpoints: Sequence[str | Path], dataset_dir: str | Path | None, split: Mapping[str, Sequence[Case]]
+) -> list[Case]:
+    """Return all cases of a data set that is new to models, so that a report need not leave any out.
+
+    Args:
+        checkpoints: `model.pt` files.
+        dataset_dir: of the cases, named in records by its last part.
+        split: of :func:`shared_networks.datasets.splits.split_dataset`.
+
+    Returns:
+        The cases that would train and validate; none if somebody chose these, if a model has no record, or if one has
+        seen a case.
+
+    Raises:
+        InputError: a record is of other weights or cannot be read.
+    """
+    if not getattr(split, "by_default", False):
+        return []
+    cases = [*split["train"], *(case for case in split["validation"] if case not in split["train"])]
+    digests = case_digests(cases)
+    for checkpoint in checkpoints:
+        record = read_record(checkpoint)
+        if record is None or not record["labels"]:
+            return []
+        same = record["dataset"] == dataset_name(dataset_dir)
+        if any(common_cases(digests, seen_cases(record, part), same) for part in ("train", "validation")):
+            return []
+    return sorted(cases, key=name_of)
 
 
 def check_start(record: Record, before: Record, source: str | Path) -> None:

@@ -36,11 +36,15 @@ class Split(UserDict[str, list[Case]]):
     Args:
         parts: the cases.
         settings: that made the split, for the record of a training.
+        by_default: whether nobody chose the parts: no setting, no list and no name of a case.
     """
 
-    def __init__(self, parts: Mapping[str, Sequence[Case]], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, parts: Mapping[str, Sequence[Case]], settings: Mapping[str, Any], by_default: bool = False
+    ) -> None:
         super().__init__({part: list(cases) for part, cases in parts.items()})
         self.settings = settings
+        self.by_default = by_default
 
 
 def split_cases(
@@ -104,6 +108,7 @@ def report_cases(
     dataset_dir: str | Path | None,
     validation: Sequence[Mapping[str, Any]],
     test: Sequence[Mapping[str, Any]] = (),
+    unseen: Sequence[Mapping[str, Any]] = (),
 ) -> Sequence[Mapping[str, Any]]:
     """Return the cases to report results on, if possible none that had a part in choosing the model.
 
@@ -111,10 +116,11 @@ def report_cases(
         dataset_dir: as for :func:`find_cases`.
         validation: the cases that chose the model.
         test: cases that were held out, of a fold or a share.
+        unseen: all cases of another data set than the model's, of :func:`shared_networks.datasets.leaks.unseen_cases`.
 
     Returns:
-        The test cases; without any, `imagesTs` with `labelsTs`; without these, or where these folders are empty, with a
-        warning, the validation cases.
+        The test cases; without any, `imagesTs` with `labelsTs`; without these, or where these folders are empty, the
+        unseen cases; without these, with a warning, the validation cases.
 
     Raises:
         InputError: there is neither a data set nor a case to report on, or `imagesTs` and `labelsTs` do not pair.
@@ -123,6 +129,9 @@ def report_cases(
         return test
     if Path(dataset_dir or "").suffix != ".json" and has_files(dataset_folder(dataset_dir) / "labelsTs"):
         return pair_cases(find_images(dataset_dir, "imagesTs"), find_labels(dataset_dir, "labelsTs"))
+    if unseen:
+        logger.info("%s: the model has seen none of its cases: reporting on all %d", dataset_dir, len(unseen))
+        return unseen
     if not validation:
         raise InputError(
             f"{dataset_dir}: no case to report on: it has no labelsTs, and no case was held out or validates "
@@ -209,7 +218,8 @@ def split_dataset(
         )
     train = _few(parts["train"], num_train_cases, seed)
     test = [case for case in bare if name_of(case) in names]
-    return Split({"train": train, "validation": parts["validation"], "test": test}, settings)
+    by_default = not (test or named) and val_fraction is None and num_train_cases is None
+    return Split({"train": train, "validation": parts["validation"], "test": test}, settings, by_default)
 
 
 def _fold(ordered: Sequence[Case], fold: int, num_folds: int, seed: int) -> list[Case]:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared_networks.datasets.leaks import check_evaluation, check_start, check_unseen
+from shared_networks.datasets.leaks import check_evaluation, check_start, check_unseen, unseen_cases
 from shared_networks.datasets.pairs import case_name
 from shared_networks.datasets.record import training_record, write_model
-from shared_networks.datasets.splits import Split, split_dataset
+from shared_networks.datasets.splits import Split, report_cases, split_dataset
 from shared_networks.errors import InputError
 
 BTCV = [f"img{number:04d}" for number in (*range(1, 11), *range(21, 41))]
@@ -205,6 +205,38 @@ def test_names_of_another_data_set_mean_other_cases(tmp_path, model):
                for (name, c), n in zip(others.items(), "abcdef", strict=True)}  # fmt: skip
     split = parts(renamed, "", "", "uvw")
     check_evaluation([model], record(split, tmp_path / "others"), split["test"])
+
+
+def test_all_cases_of_a_data_set_that_is_new_to_the_model_are_reported_on(tmp_path, model):
+    """Unless somebody chose which."""
+    others = tmp_path / "others"
+    new = list(scans(others, "uvwxyz").values())
+    split = split_dataset(new)
+    assert len(split["validation"]) == 1
+    assert unseen_cases([model], others, split) == new == report_cases(others, split["validation"], (), new)
+    for chosen in (
+        {"val_cases": "w"},
+        {"val_fraction": 0.2},
+        {"fold": 0},
+        {"test_fraction": 0.2},
+        {"num_train_cases": 1},
+    ):
+        assert unseen_cases([model], others, split_dataset(new, **chosen)) == []
+    listed = [{**case, "part": "validation"} if case is new[2] else case for case in new]
+    assert unseen_cases([model], others, split_dataset(listed)) == []
+    (only,) = unseen_cases([model], others, split_dataset(new[:1]))
+    assert only == new[0]
+
+
+def test_a_data_set_of_which_a_model_has_seen_a_case_is_not_new(tmp_path, model):
+    ours, copied = scans(tmp_path / "ours", "abcdef"), scans(tmp_path / "others", "c", rename="y")
+    others = scans(tmp_path / "others", "uvwxyz")
+    for folder, cases in (("ours", ours), ("others", copied | others)):
+        assert unseen_cases([model], tmp_path / folder, split_dataset(list(cases.values()))) == []
+    new = split_dataset(list(others.values()))
+    write_model({}, tmp_path / "second" / "model.pt", record(parts(others, "u", "v"), "/elsewhere"))
+    assert unseen_cases([model, tmp_path / "second" / "model.pt"], tmp_path / "others", new) == []
+    assert unseen_cases([tmp_path / "without_record.pt"], tmp_path / "others", new) == []
 
 
 def test_validation_cases_may_be_reported_on_where_nothing_is_held_out(tmp_path):

@@ -119,6 +119,16 @@ def test_a_copied_data_set_hides_no_training_case(run: Path, datasets: dict[str,
     evaluate(copy, run, **FOLD)
 
 
+def test_all_of_another_data_set_is_reported_on(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_dataset(tmp_path / "others", train=3, test=0, seed=8, voxel_mm=6.0)
+    with caplog.at_level(logging.INFO):
+        evaluate(tmp_path / "others", run, output_dir=str(tmp_path / "report"), **{"split#val_cases": []})
+    assert f"{tmp_path}/others: the model has seen none of its cases: reporting on all 3" in caplog.text
+    assert "figures are too good" not in caplog.text
+    rows = (tmp_path / "report" / "dice.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:4]] == ["train_000", "train_001", "train_002"]
+
+
 def test_weights_of_another_training_are_not_taken_for_those_on_record(
     run: Path, datasets: dict[str, Path], tmp_path: Path
 ) -> None:
