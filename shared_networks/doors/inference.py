@@ -102,7 +102,7 @@ def configured(bundle: Path, size: str, given: Sequence[Given]) -> ConfigParser:
 
 
 def network_size(bundle: Path, weights: Path, given: Sequence[Given]) -> str:
-    """Return the one of :data:`SIZES` whose network has the shapes of weights, else the first; that is then refused.
+    """Return the one of :data:`SIZES` whose network has the shapes of weights, else the nearest; that is then refused.
 
     Args:
         bundle: its folder.
@@ -112,14 +112,17 @@ def network_size(bundle: Path, weights: Path, given: Sequence[Given]) -> str:
     Raises:
         InputError: the weights cannot be read, or as :func:`configured`.
     """
-    found = {name: tensor.shape for name, tensor in read_weights(weights).items()}
+    found = {(name, tensor.shape) for name, tensor in read_weights(weights).items()}
+    fitting = {}
     for size in SIZES:
         config = configured(bundle, size, given)
         with torch.device("meta"):  # shapes alone, without memory
             network = config.get_parsed_content("network_def")
-        if found == {name: tensor.shape for name, tensor in network.state_dict().items()}:
+        shapes = {(name, tensor.shape) for name, tensor in network.state_dict().items()}
+        if found == shapes:
             return size
-    return SIZES[0]
+        fitting[size] = len(found & shapes)
+    return max(SIZES, key=fitting.__getitem__)
 
 
 def check_owner(weights: Path, bundle: Path) -> None:

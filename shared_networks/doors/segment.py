@@ -77,6 +77,8 @@ def segment(
             nib.save(as_nifti(image, affine), scan)
         given = [Given(name, value, value, _HERE) for name, value in ({"overlay": False} | settings).items()]
         paths = {"output_dir": str(Path(folder) / "labels")}
+        if weights is not None and not isinstance(weights, (str, os.PathLike)):
+            raise InputError(f"weights: {weights!r} is no path; give one, or several models as checkpoints=[...]")
         if weights is not None:
             paths["checkpoint"] = os.fspath(weights)
         given += [Given(name, path, path) for name, path in paths.items()]

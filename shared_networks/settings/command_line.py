@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, create_workflow, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+from monai.utils import ensure_tuple
 
 from shared_networks.errors import InputError
 from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, Kind, list_of, number, whole
@@ -28,6 +30,7 @@ from shared_networks.version import check_copy
 
 logger = logging.getLogger(__name__)
 
+_NO_TEXT = re.compile(r"\s*(?:[+-]?[\d._]+(?:e[+-]?\d+)?|true|false|yes|no|on|off)\s*", re.IGNORECASE)
 _FLAG = re.compile(r"--|-[a-zA-Z]")  # what fire takes for an option; "-175" is a value
 
 
@@ -106,8 +109,10 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
         *(Given(name, value, value, str(file)) for name, value in defaults.items()),
         *(Given(name, value, passed[name]) for name, value in options.items()),
     ]
+    first = files.split(",")[0] if isinstance(files, str) and not os.path.isfile(files) else ensure_tuple(files)[0]
+    problems = _texts_for_numbers(config.get(), ConfigParser(ConfigParser.load_config_file(first)), str(files))
     to_run = [*positional_words(arguments), *([of_monai["run_id"]] if "run_id" in of_monai else ())]
-    problems = [
+    problems += [
         f"{word}: is neither an option nor its value, and nothing of this name can be run; give a list as [a,b,c]"
         for word in to_run
         if not _has(config, str(word))
@@ -191,9 +196,14 @@ def read_settings(
             value = _read(kind, one)
         except InputError as error:
             problems.append(str(error))
-        else:
-            settings |= {} if "#" in name else {name: value}
+            continue
+        if "#" not in name:
+            settings[name] = value
+        elif isinstance(one.value, str) and str not in kind.native:  # MONAI takes it as it is
+            problems.append(f"{one}: is text; write {json.dumps(value)}")
     problems += _misfits(settings)
+    if "checkpoint" in named and (several := settings.get("checkpoints")):
+        problems.append(f"one model, {settings.get('checkpoint')}, and several, {several}, are given; give one of both")
     if problems:
         raise InputError("\n".join(problems))
     if (
@@ -235,6 +245,24 @@ def _misfits(settings: Mapping[str, Any]) -> list[str]:
             line = f"--img_size {size} is no multiple of --patch_size {patch}; give such as --img_size {nearest}"
             lines.append(line.replace(", ", ","))
     return lines
+
+
+def _texts_for_numbers(content: Any, base: ConfigParser, files: str, name: str = "") -> list[str]:
+    """A line for each text of an overlay in place of a number or a flag of the base: YAML reads `1e-2` as text."""
+    if isinstance(content, (dict, list)):
+        parts = enumerate(content) if isinstance(content, list) else content.items()
+        inner = ((value if isinstance(content, dict) else content[key], key) for key, value in parts)
+        return [line for value, key in inner for line in _texts_for_numbers(value, base, files, f"{name}#{key}")]
+    name = name.lstrip("#")
+    if name in SETTINGS or not isinstance(content, str) or not _NO_TEXT.fullmatch(content):
+        return []
+    try:
+        kind = _kind_of(*_found(base, name))
+    except InputError:  # the overlay's own
+        return []
+    if kind is None or str in kind.native:
+        return []
+    return [f"{Given(name, content, content, files)}: is text; give {kind.expected}, without quotes"]
 
 
 def _is_expression(value: Any, one: Given) -> bool:

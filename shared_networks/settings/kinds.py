@@ -9,6 +9,7 @@ from ast import literal_eval
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|$)""")
@@ -32,7 +33,9 @@ class Kind(NamedTuple):
 
 
 def _items(value: Any) -> list[Any]:
-    """The items of a list, of a text such as `[a, 'b, c']` or `a,b`, or of a single value."""
+    """The items of a list or array, of a text such as `[a, 'b, c']` or `a,b`, or of a single value."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return list(value)
     if not isinstance(value, str):
@@ -60,6 +63,8 @@ def _unquoted(text: str) -> str:
 
 
 def _number(value: Any) -> float:
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        value = value.item()  # JSON, which records hold, knows Python's numbers alone
     if isinstance(value, bool):
         raise ValueError
     if isinstance(value, str):

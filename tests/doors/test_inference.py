@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -44,7 +45,34 @@ def test_the_network_has_the_size_of_the_weights(tmp_path: Path) -> None:
 def test_the_network_may_be_one_that_settings_describe(tmp_path: Path) -> None:
     weights = tiny_weights(tmp_path, **{"network_def#feature_size": 4})
     assert network_size(BTCV, weights, [Given("network_def#feature_size", 4, 4)]) == "tiny"
-    assert network_size(BTCV, weights, []) == SIZES[0]  # fits none, which the bundle then says
+    assert network_size(BTCV, weights, []) == "tiny"  # fits none; the nearest says best what does not
+
+
+def test_weights_of_other_labels_are_measured_by_the_network_of_their_size(tmp_path: Path) -> None:
+    names = Given("label_names", ["background", "liver"], ["background", "liver"])
+    assert network_size(BTCV, tiny_weights(tmp_path), [names]) == "tiny"
+    without_record = shutil.copy(shipped(BTCV), tmp_path / "small.pt")
+    assert network_size(BTCV, Path(without_record), [names]) == "small"
+
+
+def test_settings_may_be_numpys_numbers(tmp_path: Path) -> None:
+    """As a nibabel header gives them; records are JSON, which knows Python's alone."""
+    zooms = (np.float32(1.5), np.float32(2), np.float32(2.5))
+    for spacing in (zooms, np.array(zooms), torch.tensor(zooms)):
+        given = [Given("spacing", spacing, spacing), Given("overlap", np.float32(0.25), None)]
+        config = configured(BTCV, "small", [*given, Given("sw_batch_size", np.int64(2), None)])
+        found = {name: config.get_parsed_content(name) for name in ("spacing", "overlap", "sw_batch_size")}
+        assert json.loads(json.dumps(found)) == {"spacing": [1.5, 2, 2.5], "overlap": 0.25, "sw_batch_size": 2}
+
+
+def test_one_model_and_several_are_not_given_together() -> None:
+    given = [Given("checkpoint", "a.pt", "a.pt"), Given("checkpoints", ["b.pt", "c.pt"], ["b.pt", "c.pt"])]
+    with pytest.raises(
+        InputError, match=r"^one model, a\.pt, and several, \['b\.pt', 'c\.pt'\], are given; give one of"
+    ):
+        configured(BTCV, "small", given)
+    configured(BTCV, "small", [given[0], Given("checkpoints", [], [])])
+    configured(BTCV, "small", given[1:])
 
 
 def test_settings_are_values_and_paths_no_expressions() -> None:

@@ -118,6 +118,7 @@ def test_the_process_is_left_as_it_was(deterministic: bool, monkeypatch: pytest.
     assert torch.backends.cudnn.benchmark is not deterministic
 
 
+SMALL = ROOT / BUNDLES[1] / "weights" / "small.pt"
 VOLUME = np.zeros((8, 9, 10), np.int16)
 IMAGE = nib.Nifti1Image(VOLUME, np.eye(4))
 
@@ -143,6 +144,12 @@ IMAGE = nib.Nifti1Image(VOLUME, np.eye(4))
         (IMAGE, {"overlay": False, "dicom_seg": False, "organ_probability": None, "overlap": 2}, "overlap = 2 in"),
         (IMAGE, {"bundle": "amos"}, "--bundle amos: no bundle of segmentation"),
         (IMAGE, {"weights": "no/model.pt"}, "no/model.pt: no such checkpoint"),
+        (IMAGE, {"weights": ["a.pt"]}, r"weights: \['a.pt'\] is no path; give one, or several models as checkpoints="),
+        (
+            IMAGE,
+            {"weights": SMALL, "checkpoints": [SMALL]},
+            "one model, .*small.pt, and several, .*small.pt'., are given",
+        ),
         (IMAGE, {"weights": ROOT / BUNDLES[2] / "weights" / "small.pt"}, ".*weights of hi_end_mae_flare_seg, not of"),
         (IMAGE, {"device": "cuda:99"}, r"device = 'cuda:99' in segment\(\): give a device of this machine"),
         (IMAGE, {"overlap": 2}, r"overlap = 2 in segment\(\): give a number of at least 0 and below 1"),

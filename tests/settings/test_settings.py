@@ -397,6 +397,25 @@ def test_settings_of_files_are_taken_alike(command_line, tmp_path) -> None:
         command_line_settings(["--config_file", files_of(config)])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimizer#params#freeze_encoder: 'no'", "freeze_encoder = 'no' in .*: is text; write false$"),
+        ("optimizer#params#layer_decay: '0.5'", "layer_decay = '0.5' in .*: is text; write 0.5$"),
+        ("optimizer#weight_decay: 1e-2", "weight_decay = '1e-2' in .*: is text; give a number, without quotes"),
+        ("validate#inferer#inferer#overlap: '0'", "overlap = '0' in .*: is text; give a number, without quotes"),
+        ("optimizer#fused: 'no'", "fused = 'no' in .*: is text; give True or False, without quotes"),
+        ("split#num_folds: '4'", "num_folds = '4' in .*: is text; write 4$"),
+    ],
+)
+def test_deeper_settings_of_files_are_no_texts(tmp_path: Path, text: str, said: str) -> None:
+    """MONAI hands them over as they are, and a text counts as true."""
+    (own := tmp_path / "own.yaml").write_text(text)
+    for files in (files_of((BTCV, "train.json", str(own))), f"{ROOT / BTCV / 'configs' / 'train.json'},{own}"):
+        with pytest.raises(InputError, match=f"^[a-z#]*{said}"):
+            command_line_settings(["--config_file", files])
+
+
 def test_settings_in_python_are_left_as_they_are(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(sys, "argv", ["server", "run", "--epochs", "x"])
     configs = ROOT / BTCV / "configs"
