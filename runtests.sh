@@ -2,8 +2,8 @@
 # Makes the environment and runs the tests; further arguments go to pytest.
 #   ./runtests.sh                 unit and then integration tests, in one go
 #   ./runtests.sh unit            functions and classes by themselves, in two minutes
-#   ./runtests.sh integration     bundles, commands, several processes, many synthetic patients
-#   ./runtests.sh -m slow         the whole quickstart, and what else takes minutes
+#   ./runtests.sh integration     bundles, commands, many synthetic patients
+#   ./runtests.sh -m slow         every printed command, several processes, the whole quickstart, and more
 #   ./runtests.sh --monailabel    both segmenters in MONAI Label's own server, which gets an environment of its own
 #   ./runtests.sh --monailabel-next   the same with pydicom 3, in another environment
 #   ./runtests.sh --nnunet        the trainers for nnU-Net in nnU-Net, which gets an environment of its own

@@ -21,8 +21,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shared_networks.synthetic.tissues import label_names
 from tests.conftest import BUNDLES, ROOT
 
-pytestmark = pytest.mark.integration
-
 # Coarse voxels make few windows. Reconstructions are compared with the scans, so theirs are finer.
 SPACING = {"segmentation": "[6.0,6.0,6.0]", "pre-training": "[4.0,4.0,4.0]"}
 # No --val_interval: the epoch is fewer than it, and a model must come out all the same.
@@ -118,6 +116,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bundle", "command"), COMMANDS)
 def test_printed_command_runs(
     bundle: str, command: str, clone: Path, datasets: dict[str, Path], tissue_maps: dict[str, Path]
@@ -152,6 +151,7 @@ def test_commands_run_elsewhere_are_printed_and_tested(text: str, test: str) -> 
     assert not test or (ROOT / test).is_file()
 
 
+@pytest.mark.slow
 def test_printed_list_of_another_layout_trains(clone: Path, datasets: dict[str, Path], tmp_path: Path) -> None:
     (command,) = [c for c in fenced_commands(ROOT / "docs" / "data.md") if "shared_networks.datasets.lists" in c]
     kits = tmp_path / "KITS19"
@@ -172,6 +172,7 @@ def test_printed_list_of_another_layout_trains(clone: Path, datasets: dict[str, 
     assert sorted([*record["train"], *record["validation"]]) == [f"case_{number:05d}" for number in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_training_left_a_flat_model_and_curves(bundle: str, clone: Path) -> None:
     weights = torch.load(clone / bundle / "models" / "model.pt", weights_only=True)
@@ -183,6 +184,7 @@ def test_training_left_a_flat_model_and_curves(bundle: str, clone: Path) -> None
     assert any("loss" in tag or "mse" in tag or "dice" in tag for tag in curves.Tags()["scalars"]), curves.Tags()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bundle", "label_set"), [("hi_end_mae_btcv_seg", "btcv"), ("hi_end_mae_flare_seg", "flare")])
 def test_segmentation_is_on_the_input_grid(bundle: str, label_set: str, clone: Path, datasets: dict[str, Path]) -> None:
     outputs = clone / bundle / "outputs"
@@ -203,6 +205,7 @@ def test_segmentation_is_on_the_input_grid(bundle: str, label_set: str, clone: P
     assert (outputs / "test_000_overlay.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_reconstruction_is_on_the_input_grid(clone: Path, datasets: dict[str, Path]) -> None:
     outputs = clone / "hi_end_mae_pretrain" / "outputs"
     source = nib.load(datasets["btcv"] / "imagesTs" / "test_000_0000.nii.gz")
@@ -217,6 +220,7 @@ def test_reconstruction_is_on_the_input_grid(clone: Path, datasets: dict[str, Pa
     assert (outputs / "metrics.csv").is_file()
 
 
+@pytest.mark.slow
 def test_features_attention_and_weights_were_written(clone: Path) -> None:
     outputs = clone / "hi_end_mae_pretrain" / "outputs"
     assert np.load(outputs / "test_000_features.npz")["block_3"].shape[-1] == 192

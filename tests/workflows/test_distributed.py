@@ -25,7 +25,7 @@ from shared_networks.training.loss import MaskedPatchLoss
 from tests.conftest import ROOT
 from tests.training.test_resume import SMALL, loss_curve, wait_for
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow
 
 WORLD = 2
 

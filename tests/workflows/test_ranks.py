@@ -26,7 +26,7 @@ from shared_networks.files import UNFINISHED
 from shared_networks.synthetic.phantom import write_dataset
 from tests.conftest import COARSE, ROOT
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow
 
 BUNDLE, PRETRAIN = ROOT / "hi_end_mae_btcv_seg", ROOT / "hi_end_mae_pretrain"
 SCANS = 5
@@ -150,7 +150,6 @@ def test_killed_job_started_again_does_what_is_missing(scans: Path, weights: Pat
     assert_same_results(tmp_path, alone)
 
 
-@pytest.mark.slow
 def test_two_thousand_scans_with_a_break(weights: Path, tmp_path: Path) -> None:
     """Small ones, ten of which cannot be read; the job is stopped half way and started again."""
     data, out, count, bad = tmp_path / "data", tmp_path / "out", 2000, 10

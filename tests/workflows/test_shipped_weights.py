@@ -71,6 +71,7 @@ def dice(truths: Path, results: Path, bundle: str) -> dict[str, float]:
     return {organ: 2 * both / either for organ, (both, either, true) in sums.items() if true and organ != "background"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", LABEL_SETS)
 def test_organs_are_found_in_synthetic_cts_never_seen(bundle: str, tmp_path: Path) -> None:
     words = ["--label_set", LABEL_SETS[bundle], "--train", "0", "--test", "2", "--seed", "99", "--out", str(tmp_path)]
@@ -93,6 +94,7 @@ def test_organs_are_found_in_a_real_ct(bundle: str, tmp_path: Path) -> None:
     assert np.mean(list(found.values())) > 0.6, found
 
 
+@pytest.mark.slow
 def test_hidden_patches_of_synthetic_cts_never_seen_are_predicted(tmp_path: Path) -> None:
     words = ["--train", "0", "--test", "4", "--seed", "99", "--out", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "shared_networks.synthetic.phantom", *words], cwd=ROOT, check=True)
