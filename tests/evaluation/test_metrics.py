@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
 from monai.networks.utils import one_hot
-from nibabel.affines import from_matvec
+from nibabel.affines import from_matvec, voxel_sizes
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
 from shared_networks.errors import InputError
@@ -172,6 +172,23 @@ def test_absent_organs() -> None:
         [1, 0, 1, 4 * ml, 4 * ml, 0, 0],
     ]
     np.testing.assert_allclose(organ_measures(prediction, truth, SPACING, 5, [2.0] * 4), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 7, 11])
+@pytest.mark.parametrize("degrees", [0, 3, 5, 13, 30])
+def test_surfaces_at_the_tolerance_agree_however_the_file_rounds_its_spacing(at: int, degrees: int) -> None:
+    """Five voxels of 0.4 mm lie within 2 mm, tilted or not, and wherever the organ is; six do not."""
+    angle = np.deg2rad(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    spacing = voxel_sizes(from_matvec(turn @ np.diag([-0.4, 1.1, 3.0])).astype(np.float32).astype(float))
+    assert surface_measures(plate(at, 4), plate(at, 9), spacing, 2.0)[1] == pytest.approx(1)
+    assert surface_measures(plate(at, 3), plate(at, 9), spacing, 2.0)[1] < 0.8
+
+
+def test_a_spacing_in_metres_and_one_rounded_in_print_reach_the_tolerance_too() -> None:
+    for spacing in (1000 * float(np.float32(0.002)), 2.00005, 1.99995):
+        assert surface_measures(plate(3, 5), plate(3, 6), (spacing, 1.0, 3.0), 2.0)[1] == pytest.approx(1)
+    assert surface_measures(plate(3, 5), plate(3, 6), (2.001, 1.0, 3.0), 2.0)[1] < 0.9
 
 
 def test_each_organ_has_its_own_tolerance() -> None:
