@@ -20,6 +20,9 @@ LABEL_COLOURS = (
     *("#00ff96", "#4bffff", "#d2003c", "#6996ff", "#f0965a", "#87e1b4", "#96ff78", "#d200b4"),
 )
 
+_SIDES = ("left", "right")
+_SPELLINGS = {"oesophagus": "esophagus", "gall bladder": "gallbladder"}
+
 _OWN = "--label_names @dataset_labels"
 _LISTED = 3
 
@@ -29,6 +32,27 @@ logger = logging.getLogger(__name__)
 def label_colour(value: int) -> str:
     """Return the colour of a label value from 1 up, the same in all figures."""
     return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
+
+
+def plain_label(name: str) -> str:
+    """Return a label's name as all its spellings are compared: small letters, single spaces, the side first.
+
+    Capitals, hyphens, underscores and the place of the side do not matter: `Kidney_Right` is `right kidney`.
+    """
+    words = re.split(r"[\s_-]+", name.casefold().strip())
+    plain = " ".join([word for word in words if word in _SIDES] + [word for word in words if word not in _SIDES])
+    return _SPELLINGS.get(plain, plain)
+
+
+def sided_pairs(label_names: Sequence[str]) -> list[tuple[int, int]]:
+    """Return pairs of label values of which the first organ lies to the patient's right of the second.
+
+    These are liver and spleen, and whatever is named `right X` and `left X`, see :func:`plain_label`.
+    """
+    value_of = {plain_label(name): value for value, name in enumerate(label_names)}
+    right = [name.removeprefix("right ") for name in value_of if name.startswith("right ")]
+    wanted = [("liver", "spleen"), *((f"right {name}", f"left {name}") for name in right)]
+    return [(value_of[one], value_of[other]) for one, other in wanted if {one, other} <= value_of.keys()]
 
 
 def read_labels(file: str | Path) -> list[str]:
@@ -116,7 +140,7 @@ def checked_names(label_names: Sequence[str] | None, source: str | Path = "label
 def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) -> None:
     """Compare the names that a network is trained on with the data set's, where it has a `dataset.json`.
 
-    Capital letters, hyphens and underscores do not matter. Names that the bundle does not know (abbreviations) are
+    Names are compared as :func:`plain_label` has them. Names that the bundle does not know (abbreviations) are
     only warned of, as long as another organ agrees and none is known at another value.
 
     Args:
@@ -132,7 +156,7 @@ def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) ->
         logger.info("%s names no labels, so that their order cannot be checked", file)
         return
     theirs = read_labels(file)
-    ours, compared = [_plain(name) for name in label_names], [_plain(name) for name in theirs]
+    ours, compared = [plain_label(name) for name in label_names], [plain_label(name) for name in theirs]
     differing = [value for value, name in enumerate(compared) if value >= len(ours) or name != ours[value]]
     misplaced = [value for value in differing if compared[value] in ours]
     agreeing = set(range(1, len(compared))).difference(differing)
@@ -214,7 +238,3 @@ def model_labels(checkpoint: str | Path) -> list[str]:
 def _labels_file(dataset_dir: str | Path) -> Path:
     path = Path(dataset_dir)
     return path if path.suffix == ".json" else path / "dataset.json"
-
-
-def _plain(name: str) -> str:
-    return " ".join(re.split(r"[\s_-]+", name.casefold().strip()))

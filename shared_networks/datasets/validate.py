@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from monai.utils import ensure_tuple
 from tqdm import tqdm
 
 from shared_networks.datasets.grid import SHEAR_TOLERANCE, affine_rows, shear
+from shared_networks.datasets.labels import sided_pairs
 from shared_networks.datasets.nifti import Nifti, grid_problems, read_nifti
 from shared_networks.datasets.tissue_maps import refuse_tissue_maps, tissue_problems
 from shared_networks.errors import InputError
@@ -135,16 +135,6 @@ def check_cases(
     return cases
 
 
-def sided_pairs(label_names: Sequence[str]) -> list[tuple[int, int]]:
-    """Return pairs of label values of which the first organ lies to the patient's right of the second.
-
-    These are liver and spleen, and whatever is named `right X` and `left X`.
-    """
-    value_of = {" ".join(re.split(r"[\s_-]+", name.casefold())): value for value, name in enumerate(label_names)}
-    wanted = [("liver", "spleen"), *((name, name.replace("right", "left", 1)) for name in value_of if "right" in name)]
-    return [(value_of[right], value_of[left]) for right, left in wanted if right in value_of and left in value_of]
-
-
 def side_problems(
     centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]], label_names: Sequence[str]
 ) -> list[str]:
@@ -153,7 +143,7 @@ def side_problems(
     Args:
         centres: `[3]` in mm (RAS), by label value; organs that are absent have none. Sides that are wrong by no more
             than 10 mm are passed over.
-        pairs: as :func:`sided_pairs` returns them.
+        pairs: as :func:`shared_networks.datasets.labels.sided_pairs` returns them.
         label_names: in order of value.
     """
     wrong = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 import unicodedata
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_networks.datasets.dicom import Slice, series_grid, series_slices
-from shared_networks.datasets.labels import label_colour
+from shared_networks.datasets.labels import label_colour, plain_label
 from shared_networks.datasets.record import file_digest
 from shared_networks.datasets.scans import Scan, Source
 from shared_networks.errors import InputError
@@ -77,18 +76,14 @@ ORGANS = {
 }
 ORGANS |= {name: Property(kind) for name, kind in SIDED.items()}
 ORGANS |= {f"{side} {name}": Property(kind, (SIDES[side],)) for name, kind in SIDED.items() for side in SIDES}
-_SPELLINGS = {"oesophagus": "esophagus", "gall bladder": "gallbladder"}
 
 
 def coded_label(name: str) -> Property:
-    """Return the code of a label's name; capitals, hyphens, underscores and the place of the side do not matter.
+    """Return the code of a label's name in any spelling, see :func:`shared_networks.datasets.labels.plain_label`.
 
     A name that is not known has a code of this package's own scheme, the same wherever the name is.
     """
-    words = re.split(r"[\s_-]+", name.casefold().strip())
-    plain = " ".join([word for word in words if word in SIDES] + [word for word in words if word not in SIDES])
-    found = ORGANS.get(_SPELLINGS.get(plain, plain))
-    if found is not None:
+    if (found := ORGANS.get(plain_label(name))) is not None:
         return found
     digest = hashlib.sha256(name.encode()).hexdigest()[:12].upper()
     return Property(Concept(digest, _short(name), OWN_SCHEME))

@@ -10,6 +10,7 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import io_orientation
 from scipy import ndimage
 
+from shared_networks.datasets.labels import plain_label, sided_pairs
 from shared_networks.inference.adult_volumes import ADULT_VOLUMES
 
 Row = dict[str, Any]
@@ -58,25 +59,19 @@ def organ_statistics(
             sizes = np.bincount(found.ravel())[1:]
             values = image[box][organ].astype(np.float64)
             corner = [part.start for part in box]
-            centres[name] = apply_affine(affine, ndimage.center_of_mass(organ) + np.array(corner))
+            centres[value] = apply_affine(affine, ndimage.center_of_mass(organ) + np.array(corner))
             row |= {"volume_ml": round(float(sizes.sum() * ml), 3), "pieces": int(pieces)}
             row |= {"mean": round(float(values.mean()), 1), "std": round(float(values.std()), 1)}
             row |= {"largest_piece": round(float(sizes.max() / sizes.sum()), 3)}
             row |= {"touches_edge": _edges(box, labels.shape, affine)}
         rows.append(row)
-    for right, left in opposite_organs(label_names):
-        if right in centres and left in centres:
-            plausible = "plausible" if centres[right][0] > centres[left][0] else "implausible"
-            for row in rows:
-                if row["organ"] in (right, left) and row["left_right"] != "implausible":
-                    row["left_right"] = plausible
+    for pair in sided_pairs(label_names):
+        if centres.keys() >= set(pair):
+            right, left = (centres[value][0] for value in pair)
+            for row in (rows[value - 1] for value in pair):
+                if row["left_right"] != "implausible":
+                    row["left_right"] = "plausible" if right > left else "implausible"
     return [{**row, **_against_adults(row)} for row in rows]
-
-
-def opposite_organs(label_names: Sequence[str]) -> list[tuple[str, str]]:
-    """List pairs of an organ on the patient's right and one on the left."""
-    pairs = [(name, name.replace("right", "left", 1)) for name in label_names if name.startswith("right ")]
-    return [pair for pair in [*pairs, ("liver", "spleen")] if set(pair) <= set(label_names)]
 
 
 def _edges(box: tuple[slice, ...], shape: Sequence[int], affine: np.ndarray) -> list[str]:
@@ -90,7 +85,7 @@ def _edges(box: tuple[slice, ...], shape: Sequence[int], affine: np.ndarray) -> 
 
 def _against_adults(row: Row) -> Row:
     """Compare a volume with those of adults; of what the edge cuts off only that it is too large can be said."""
-    if (known := ADULT_VOLUMES.get(row["organ"])) is None:
+    if (known := ADULT_VOLUMES.get(plain_label(row["organ"]))) is None:
         return {"adult_range_ml": None, "in_adult_range": None}
     low, high = known.range_ml
     inside: bool | None = low <= row["volume_ml"] <= high
@@ -117,10 +112,10 @@ def findings(rows: Sequence[Row]) -> list[str]:
             said.append(f"{organ}: {row['volume_ml']:.4g} ml, {side} the range of adults, {low:g} to {high:g} ml")
         if row["pieces"] > 1 and row["largest_piece"] <= 1 - SCATTERED:
             said.append(f"{organ}: {row['pieces']} pieces, the largest has {100 * row['largest_piece']:.0f} % of it")
-    implausible = [row["organ"] for row in rows if row["left_right"] == "implausible"]
-    for right, left in opposite_organs(["", *(row["organ"] for row in rows)]):
-        if right in implausible and left in implausible:
-            said.append(f"{right} and {left}: left and right look swapped")
+    for pair in sided_pairs(["", *(row["organ"] for row in rows)]):
+        right, left = (rows[value - 1] for value in pair)
+        if right["left_right"] == left["left_right"] == "implausible":
+            said.append(f"{right['organ']} and {left['organ']}: left and right look swapped")
     return said
 
 

@@ -16,6 +16,7 @@ from shared_networks.datasets.labels import (
     dataset_labels,
     model_labels,
     read_labels,
+    sided_pairs,
 )
 from shared_networks.datasets.record import training_record, write_model
 from shared_networks.errors import InputError
@@ -123,6 +124,8 @@ def test_other_spellings_are_only_warned_of(tmp_path, caplog):
     caplog.clear()
     write(tmp_path, by_name([name.title().replace(" ", "_") for name in BTCV]))
     check_dataset_labels(BTCV, tmp_path)
+    write(tmp_path, by_name([*BTCV[:2], "kidney_right", "kidney_left", "gall bladder", "oesophagus", *BTCV[6:]]))
+    check_dataset_labels(BTCV, tmp_path)
     assert caplog.text == ""
 
 
@@ -219,3 +222,9 @@ def test_only_a_segmentation_bundle_can_be_relabelled(tmp_path):
         relabel(tmp_path / "nowhere", labels)
     with pytest.raises(InputError, match=r"train\.json: has no label_names"):
         relabel(ROOT / BUNDLES[0], labels)
+
+
+def test_sided_pairs_of_names_however_written():
+    names = ["background", "Spleen", "right_kidney", "Liver", "Left-Kidney", "upright", "adrenal right", "adrenal left"]
+    assert sided_pairs(names) == [(3, 1), (2, 4), (6, 7)]
+    assert sided_pairs([]) == sided_pairs(["background", "right lung", "spleen"]) == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
-from shared_networks.datasets.validate import check_cases, side_problems, sided_pairs
+from shared_networks.datasets.validate import check_cases, side_problems
 from shared_networks.errors import InputError
 
 SHAPE = (9, 7, 5)
@@ -356,12 +356,6 @@ def test_sides_that_differ_by_little_tell_nothing():
 
     assert wrong_by(10.0) == wrong_by(-100.0) == []
     assert len(wrong_by(10.5)) == 1
-
-
-def test_sided_pairs_of_names_however_written():
-    names = ["background", "Spleen", "right_kidney", "Liver", "Left-Kidney", "upright", "adrenal right", "adrenal left"]
-    assert sided_pairs(names) == [(3, 1), (2, 4), (6, 7)]
-    assert sided_pairs([]) == []
 
 
 def test_an_organ_of_one_voxel_is_not_taken_for_absent(save, caplog):

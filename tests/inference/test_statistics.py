@@ -9,7 +9,7 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from shared_networks.inference.adult_volumes import ADULT_VOLUMES
-from shared_networks.inference.statistics import findings, opposite_organs, organ_statistics, statistics_table
+from shared_networks.inference.statistics import findings, organ_statistics, statistics_table
 from tests.conftest import ROOT
 
 NAMES = ["background", "liver", "spleen", "right kidney", "left kidney", "stomach"]
@@ -152,6 +152,14 @@ def test_ranges_are_of_organs_that_the_bundles_have_and_the_guide_lists_them() -
         assert known.study.partition("doi:")[2].partition(" ")[0] in text
 
 
-def test_pairs_are_found_by_name() -> None:
-    assert opposite_organs(NAMES) == [("right kidney", "left kidney"), ("liver", "spleen")]
-    assert opposite_organs(["background", "right lung", "spleen"]) == []
+def test_names_in_other_spellings_are_measured_alike() -> None:
+    labels, image = body()
+    names = ["background", "LIVER", "Spleen ", "Right_Kidney", "kidney-left", "stomach"]
+    for order in (1, -1):
+        known = organ_statistics(labels[::order], image[::order], AFFINE, NAMES)
+        rows = organ_statistics(labels[::order], image[::order], AFFINE, names)
+        assert rows == [{**row, "organ": name} for row, name in zip(known, names[1:], strict=True)]
+        assert [row["adult_range_ml"] for row in rows[:3]] == [[735, 2275], [22, 374], [86.2, 237.8]]
+        assert len(findings(rows)) == len(findings(known))
+    assert "Right_Kidney and kidney-left: left and right look swapped" in findings(rows)
+    assert "LIVER and Spleen : left and right look swapped" in findings(rows)
