@@ -85,7 +85,8 @@ def find_cases(
             where files are without partner, so that all problems are listed at once.
         images: files in place of those in `dataset_dir`, whatever their names.
         labels: the label of each, in the same order.
-        trains: whether there must be cases to train on; a report can be of a data set that has `imagesTs` alone.
+        trains: whether there must be cases to train on; a report can be of a data set that has `imagesTs` alone, or
+            of a list without training cases.
 
     Returns:
         `{"image": image, "label": label}`, and `part` where a list says that it is for validation or test.
@@ -99,7 +100,7 @@ def find_cases(
         elif not dataset_dir:
             return []
         elif Path(dataset_dir).suffix == ".json":
-            cases = read_list(dataset_dir)
+            cases = read_list(dataset_dir, trains)
         elif not trains and has_files(dataset_folder(dataset_dir) / "labelsTs") and not _has_training(dataset_dir):
             return []
         else:

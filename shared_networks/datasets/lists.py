@@ -92,26 +92,29 @@ def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name
     return sorted(found, key=lambda item: (item[1], item[0]))
 
 
-def read_list(file: str | Path) -> list[dict[str, Any]]:
+def read_list(file: str | Path, trains: bool = True) -> list[dict[str, Any]]:
     """Read a Decathlon list of cases: `{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}], ...}`.
 
     Args:
         file: JSON; paths in it are relative to it. `validation` and `test` may be listed as well, of which only cases
             with a label are of use here.
+        trains: whether there must be cases to train on; else any labelled case will do.
 
     Returns:
         In the file's order: `{"image": image, "label": label}`, for validation and test cases with their `part`.
 
     Raises:
-        InputError: it is no such list, or training or validation cases have no label.
+        InputError: it is no such list, training or validation cases have no label, or there is no case.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         lists = {key: content.get(key, []) for key in _LISTS}
-        if not lists["training"]:
+        if trains and not lists["training"]:
             raise ValueError("no 'training' cases")
         if wrong := [case for case in (*lists["training"], *lists["validation"]) if not _is_labelled(case)]:
             raise ValueError(f"{len(wrong)} case(s) without an image and one label, first {wrong[0]!r}")
+        if not any(_is_labelled(case) for part in lists.values() for case in part):
+            raise ValueError(f"no case with a label among {', '.join(map(repr, lists))}")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(
             f"{file}: no list of labelled cases ({error}); it needs "

@@ -176,7 +176,8 @@ def split_dataset(
         seed: of all draws.
 
     Returns:
-        The cases of each part, sorted by case name and without `part`; all empty where there is no case.
+        The cases of each part, sorted by case name and without `part`; all empty where there is no case. Where a list
+        gives each case a part, none trains and nothing is drawn.
 
     Raises:
         InputError: a setting is out of its range, is given though another one decides, or leaves too few cases.
@@ -199,6 +200,9 @@ def split_dataset(
         return Split({"train": [], "validation": [], "test": []}, settings)
     ordered = sorted(cases, key=lambda case: (name_of(case), str(case["image"])))
     listed = {part: [case for case in ordered if case.get("part") == part] for part in ("validation", "test")}
+    if all("part" in case for case in ordered):  # a list to report on
+        parts = {part: [_without_part(case) for case in found] for part, found in listed.items()}
+        return Split({"train": [], **parts}, settings)
     if fold is not None:
         tested = _fold(ordered, fold, num_folds, seed)
         val_cases = ()
@@ -207,7 +211,7 @@ def split_dataset(
             val_cases = [name_of(case) for case in listed["validation"]]
         tested = listed["test"] or _share(_without(ordered, val_cases), test_fraction, seed)
     names = {name_of(case) for case in tested}
-    bare: list[Case] = [{key: value for key, value in case.items() if key != "part"} for case in ordered]
+    bare = [_without_part(case) for case in ordered]
     parts = split_cases([case for case in bare if name_of(case) not in names], val_cases, share, seed)
     named = [name for case in parts["validation"] if (name := name_of(case)) in ensure_tuple(val_cases)]
     if named and val_fraction is not None:
@@ -220,6 +224,10 @@ def split_dataset(
     test = [case for case in bare if name_of(case) in names]
     by_default = not (test or named) and val_fraction is None and num_train_cases is None
     return Split({"train": train, "validation": parts["validation"], "test": test}, settings, by_default)
+
+
+def _without_part(case: Case) -> Case:
+    return {key: value for key, value in case.items() if key != "part"}
 
 
 def _fold(ordered: Sequence[Case], fold: int, num_folds: int, seed: int) -> list[Case]:

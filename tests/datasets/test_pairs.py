@@ -9,7 +9,7 @@ import pytest
 from shared_networks.datasets.cases import find_cases, find_images
 from shared_networks.datasets.lists import read_list
 from shared_networks.datasets.pairs import case_name, find_labels, pair_cases
-from shared_networks.datasets.splits import report_cases, split_cases
+from shared_networks.datasets.splits import report_cases, split_cases, split_dataset
 from shared_networks.errors import InputError
 from tests.datasets.test_scans import ORIGIN, STRAIGHT, hounsfield, write_series
 
@@ -305,6 +305,28 @@ def test_a_report_needs_no_case_that_trains(tmp_path):
     touch(tmp_path, "labelsTr/b.nii.gz")  # a training set that lost its images is not passed over
     with pytest.raises(InputError, match=r"2 problem\(s\)"):
         find_cases(tmp_path, trains=False)
+
+
+@pytest.mark.parametrize("listed", [{}, {"training": []}, {"training": [], "validation": []}])
+def test_a_report_needs_no_case_of_a_list_that_trains(tmp_path, listed):
+    file = tmp_path / "list.json"
+    tested = {"image": f"{tmp_path}/t.nii.gz", "label": f"{tmp_path}/l/t.nii.gz"}
+    file.write_text(json.dumps({**listed, "test": [{"image": "t.nii.gz", "label": "l/t.nii.gz"}, "u.nii.gz"]}))
+    split = split_dataset(find_cases(file, trains=False), val_cases=["img0035"], test_fraction=0.2, num_train_cases=1)
+    assert split.data == {"train": [], "validation": [], "test": [tested]}
+    assert report_cases(file, split["validation"], split["test"]) == [tested]
+    with pytest.raises(InputError, match="no 'training' cases"):
+        find_cases(file)
+    file.write_text(json.dumps({**listed, "test": ["u.nii.gz"]}))
+    with pytest.raises(InputError, match="no case with a label among 'training', 'validation', 'test'"):
+        find_cases(file, trains=False)
+
+
+def test_a_report_on_a_lists_validation_cases_needs_no_other(tmp_path):
+    (tmp_path / "list.json").write_text('{"validation": [{"image": "v.nii.gz", "label": "l.nii.gz"}]}')
+    split = split_dataset(find_cases(tmp_path / "list.json", trains=False))
+    assert [split[part] for part in ("train", "test")] == [[], []]
+    assert split["validation"] == [{"image": f"{tmp_path}/v.nii.gz", "label": f"{tmp_path}/l.nii.gz"}]
 
 
 def test_no_folder_is_no_case():
