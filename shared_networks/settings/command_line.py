@@ -175,7 +175,8 @@ def read_settings(
             problems.append(str(error))
             continue
         settings.pop(top, None)
-        if name == top and name in SETTINGS and not _is_expression(value, one) and not isinstance(value, dict):
+        component = isinstance(value, dict) and bool(one.file)
+        if name == top and name in SETTINGS and not _is_expression(value, one) and not component:
             settings[name] = value
         before = config.get(name)
         if _has(config, name) or _has(config, name.rpartition("#")[0]):

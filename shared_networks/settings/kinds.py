@@ -190,6 +190,22 @@ def choice(*names: str) -> Kind:
     return Kind(read, " or ".join((", ".join(names[:-1]), names[-1])), (str,))
 
 
+def by_name(item: Kind, expected: str) -> Kind:
+    """Declare a value for all, or a mapping from names to one for each."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str) and value.strip()[:1] == "{":
+            try:
+                value = literal_eval(value.strip())
+            except SyntaxError:
+                raise ValueError from None
+        if not isinstance(value, dict):
+            return item.read(value)
+        return {_name(key): item.read(part) for key, part in value.items()}
+
+    return Kind(read, expected, (*item.native, dict))
+
+
 def optional(kind: Kind) -> Kind:
     """Allow None, or null, for none."""
 

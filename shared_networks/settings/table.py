@@ -23,6 +23,7 @@ from shared_networks.settings.kinds import (
     SHARE,
     Kind,
     ascending,
+    by_name,
     choice,
     list_of,
     number,
@@ -86,7 +87,9 @@ SETTINGS: dict[str, Kind] = {
     "resume": FLAG,
     "overwrite": FLAG,
     # evaluation and inference
-    "nsd_tolerance": AMOUNT,
+    "nsd_tolerance": by_name(
+        POSITIVE, "a number above 0, or one for each organ, such as \"{'spleen':2.0,'liver':1.0}\""
+    ),
     "sw_batch_size": COUNT,
     "overlap": BELOW_ONE,
     "blending": choice("constant", "gaussian"),

@@ -41,6 +41,7 @@ BTCV, PRETRAIN = "hi_end_mae_btcv_seg", "hi_end_mae_pretrain"
 TRAIN, INFERENCE = (BTCV, "train.json"), (BTCV, "inference.json")
 UNCERTAINTY = (BTCV, "inference.json", "uncertainty.json")
 ATTENTION = (PRETRAIN, "inference.json", "attention.json")
+EVALUATE = (BTCV, "train.json", "evaluate.json")
 PREPARE = (PRETRAIN, "prepare.json")
 STRUCTURE = {"imports", "paths", "initialize", "run", "finalize", "network", "datalist", "handlers"}
 """Top-level items of configs that are no settings."""
@@ -128,6 +129,8 @@ VALUES: list[tuple[tuple[str, ...], str, str, Any]] = [
     (INFERENCE, "tta_flip_axes", "0", [0]),
     (INFERENCE, "organ_probability", "liver", "liver"),
     (INFERENCE, "organ_probability", "6", 6),
+    (EVALUATE, "nsd_tolerance", "1.5", 1.5),
+    (EVALUATE, "nsd_tolerance", "{'spleen': 2.0, 'right kidney': 1}", {"spleen": 2.0, "right kidney": 1}),
     (ATTENTION, "voxel", "(30, 60, 10)", [30, 60, 10]),
     (PREPARE, "num_workers", "0", 0),
 ]
@@ -238,6 +241,11 @@ REFUSED = [
     (UNCERTAINTY, "dropout", "1", "give a number of at least 0 and below 1"),
     (UNCERTAINTY, "measure", "std", "give entropy or variance"),
     (ATTENTION, "voxel", "30", "give three whole numbers"),
+    (EVALUATE, "nsd_tolerance", "0", "give a number above 0, or one for each organ, such as \"{'spleen':2.0,"),
+    (EVALUATE, "nsd_tolerance", "{'spleen':0}", "give a number above 0, or one for each organ"),
+    (EVALUATE, "nsd_tolerance", "{'spleen':2.0", "give a number above 0, or one for each organ"),
+    (EVALUATE, "nsd_tolerance", "{spleen:2.0}", "give a number above 0, or one for each organ"),
+    (EVALUATE, "nsd_tolerance", "{'spleen','liver'}", "give a number above 0, or one for each organ"),
 ]
 
 
