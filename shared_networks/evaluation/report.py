@@ -147,11 +147,17 @@ class EvaluationReport(MetricsSaver):
         write_json(self.folder / "metrics.json", content)
         with atomic_write(self.folder / "dice_boxplot.png") as path:
             dice_boxplot(self.organs, dice.numpy(), content["overall"]["dice"]).savefig(path)
+        # A picture that is not drawn now would be of an earlier evaluation.
+        (self.folder / "reliability.png").unlink(missing_ok=True)
         if bins is not None:
             with atomic_write(self.folder / "reliability.png") as path:
                 reliability_diagram(self.organs, bins.sum(dim=0).numpy()).savefig(path)
-        for rank, case in extremes(cases, dice).items():
-            if (overlay := self.folder / f"{case}_overlay.png").is_file():
-                with atomic_write(self.folder / f"{rank}_overlay.png") as path:
+        shown = extremes(cases, dice)
+        for rank in ("best", "median", "worst"):
+            overlay, copy = (self.folder / f"{name}_overlay.png" for name in (shown.get(rank), rank))
+            if rank in shown and overlay.is_file():
+                with atomic_write(copy) as path:
                     shutil.copyfile(overlay, path)
+            elif rank not in cases:
+                copy.unlink(missing_ok=True)
         print(format_organ_table(self.organs, measures), format_overall(content), sep="\n", flush=True)

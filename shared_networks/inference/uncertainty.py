@@ -325,9 +325,8 @@ class SaveUncertaintyd(SaveImageLabelsd):
                 write_csv(self.output_dir / "uncertainty.csv", ranking_rows(self.scores))
 
     def finish(self, scans: Scans) -> None:
-        """Rank the cases of all processes, in the first of several."""
-        found = self.ranks.gather("scores", self.scores) if self.ranks.size > 1 else []
-        if any(found):
+        """Rank the cases of all processes, in the first; without any case, no earlier ranking is left."""
+        if found := self.ranks.gather("scores", self.scores):
             scores = {name: (mean, ml) for part in found for name, (mean, ml) in part.items()}
             write_csv(self.output_dir / "uncertainty.csv", ranking_rows(scores))
 

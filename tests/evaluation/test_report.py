@@ -120,6 +120,14 @@ def test_overlays_of_best_and_worst_are_copied(tmp_path: Path) -> None:
     }
 
 
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    names = [f"{rank}_overlay.png" for rank in ("best", "median", "worst")]
+    for name in (*names, "reliability.png", "c_overlay.png"):
+        (tmp_path / name).write_text("of another data set")
+    evaluate(tmp_path)  # draws neither overlays nor calibration
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["c_overlay.png", "dice_boxplot.png"]
+
+
 def test_a_repeated_case_counts_once(tmp_path: Path) -> None:
     evaluate(tmp_path, files=["a_0000.nii.gz", "b_0000.nii.gz", "a_0000.nii.gz"])
 

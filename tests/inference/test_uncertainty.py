@@ -18,6 +18,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from torch import Tensor, nn
 
 from shared_networks.errors import InputError, input_error_in
+from shared_networks.inference.predict import Scans
 from shared_networks.inference.uncertainty import (
     SaveUncertaintyd,
     UncertaintyInferer,
@@ -269,6 +270,16 @@ def test_cases_are_ranked_as_they_come(tmp_path: Path) -> None:
     assert not later.is_done("b", "stamp of b")
     assert not SaveUncertaintyd(output_dir=tmp_path / "new", settings={"samples": 3}).is_done("a", "stamp of a")
     assert ranking_rows({}) == expected[:1]
+
+
+def test_a_run_in_which_all_scans_fail_leaves_no_earlier_ranking(tmp_path: Path) -> None:
+    SaveUncertaintyd(output_dir=tmp_path)(scored("a", 0.2, 10))
+    assert len(read(tmp_path / "uncertainty.csv")) == 2
+    (tmp_path / "broken.nii.gz").write_bytes(b"no scan")
+    scans = Scans([str(tmp_path / "broken.nii.gz")], Compose([]), (2.0, 2.0, 2.0), 3)
+    assert list(scans) == [] and len(scans.failed) == 1
+    SaveUncertaintyd(output_dir=tmp_path).finish(scans)
+    assert read(tmp_path / "uncertainty.csv") == ranking_rows({})
 
 
 def read(file: Path) -> list[list[str]]:
