@@ -20,6 +20,8 @@ from shared_networks.errors import InputError
 NO_IMAGES = {"SR", "PR", "KO", "SEG", "REG", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "DOC"}  # DICOM modalities
 FEWEST_SLICES = 4  # localisers have up to three
 _GAP_TOLERANCE = 0.05  # of the gap between slices
+_BESIDE_TOLERANCE = 0.25  # pixels that a slice may lie beside the line through the first and the last
+_DRIFT_TOLERANCE = 0.5  # gaps that a slice may lie above or below its place
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _CLASS, _INSTANCE, _MODALITY = "0008|0016", "0008|0018", "0008|0060"
 _SAMPLES, _SPACING, _POSITION = "0028|0002", "0028|0030", "0020|0032"
@@ -232,6 +234,7 @@ def series_grid(slices: Sequence[Slice]) -> tuple[tuple[int, ...], NDArray[np.fl
     if np.abs(gaps - usual).max() > _GAP_TOLERANCE * usual:
         raise BadScanError(f"irregular spacing: gaps between slices from {gaps.min():.4g} to {gaps.max():.4g} mm")
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    _refuse_bends(slices, positions, step)
     affine = np.eye(4)
     affine[:3, :3] = np.column_stack([first.axes[:, :2] * first.spacing[:2], step])
     affine[:3, 3] = first.origin
@@ -243,6 +246,38 @@ def series_grid(slices: Sequence[Slice]) -> tuple[tuple[int, ...], NDArray[np.fl
             "convert it with a tool that corrects tilt"
         )
     return shape, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _refuse_bends(slices: Sequence[Slice], positions: NDArray[np.float64], step: NDArray[np.float64]) -> None:
+    """Refuse slices that do not lie where the affine puts them, on a line with even steps."""
+    first = slices[0]
+    off = (positions - positions[0] - np.arange(len(slices))[:, None] * step) @ first.axes
+    beside = np.linalg.norm(off[:, :2], axis=1)
+    if beside.max() > _BESIDE_TOLERANCE * first.spacing[:2].min():
+        shifts = np.diff(positions @ first.axes[:, :2], axis=0)
+        jumps = np.linalg.norm(shifts - np.median(shifts, axis=0), axis=1)  # tilt moves all slices alike
+        k = int(jumps.round(3).argmax())  # out of line and back again are one length
+        raise BadScanError(
+            f"slices are not in line: the series jumps by {jumps[k]:.3g} mm between slices {k + 1} and {k + 2} "
+            f"({_names(slices[k], slices[k + 1])}) and lies up to {beside.max():.3g} mm beside a straight line; "
+            "export it again, or each part as its own series"
+        )
+    usual = float(step @ first.axes[:, 2])
+    if (drift := np.abs(off[:, 2])).max() > _DRIFT_TOLERANCE * usual:
+        k = int(drift.argmax())
+        raise BadScanError(
+            f"irregular spacing: slice {k + 1} of {len(slices)} ({_names(slices[k])}) lies {drift[k]:.3g} mm from where "
+            f"even gaps of {usual:.4g} mm put it; export the series again"
+        )
+
+
+def _names(*slices: Slice) -> str:
+    """Where slices are: names of files, with their folders where these differ, and numbers of frames."""
+    whole = len({Path(part.file).parent for part in slices}) > 1
+    return " and ".join(
+        (part.file if whole else Path(part.file).name) + (f", frame {part.frame + 1}" if part.frames > 1 else "")
+        for part in slices
+    )
 
 
 def read_series(files: Sequence[str], modality: str | None) -> tuple[NDArray[Any], NDArray[np.float64]]:
