@@ -25,6 +25,8 @@ _DRIFT_TOLERANCE = 0.5  # gaps that a slice may lie above or below its place
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _CLASS, _INSTANCE, _MODALITY = "0008|0016", "0008|0018", "0008|0060"
 _SAMPLES, _SPACING, _POSITION = "0028|0002", "0028|0030", "0020|0032"
+_OWNER = {"PatientID": "0010|0020", "StudyInstanceUID": "0020|000d", "FrameOfReferenceUID": "0020|0052"}
+_RESCALE = {"RescaleSlope": "0028|1053", "RescaleIntercept": "0028|1052", "RescaleType": "0028|1054"}
 
 
 class BadScanError(ValueError):
@@ -48,6 +50,8 @@ class Slice(NamedTuple):
         scale: slope and intercept of a frame; of other slices SimpleITK applies them.
         stack: what tells volumes of one file apart.
         frames: number of frames in the file.
+        owner: its PatientID, StudyInstanceUID and FrameOfReferenceUID, each empty where the file has none.
+        rescale: whether it has RescaleSlope and RescaleIntercept, and its RescaleType.
     """
 
     file: str
@@ -63,6 +67,8 @@ class Slice(NamedTuple):
     scale: tuple[float, float] = (1.0, 0.0)
     stack: tuple[str, ...] = ()
     frames: int = 1
+    owner: tuple[str, ...] = ()
+    rescale: tuple[bool, bool, str] = (False, False, "")
 
 
 def is_dicom(file: str) -> bool:
@@ -135,7 +141,14 @@ def read_header(file: str) -> Slice:
         no_scan,
         tag(_INSTANCE),
         frames=int(size[2]) if len(size) > 2 else 1,
+        owner=tuple(tag(key) for key in _OWNER.values()),
+        rescale=_rescale(*(tag(key) for key in _RESCALE.values()), modality),
     )
+
+
+def _rescale(slope: Any, intercept: Any, kind: Any, modality: str) -> tuple[bool, bool, str]:
+    """What a slice has of its rescale; of CT, HU is meant where no type is given."""
+    return slope not in ("", None), intercept not in ("", None), str(kind or ("HU" if modality == "CT" else ""))
 
 
 def series_slices(files: Sequence[str]) -> list[Slice]:
@@ -184,11 +197,13 @@ def _frame(file: str, content: Any, shared: Any, index: int) -> Slice:
     )
     slope = value("PixelValueTransformationSequence", "RescaleSlope")
     intercept = value("PixelValueTransformationSequence", "RescaleIntercept")
+    kind = value("PixelValueTransformationSequence", "RescaleType")
+    modality = str(content.get("Modality", ""))
     between = value("PixelMeasuresSequence", "SpacingBetweenSlices") or value("PixelMeasuresSequence", "SliceThickness")
     return Slice(
         file,
         index,
-        str(content.get("Modality", "")),
+        modality,
         (int(content.Columns), int(content.Rows)),
         np.array([spacing[1], spacing[0], between or 1.0] if spacing else [1.0, 1.0, 1.0], float),
         np.array(position if position else [0.0] * 3, float),
@@ -199,6 +214,8 @@ def _frame(file: str, content: Any, shared: Any, index: int) -> Slice:
         (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)),
         tuple(str(value("FrameContentSequence", name) or "") for name in ("StackID", "TemporalPositionIndex")),
         int(content.NumberOfFrames),
+        tuple(str(content.get(name) or "") for name in _OWNER),
+        _rescale(slope, intercept, kind, modality),
     )
 
 
@@ -218,6 +235,7 @@ def series_grid(slices: Sequence[Slice]) -> tuple[tuple[int, ...], NDArray[np.fl
         raise BadScanError(f"too small: a series of {len(slices)} slice(s), such as a localiser")
     if lacking := next((part.lacks for part in slices if part.lacks), ""):
         raise BadScanError(f"no geometry: slices have no {lacking}; export the series again")
+    _refuse_mixed(slices)
     if len(sizes := {part.size for part in slices}) > 1:
         raise BadScanError(f"slices of several sizes, {', '.join(map(str, sorted(sizes)))}; split the series")
     if any(not np.allclose(part.axes, first.axes, atol=1e-3) for part in slices):
@@ -246,6 +264,21 @@ def series_grid(slices: Sequence[Slice]) -> tuple[tuple[int, ...], NDArray[np.fl
             "convert it with a tool that corrects tilt"
         )
     return shape, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _refuse_mixed(slices: Sequence[Slice]) -> None:
+    """Refuse slices of several patients or studies, or of which only some are rescaled."""
+    for index, name in enumerate(_OWNER):
+        known = [part for part in slices if part.owner[index]]  # values are not quoted: they may name a patient
+        if other := next((part for part in known if part.owner[index] != known[0].owner[index]), None):
+            advice = "put the files of each into a folder of its own"
+            if name == "FrameOfReferenceUID":
+                advice = "their positions cannot be compared; export each as its own series"
+            raise BadScanError(f"slices of several {name} in one series ({_names(known[0], other)}); {advice}")
+    for index, name in enumerate(_RESCALE):
+        if other := next((part for part in slices if part.rescale[index] != slices[0].rescale[index]), None):
+            differs = "differs between slices" if name == "RescaleType" else "is missing in some slices and not in others"
+            raise BadScanError(f"{name} {differs} ({_names(slices[0], other)}); export the series again")
 
 
 def _refuse_bends(slices: Sequence[Slice], positions: NDArray[np.float64], step: NDArray[np.float64]) -> None:

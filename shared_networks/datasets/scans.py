@@ -180,13 +180,17 @@ def read_grid(source: Source) -> tuple[tuple[int, ...], tuple[float, ...]] | Non
     return (grid[0][:3], tuple(voxel_sizes(grid[1]).tolist())) if grid else None
 
 
+Part = tuple[Path, tuple[str, ...]]
+"""A folder and the files of a series in it."""
+
+
 class _Walk:
     """A walk through a folder that collects scans and what is passed over."""
 
     def __init__(self, root: Path, part: str) -> None:
         self.root, self.part = root, part
         self.sources = Sources()
-        self.series: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
+        self.series: dict[str, list[Part]] = {}
         self.visited: set[str] = set()
         self.listed: list[Path] = []
 
@@ -306,10 +310,9 @@ class _Walk:
         self.sources[:] = [scan for scan in self.sources if not (scan.series and in_folders.issuperset(scan.files))]
         found: list[Source] = []
         for uid, parts in self.series.items():
-            if len(parts) > 1 and not _copies(parts):
-                folder = Path(os.path.commonpath([str(folder) for folder, _ in parts]))
-                parts = [(folder, tuple(file for _, files in parts for file in files))]
-            found += [Source(self.case(folder), files, uid) for folder, files in parts]
+            for own in _by_patient(parts):
+                whole = [_merged(own)] if len(own) > 1 and not _copies(own) else own
+                found += [Source(self.case(folder), files, uid) for folder, files in whole]
         headers = {source: read_header(source.files[0]) for source in found}
         reasons = {source: header.no_scan for source, header in headers.items() if header.no_scan}
         for source in found:
@@ -345,7 +348,25 @@ def _folders_with(sources: Iterable[Source]) -> set[Path]:
     return {above for folder in nearest for above in (folder, *folder.parents)}
 
 
-def _copies(parts: Sequence[tuple[Path, tuple[str, ...]]]) -> bool:
+def _merged(parts: Sequence[Part]) -> Part:
+    folder = Path(os.path.commonpath([str(folder) for folder, _ in parts]))
+    return folder, tuple(file for _, files in parts for file in files)
+
+
+def _by_patient(parts: Sequence[Part]) -> list[list[Part]]:
+    """Part folders of one series by patient and study, as some anonymisers give all the same UID.
+
+    Where that would leave two scans in one place, they stay together, and reading them says what is wrong.
+    """
+    groups: dict[tuple[str, ...], list[Part]] = {}
+    for folder, files in parts:
+        owner = read_header(files[0]).owner[:2] if len(parts) > 1 else ()
+        groups.setdefault(owner, []).append((folder, files))
+    places = {_merged(group)[0] for group in groups.values()}
+    return list(groups.values()) if len(places) == len(groups) else [list(parts)]
+
+
+def _copies(parts: Sequence[Part]) -> bool:
     """Return whether folders hold the same slices of a series, and not some each."""
     instances = [{read_header(file).instance for file in files} for _, files in parts]
     return all(instances[0] == other for other in instances[1:])

@@ -165,9 +165,6 @@ def read_instances(source: Source, shape: Sequence[int]) -> tuple[list[Any], NDA
     images = [_header(part) for part in slices]
     if len({image.SOPInstanceUID for image in images}) < len(images):
         raise InputError("no DICOM SEG: several slices have one SOPInstanceUID; export the series again")
-    for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
-        if len(values := {image[name].value for image in images}) > 1:
-            raise InputError(f"no DICOM SEG: slices of {len(values)} different {name}; split the series")
     for image in images:
         image.ImageOrientationPatient = images[0].ImageOrientationPatient
         image.PixelSpacing = images[0].PixelSpacing

@@ -1,4 +1,4 @@
-"""Series whose headers do not belong together: slices out of line, of two patients, or rescaled in part."""
+"""Series whose slices do not belong together: out of line, of two patients, or rescaled in part."""
 
 from __future__ import annotations
 
@@ -111,3 +111,94 @@ def test_jitter_of_positions_is_forgiven(tmp_path: Path) -> None:
     flip = np.diag([-1.0, -1.0, 1.0])
     for k in range(SLICES):
         assert np.abs(flip @ (scan.affine[:3] @ [0, 0, k, 1]) - place(k)).max() < 0.4
+
+
+RESCALED_IN_PART: dict[str, tuple[Callable[[Any], None], str]] = {
+    "both": (lambda content: content.__delattr__("RescaleSlope"), "RescaleSlope is missing in some slices"),
+    "intercept": (lambda content: content.__delattr__("RescaleIntercept"), "RescaleIntercept is missing in some"),
+    "type": (lambda content: setattr(content, "RescaleType", "US"), "RescaleType differs between slices"),
+}
+
+
+@pytest.mark.parametrize("kind", RESCALED_IN_PART)
+def test_a_series_that_is_rescaled_in_part_is_refused(kind: str, tmp_path: Path) -> None:
+    edit, line = RESCALED_IN_PART[kind]
+    files = change(write_series(tmp_path), lambda content, k: edit(content) if k % 2 else None)
+    assert reason(tmp_path).startswith(line)
+    assert f"({files[0].name} and {files[1].name}); export the series again" in reason(tmp_path)
+
+
+@pytest.mark.parametrize("kind", RESCALED_IN_PART)
+def test_frames_that_are_rescaled_in_part_are_refused(kind: str, tmp_path: Path) -> None:
+    edit, line = RESCALED_IN_PART[kind]
+    change_frames(
+        write_enhanced(tmp_path / "ENH.dcm"),
+        lambda frame, k: edit(frame.PixelValueTransformationSequence[0]) if k == 3 else None,
+    )
+    assert reason(tmp_path).startswith(line)
+    assert "(ENH.dcm, frame 1 and ENH.dcm, frame 4)" in reason(tmp_path)
+
+
+def test_a_series_without_any_rescale_has_hu_in_its_files(tmp_path: Path) -> None:
+    def edit(content: Any, k: int) -> None:
+        del content.RescaleSlope, content.RescaleIntercept
+        if k % 2:
+            content.RescaleType = "HU"  # what a CT has where none is given
+        stored = np.frombuffer(content.PixelData, np.uint16).astype(np.int16) - 1024
+        content.PixelRepresentation, content.PixelData = 1, stored.astype(np.int16).tobytes()
+
+    change(write_series(tmp_path), edit)
+    (source,) = find_scans(tmp_path)
+    np.testing.assert_array_equal(read_scan(source, "CT").image[0], ct())
+
+
+OWNERS = {
+    "PatientID": "put the files of each into a folder of its own",
+    "StudyInstanceUID": "put the files of each into a folder of its own",
+    "FrameOfReferenceUID": "their positions cannot be compared; export each as its own series",
+}
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_slices_of_two_patients_are_no_scan(name: str, tmp_path: Path) -> None:
+    """Stacked as if they were one; who they are of is not printed."""
+    files = change(write_series(tmp_path), lambda content, k: setattr(content, name, f"1.98765.{k // 8}"))
+    found = reason(tmp_path)
+    assert found == f"slices of several {name} in one series ({files[0].name} and {files[8].name}); {OWNERS[name]}"
+
+
+def test_multi_frame_files_of_two_patients_are_no_scan(tmp_path: Path) -> None:
+    for name, frames in (("A", [*range(8)]), ("B", [*range(8, 16)])):
+        content = read(write_enhanced(tmp_path / name, frames))
+        content.SeriesInstanceUID, content.PatientID = "1.2.3.4", name
+        content.save_as(tmp_path / name)
+    assert "several PatientID in one series (A, frame 1 and B, frame 1)" in reason(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["PatientID", "StudyInstanceUID"])
+def test_patients_in_folders_of_their_own_are_scans_though_they_share_a_uid(name: str, tmp_path: Path) -> None:
+    for k, patient in enumerate("ab"):
+        folder = tmp_path / patient
+        tags = {"PatientID": "1", "StudyInstanceUID": "1.2.3", name: f"1.{k}"}
+        files = write_series(folder / "first", ct() + np.int16(k), **tags)
+        (folder / "second").mkdir()
+        for file in files[::2]:  # a series in two folders stays one
+            file.rename(folder / "second" / file.name)
+    sources = find_scans(tmp_path)
+    assert [source.case for source in sources] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b"]
+    for k, source in enumerate(sources):
+        np.testing.assert_array_equal(read_scan(source, "CT").image[0], ct() + np.int16(k))
+
+
+def test_patients_whose_folders_are_mixed_are_one_failure_that_names_both(tmp_path: Path) -> None:
+    for k, patient in enumerate("ab"):
+        for file in write_series(tmp_path / patient, PatientID=patient):
+            target = tmp_path / f"{patient}{int(file.name[2:]) % 2}" / file.name
+            target.parent.mkdir(exist_ok=True)
+            file.rename(target)
+        (tmp_path / patient).rmdir()
+    (source,) = find_scans(tmp_path)
+    with pytest.raises(BadScanError) as caught:
+        read_scan(source, "CT")
+    for patient in "ab":
+        assert f"{tmp_path}/{patient}" in str(caught.value)

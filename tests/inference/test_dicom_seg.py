@@ -434,7 +434,7 @@ def tag(files: list[Path], which: slice, **tags: Any) -> None:
             lambda files: tag(files, slice(2, 3), FrameOfReferenceUID=None),
             "has no FrameOfReferenceUID; export it again",
         ),
-        (lambda files: tag(files, slice(2, 3), FrameOfReferenceUID="1.5"), "2 different FrameOfReferenceUID; split"),
+        (lambda files: tag(files, slice(2, 3), FrameOfReferenceUID="1.5"), "several FrameOfReferenceUID in one series"),
         (lambda files: tag(files, slice(None), SOPInstanceUID="1.5"), "several slices have one SOPInstanceUID"),
     ],
 )
