@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shared_networks.datasets.record import SAFETENSORS, read_record, record_file, write_model
+from shared_networks.datasets.record import SAFETENSORS, check_record_is_free, read_record, record_file, write_model
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.networks.checkpoints import half_precision, read_weights
 from shared_networks.settings.command_line import call_with_options
@@ -28,13 +28,14 @@ def halve(checkpoint: str | Path, output: str | Path) -> None:
 
     Raises:
         InputError: the model has no record or one of other weights, a weight is too large for float16, or the output
-            is the model itself, ends otherwise or cannot be written.
+            is the model itself, would have its record's name, ends otherwise or cannot be written.
     """
     file = Path(output)
     if file.suffix not in (".pt", SAFETENSORS) or file.resolve() == Path(checkpoint).resolve():
         raise InputError(
             f"--output {output}: give another file than --checkpoint, with a name that ends in .pt or {SAFETENSORS}"
         )
+    check_record_is_free(file)
     weights, record = read_weights(checkpoint), read_record(checkpoint)
     if record is None:
         raise InputError(f"{record_file(checkpoint)}: no such file; weights ship with the record of their training")

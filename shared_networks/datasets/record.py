@@ -16,6 +16,7 @@ import zlib
 from collections import UserDict
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,28 @@ def common_cases(cases: Mapping[str, str], others: Mapping[str, str], same_names
     return [name for name, digest in cases.items() if digest in digests or (same_names and name in others)]
 
 
+def check_record_is_free(file: str | Path) -> None:
+    """Refuse a file of weights whose record would replace that of other weights, such as `model.pt`'s.
+
+    Args:
+        file: to be written, such as `model.safetensors`, whose record is `model.json` too.
+
+    Raises:
+        InputError: the file at the record's place is of other weights beside it, or is no record.
+    """
+    path, place = Path(file), record_file(file)
+    if not place.is_file():
+        return
+    if not path.exists() and '"weights_sha256"' not in place.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{path}: its record would replace {place}, which is none; give another name or folder")
+    for other in sorted(path.parent.glob(f"{escape(path.stem)}.*")):
+        if other not in (path, place) and record_file(other) == place and _stored(other):
+            raise InputError(
+                f"{path}: its record would replace {place}, which is that of {other}; give another name or folder, or "
+                f"move {other.name} and {place.name} away"
+            )
+
+
 def write_model(weights: Mapping[str, Tensor], file: str | Path, record: Record) -> str:
     """Write weights and their record in one act: whenever it is interrupted, what is there fits together.
 
@@ -194,8 +217,9 @@ def write_model(weights: Mapping[str, Tensor], file: str | Path, record: Record)
         The digest of the weights.
 
     Raises:
-        InputError: a file cannot be written; what was there is left as it was.
+        InputError: a file cannot be written, or as :func:`check_record_is_free`; what was there is left as it was.
     """
+    check_record_is_free(file)
     path = Path(file)
     with atomic_write(path, GO_ON) as unfinished:
         save_tensors(weights, unfinished)

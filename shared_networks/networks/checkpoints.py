@@ -20,6 +20,7 @@ from shared_networks.datasets.record import (
     check_network,
     check_preparation,
     read_record,
+    record_file,
     safetensors_form,
     save_tensors,
 )
@@ -431,8 +432,8 @@ def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Pat
             or `monai_vit`, the encoder alone, see :func:`to_monai_vit`.
 
     Raises:
-        InputError: for an unknown form, an output that is not set or exists, or a checkpoint that
-            :func:`load_hi_end_mae` refuses.
+        InputError: for an unknown form, an output that is not set or exists, or that a record of other weights lies
+            beside, or a checkpoint that :func:`load_hi_end_mae` refuses.
     """
     if form not in ("model", "official", "monai_vit"):
         raise InputError(f"format is {form!r}: give --format model, official or monai_vit")
@@ -441,6 +442,8 @@ def convert_weights(network: HiEndMAE, checkpoint: str | Path, output: str | Pat
     target = Path(output)
     if target.exists():
         raise InputError(f"{target}: exists and is not overwritten; move it away or give another --output")
+    if (record := record_file(target)).exists():
+        raise InputError(f"{target}: {record} there would be taken for its record; give another --output")
     if not checkpoint:
         raise InputError("checkpoint is not set; pass --checkpoint FILE, a model.pt or hi_end_mae_10k.pth")
     load_hi_end_mae(network, checkpoint)

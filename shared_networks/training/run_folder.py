@@ -9,6 +9,7 @@ from shared_networks.datasets.leaks import check_start, check_unseen
 from shared_networks.datasets.record import (
     Record,
     TrainingRecord,
+    check_record_is_free,
     different_settings,
     listed_differences,
     read_record,
@@ -35,8 +36,8 @@ def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = 
         overwrite: whether an earlier training in the folder is to be removed when this one starts.
 
     Raises:
-        InputError: the folder cannot be written to, or holds a training and no setting says what to do with it; or
-            settings contradict each other.
+        InputError: the folder cannot be written to, or holds a training and no setting says what to do with it; its
+            `model.json` is of other weights than `model.pt`; or settings contradict each other.
     """
     check_output_folder(folder, "ckpt_dir")
     if resume and overwrite:
@@ -44,6 +45,7 @@ def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = 
             "resume and overwrite are both set; give --resume True to go on, or --overwrite True to start anew"
         )
     model, states = Path(folder) / "model.pt", sorted((Path(folder) / STATES).glob("state_*.ckpt"))
+    check_record_is_free(model)
     if record.in_place and not overwrite:
         check_same_training(model, record)
     elif (model.is_file() or states) and not overwrite and not resume:

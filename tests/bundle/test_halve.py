@@ -81,6 +81,18 @@ def test_the_model_itself_and_other_endings_are_refused(output: str, model: Path
     assert model.read_bytes() == before
 
 
+@pytest.mark.parametrize("output", ["models/model.safetensors", "models/../models/model.safetensors", "own.pt"])
+def test_a_record_that_is_of_other_weights_or_none_is_not_replaced(output: str, model: Path) -> None:
+    (model.parents[1] / "own.json").write_text('{"spacing": 3}')
+    before = {file: file.read_bytes() for file in model.parents[1].rglob("*.*")}
+    file = model.parents[1] / output
+    with pytest.raises(InputError) as caught:
+        halve(model, file)
+    of = "which is none" if output == "own.pt" else f"which is that of {file.with_suffix('.pt')}"
+    assert str(caught.value).startswith(f"{file}: its record would replace {file.with_suffix('.json')}, {of}; give an")
+    assert {file: file.read_bytes() for file in model.parents[1].rglob("*.*")} == before
+
+
 def changed(model: Path, change: str) -> None:
     file, content = model.with_suffix(".json"), torch.load(model, weights_only=True)
     if change == "no record":

@@ -132,6 +132,25 @@ def test_a_full_disk_leaves_model_and_record_as_they_were(tmp_path: Path) -> Non
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(("there", "new"), [("a.b.pt", "a.b.safetensors"), ("a.b.safetensors", "a.b.pt")])
+def test_weights_of_the_same_stem_do_not_take_over_a_record(tmp_path: Path, there: str, new: str) -> None:
+    pytest.importorskip("safetensors")
+    write_model(weights(1), tmp_path / there, a_record("background", "liver"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError) as caught:
+        write_model(weights(2), tmp_path / new, a_record("background", "spleen"))
+    assert str(caught.value) == (
+        f"{tmp_path / new}: its record would replace {tmp_path}/a.b.json, which is that of {tmp_path / there}; give "
+        f"another name or folder, or move {there} and a.b.json away"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "a.pt").touch()  # its record is another file
+    write_model(weights(2), tmp_path / there, a_record("background", "spleen"))
+    (tmp_path / there).unlink()
+    write_model(weights(3), tmp_path / new, a_record("background", "spleen"))
+    assert trained_labels(read_record(tmp_path / new) or {}) == ["background", "spleen"]
+
+
 def test_other_weights_than_those_on_record_are_refused(tmp_path: Path) -> None:
     file, other = tmp_path / "model.pt", tmp_path / "other" / "model.pt"
     write_model(weights(1), file, a_record())

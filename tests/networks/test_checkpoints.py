@@ -776,6 +776,11 @@ def test_conversion_refuses_what_would_be_lost_or_guessed(tmp_path):
             convert_weights(tiny_mae(), *arguments)
         assert str(error.value).startswith(message)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    (tmp_path / "model.json").write_text("{}")
+    for form in ("model", "official", "monai_vit"):  # weights beside another record cannot be loaded
+        with pytest.raises(InputError, match=r"model\.safetensors: .*/model\.json there would be taken for its record"):
+            convert_weights(tiny_mae(), file, tmp_path / "model.safetensors", form)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.pt"]
 
 
 class SilentHandler(SimpleHTTPRequestHandler):

@@ -490,6 +490,16 @@ def test_the_start_of_a_training_that_can_be_resumed_is_checked_too(
             check_run_folder(tmp_path / "run", a_record(start_weights=[tmp_path / "start.pt"]), resume=resume)
 
 
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"in_place": True}], ids=str)
+def test_a_folder_whose_record_is_of_other_weights_is_refused(tmp_path: Path, settings: dict[str, bool]) -> None:
+    """Starting anew would remove the record, and the first model replace it."""
+    pytest.importorskip("safetensors")
+    write_model({"weight": torch.ones(1)}, tmp_path / "model.safetensors", a_record())
+    record = a_record(in_place=tmp_path) if settings.pop("in_place", False) else a_record()
+    with pytest.raises(InputError, match=r"model\.pt: its record would replace .*, which is that of .*\.safetensors; "):
+        check_run_folder(tmp_path, record, **settings)
+
+
 def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="resume and overwrite are both set"):
         check_run_folder(tmp_path, a_record(), resume=True, overwrite=True)
