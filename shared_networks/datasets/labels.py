@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from shared_networks.datasets.organs import canonical_name
 from shared_networks.datasets.record import read_record, record_file, trained_labels
 from shared_networks.errors import InputError
 from shared_networks.files import read_json
@@ -19,9 +19,6 @@ LABEL_COLOURS = (
     *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#005af0"),
     *("#00ff96", "#4bffff", "#d2003c", "#6996ff", "#f0965a", "#87e1b4", "#96ff78", "#d200b4"),
 )
-
-_SIDES = ("left", "right")
-_SPELLINGS = {"oesophagus": "esophagus", "gall bladder": "gallbladder"}
 
 _OWN = "--label_names @dataset_labels"
 _LISTED = 3
@@ -34,22 +31,12 @@ def label_colour(value: int) -> str:
     return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
 
 
-def plain_label(name: str) -> str:
-    """Return a label's name as all its spellings are compared: small letters, single spaces, the side first.
-
-    Capitals, hyphens, underscores and the place of the side do not matter: `Kidney_Right` is `right kidney`.
-    """
-    words = re.split(r"[\s_-]+", name.casefold().strip())
-    plain = " ".join([word for word in words if word in _SIDES] + [word for word in words if word not in _SIDES])
-    return _SPELLINGS.get(plain, plain)
-
-
 def sided_pairs(label_names: Sequence[str]) -> list[tuple[int, int]]:
     """Return pairs of label values of which the first organ lies to the patient's right of the second.
 
-    These are liver and spleen, and whatever is named `right X` and `left X`, see :func:`plain_label`.
+    These are liver and spleen, and whatever is named `right X` and `left X`, in any spelling.
     """
-    value_of = {plain_label(name): value for value, name in enumerate(label_names)}
+    value_of = {canonical_name(name): value for value, name in enumerate(label_names)}
     right = [name.removeprefix("right ") for name in value_of if name.startswith("right ")]
     wanted = [("liver", "spleen"), *((f"right {name}", f"left {name}") for name in right)]
     return [(value_of[one], value_of[other]) for one, other in wanted if {one, other} <= value_of.keys()]
@@ -140,8 +127,8 @@ def checked_names(label_names: Sequence[str] | None, source: str | Path = "label
 def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) -> None:
     """Compare the names that a network is trained on with the data set's, where it has a `dataset.json`.
 
-    Names are compared as :func:`plain_label` has them. Names that the bundle does not know (abbreviations) are
-    only warned of, as long as another organ agrees and none is known at another value.
+    Spelling does not matter, see :func:`shared_networks.datasets.organs.canonical_name`. Names that are none of
+    `label_names` (abbreviations) are only warned of, as long as another organ agrees and none is at another value.
 
     Args:
         label_names: in order of value, background first.
@@ -156,7 +143,7 @@ def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) ->
         logger.info("%s names no labels, so that their order cannot be checked", file)
         return
     theirs = read_labels(file)
-    ours, compared = [plain_label(name) for name in label_names], [plain_label(name) for name in theirs]
+    ours, compared = [canonical_name(name) for name in label_names], [canonical_name(name) for name in theirs]
     differing = [value for value, name in enumerate(compared) if value >= len(ours) or name != ours[value]]
     misplaced = [value for value in differing if compared[value] in ours]
     agreeing = set(range(1, len(compared))).difference(differing)
@@ -176,7 +163,10 @@ def check_dataset_labels(label_names: Sequence[str], dataset_dir: str | Path) ->
             f"Pass {_OWN} for the data set's, or put {file.name} right"
         )
     if differing:
-        logger.warning("%s: some labels have other names, taken for the same organs: %s", file, listed)
+        logger.warning(
+            "%s: some labels have other names, taken for the same organs: %s. If they are others, pass %s",
+            file, listed, _OWN,
+        )  # fmt: skip
 
 
 def count_classes(

@@ -155,9 +155,9 @@ def side_problems(
         return []
     listed = ", ".join(f"{label_names[right]} is to the left of {label_names[left]}" for right, left in wrong)
     return [
-        f"left and right are swapped ({listed}); put the affine or the labels right, or pass "
-        "--datalist#check#sides False if "
-        "the patient has situs inversus"
+        f"left and right are swapped ({listed}); put the affine or the labels right, pass "
+        "--label_names @dataset_labels if the data set has its labels in another order, or pass "
+        "--datalist#check#sides False if the patient has situs inversus"
     ]
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_networks.datasets.dicom import Slice, series_grid, series_slices
-from shared_networks.datasets.labels import label_colour, plain_label
+from shared_networks.datasets.labels import label_colour
+from shared_networks.datasets.organs import canonical_name
 from shared_networks.datasets.record import file_digest
 from shared_networks.datasets.scans import Scan, Source
 from shared_networks.errors import InputError
@@ -79,11 +80,12 @@ ORGANS |= {f"{side} {name}": Property(kind, (SIDES[side],)) for name, kind in SI
 
 
 def coded_label(name: str) -> Property:
-    """Return the code of a label's name in any spelling, see :func:`shared_networks.datasets.labels.plain_label`.
+    """Return the code of a label's name; its spelling does not matter, see :func:`canonical_name`.
 
     A name that is not known has a code of this package's own scheme, the same wherever the name is.
     """
-    if (found := ORGANS.get(plain_label(name))) is not None:
+    found = ORGANS.get(canonical_name(name))
+    if found is not None:
         return found
     digest = hashlib.sha256(name.encode()).hexdigest()[:12].upper()
     return Property(Concept(digest, _short(name), OWN_SCHEME))

@@ -10,7 +10,8 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import io_orientation
 from scipy import ndimage
 
-from shared_networks.datasets.labels import plain_label, sided_pairs
+from shared_networks.datasets.labels import sided_pairs
+from shared_networks.datasets.organs import canonical_name
 from shared_networks.inference.adult_volumes import ADULT_VOLUMES
 
 Row = dict[str, Any]
@@ -85,7 +86,7 @@ def _edges(box: tuple[slice, ...], shape: Sequence[int], affine: np.ndarray) -> 
 
 def _against_adults(row: Row) -> Row:
     """Compare a volume with those of adults; of what the edge cuts off only that it is too large can be said."""
-    if (known := ADULT_VOLUMES.get(plain_label(row["organ"]))) is None:
+    if (known := ADULT_VOLUMES.get(canonical_name(row["organ"]))) is None:
         return {"adult_range_ml": None, "in_adult_range": None}
     low, high = known.range_ml
     inside: bool | None = low <= row["volume_ml"] <= high

@@ -18,11 +18,13 @@ from shared_networks.datasets.labels import (
     read_labels,
     sided_pairs,
 )
+from shared_networks.datasets.organs import canonical_name
 from shared_networks.datasets.record import training_record, write_model
 from shared_networks.errors import InputError
 from shared_networks.synthetic.tissues import label_names
 from tests.conftest import BUNDLES, ROOT
 
+SIDES = ("left", "right")
 BTCV, FLARE = list(label_names("btcv")), list(label_names("flare"))
 ABBREVIATED = [
     *("background", "Spleen", "rkid", "lkid", "gall", "eso", "Liver", "sto", "aorta", "IVC"),
@@ -116,17 +118,64 @@ def test_another_order_is_refused_with_the_first_values(tmp_path, theirs, here, 
     assert "Pass --label_names @dataset_labels for the data set's, or put dataset.json right" in message
 
 
-def test_other_spellings_are_only_warned_of(tmp_path, caplog):
+def test_abbreviations_are_only_warned_of(tmp_path, caplog):
     write(tmp_path, by_name(ABBREVIATED))
     check_dataset_labels(BTCV, tmp_path)
-    assert "2 is 'rkid' there and 'right kidney' here" in caplog.text and "spleen" not in caplog.text
+    [line] = caplog.messages
+    assert "2 is 'rkid' there and 'right kidney' here" in line and "spleen" not in line and "(7 differ)" in line
+    assert line.endswith(". If they are others, pass --label_names @dataset_labels")
     assert count_classes(BTCV, dataset_dir=tmp_path) == 14
-    caplog.clear()
-    write(tmp_path, by_name([name.title().replace(" ", "_") for name in BTCV]))
-    check_dataset_labels(BTCV, tmp_path)
-    write(tmp_path, by_name([*BTCV[:2], "kidney_right", "kidney_left", "gall bladder", "oesophagus", *BTCV[6:]]))
-    check_dataset_labels(BTCV, tmp_path)
+
+
+def total_segmentator(names: list[str]) -> list[str]:
+    """Names with the side last: `kidney_left`."""
+    return ["_".join([*(w for w in n.split() if w not in SIDES), *(w for w in n.split() if w in SIDES)]) for n in names]
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        [name.title().replace(" ", "_") for name in BTCV],
+        [name.title().replace(" ", "") for name in BTCV if " and " not in name],
+        total_segmentator(BTCV),
+        [{"gallbladder": "gall_bladder", "esophagus": "Oesophagus"}.get(name, name) for name in BTCV],
+    ],
+    ids=["title", "camel", "side last", "British"],
+)
+def test_another_spelling_is_the_same_organ(theirs, tmp_path, caplog):
+    write(tmp_path, by_name(theirs))
+    ours = [name for name in BTCV if len(theirs) == len(BTCV) or " and " not in name]
+    check_dataset_labels(ours, tmp_path)
+    assert caplog.text == "" and [canonical_name(name) for name in theirs] == ours
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ({4: "oesophagus", 5: "gall_bladder"}, "4 is 'oesophagus' there and 'gallbladder' here; 5 is 'gall_bladder'"),
+        ({2: "kidney_left", 3: "kidney_right"}, "2 is 'kidney_left' there and 'right kidney' here; 3 is"),
+        ({12: "LeftAdrenalGland", 13: "adrenal-right"}, "12 is 'LeftAdrenalGland' there and 'right adrenal gland'"),
+        ({8: "postcava", 9: "arota"}, "8 is 'postcava' there and 'aorta' here; 9 is 'arota' there and 'inferior"),
+        ({2: "lkid", 3: "right_kidney"}, "3 is 'right_kidney' there and 'left kidney' here. Pass"),
+    ],
+)
+def test_another_order_is_refused_however_it_is_spelt(theirs, words, tmp_path, caplog):
+    write(tmp_path, by_name([theirs.get(value, name) for value, name in enumerate(BTCV)]))
+    with pytest.raises(InputError, match=f"its labels are not label_names: {words}"):
+        count_classes(BTCV, dataset_dir=tmp_path)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        *[("Adrenal_gland-LEFT", "left adrenal gland"), ("portal vein & splenic vein", BTCV[10]), (" LIVER_", "liver")],
+        *[("IVC", "inferior vena cava"), ("inferior_vena_cava", "inferior vena cava"), ("adrenal", "adrenal gland")],
+        *[("left", "left"), ("", ""), ("heart_atrium_left", "left heart atrium"), ("upright", "upright")],
+    ],
+)
+def test_organs_have_one_spelling(name, canonical):
+    assert canonical_name(name) == canonical == canonical_name(canonical)
 
 
 def test_without_a_data_set_or_names_in_it_nothing_is_compared(tmp_path):

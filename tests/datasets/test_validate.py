@@ -340,8 +340,9 @@ def test_sides_are_the_patients(save, affine, caplog):
     [line] = problems([good, swapped], num_classes=5, label_names=NAMES)
     assert line == (
         f"{swapped['label']}: left and right are swapped (liver is to the left of spleen, "
-        "right kidney is to the left of left kidney); put the affine or the labels right, "
-        "or pass --datalist#check#sides False if the patient has situs inversus"
+        "right kidney is to the left of left kidney); put the affine or the labels right, pass --label_names "
+        "@dataset_labels if the data set has its labels in another order, or pass --datalist#check#sides False if the "
+        "patient has situs inversus"
     )
     check_cases([swapped], num_classes=5, label_names=NAMES, sides=False)
     check_cases([swapped], num_classes=5)

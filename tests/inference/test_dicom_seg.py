@@ -183,7 +183,7 @@ def test_every_organ_of_the_bundles_has_a_code_of_snomed_ct(bundle: str) -> None
     [
         *[("kidney_left", "left kidney"), ("Left-Kidney", "left kidney"), ("LIVER ", "liver")],
         *[("adrenal_gland_right", "right adrenal gland"), ("Inferior vena-cava", "inferior vena cava")],
-        ("oesophagus", "esophagus"),
+        *[("oesophagus", "esophagus"), ("postcava", "inferior vena cava"), ("AdrenalLeft", "left adrenal gland")],
     ],
 )
 def test_spelling_does_not_matter(name: str, same: str) -> None:
