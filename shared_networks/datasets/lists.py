@@ -32,14 +32,15 @@ def pair_patterns(dataset_dir: str | Path | None, images: str, labels: str) -> l
     Args:
         dataset_dir: where the patterns begin, unless they are absolute.
         images: such as `volume-*.nii.gz`; `*`, `?`, `[...]` and `**/` for folders at any depth.
-        labels: such as `labels-*.nii.gz`, with as many wildcards in the same order.
+        labels: such as `labels-*.nii.gz`, with as many wildcards in the same order. Files that both patterns find are
+            labels; they are images where the labels' pattern finds all images.
 
     Returns:
         Sorted by what the wildcards stand for: `{"image": image, "label": label}`.
 
     Raises:
         UnpairedError: as :func:`pair_cases`.
-        InputError: a pattern is missing, has other wildcards, or finds nothing or no NIfTI file.
+        InputError: a pattern is missing, has other wildcards, finds nothing or no NIfTI file, or both find the same.
     """
     patterns = {"images": images, "labels": labels}
     if missing := [setting for setting, pattern in patterns.items() if not pattern]:
@@ -52,9 +53,21 @@ def pair_patterns(dataset_dir: str | Path | None, images: str, labels: str) -> l
             "give both the same, at least one, as the parts that vary make the pairs"
         )
     root = dataset_folder(dataset_dir)
+    of_images, of_labels = (find_matches(root, setting, pattern) for setting, pattern in patterns.items())
+    # In one folder the wider pattern finds the other's files too: those are what the narrower pattern is for.
+    both = {os.path.abspath(file) for file, _ in of_images} & {os.path.abspath(file) for file, _ in of_labels}
+    if both and len(both) == len(of_images) == len(of_labels):
+        raise InputError(
+            f"images {images!r} and labels {labels!r} find the same {len(both)} file(s), such as {of_labels[0][0]}; "
+            "give the labels a pattern of their own"
+        )
+    if len(both) == len(of_images):
+        of_labels = [found for found in of_labels if os.path.abspath(found[0]) not in both]
+    else:
+        of_images = [found for found in of_images if os.path.abspath(found[0]) not in both]
     return pair_by_name(
-        [(image, [name]) for image, name in find_matches(root, "images", images)],
-        find_matches(root, "labels", labels),
+        [(image, [name]) for image, name in of_images],
+        of_labels,
         lambda name: _filled(images, name),
         lambda name: _filled(labels, name),
     )
