@@ -126,10 +126,17 @@ def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[
         `cases`, with a name as `case` where the file's is not unique.
 
     Raises:
-        InputError: folders do not tell them apart either.
+        InputError: a file is listed several times, or folders do not tell them apart either.
     """
     if len({case_name(case["image"]) for case in cases}) == len(cases):
         return cases
+    parts_of: dict[tuple[str, ...], list[str]] = {}
+    for case in cases:
+        files = tuple(os.path.abspath(file) for file in ensure_tuple(case["image"]))
+        parts_of.setdefault(files, []).append(case.get("part", "training"))
+    if twice := {files[0]: parts for files, parts in parts_of.items() if len(parts) > 1}:
+        lines = [f"{file}: listed {_times(parts)}; list it once" for file, parts in twice.items()]
+        raise InputError("\n".join([f"{source}: {len(lines)} problem(s):", *lines]))
     paths = [Path(ensure_tuple(case["image"])[0]) for case in cases]
     common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
     folders = ["_".join(Path(os.path.abspath(path.parent)).relative_to(common).parts) for path in paths]
@@ -144,6 +151,14 @@ def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[
     double = {name: files for name, files in files_of.items() if len(files) > 1}
     lines = [f"{', '.join(files)}: all are the case {name}; name each apart" for name, files in double.items()]
     raise InputError("\n".join([f"{source}: {len(lines)} problem(s):", *lines]))
+
+
+def _times(parts: Sequence[str]) -> str:
+    """How often a file is listed, in which parts."""
+    unique = list(dict.fromkeys(parts))
+    if len(unique) == 1:
+        return f"{len(parts)} times in {unique[0]}"
+    return f"{len(parts)} times, in {', '.join(unique[:-1])} and {unique[-1]}"
 
 
 def _zip_lists(images: Sequence[Image], labels: Sequence[str]) -> list[dict[str, Any]]:
