@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import re
 import sys
@@ -21,9 +22,19 @@ from shared_networks.files import write_json
 from shared_networks.settings.command_line import call_with_options
 from shared_networks.settings.kinds import ANY_TEXT, PATH
 
-_LISTS = {"training": "", "validation": "validation", "test": "test"}
+# What lists of cases are called (also by MONAI's Auto3DSeg and nnU-Net), and the part that their cases have.
+_LISTS = {
+    "training": "",
+    "train": "",
+    "validation": "validation",
+    "val": "validation",
+    "test": "test",
+    "testing": "test",
+}
 # A wildcard, and what it matches: `**/` folders, `*` within a name, `?` a character, `[ab]` one of some.
 _WILDCARDS = {r"\*\*/": "((?:.*/)?)", r"\*": "([^/]*)", r"\?": "([^/])", r"\[[^]]+\]": ""}
+
+logger = logging.getLogger(__name__)
 
 
 def pair_patterns(dataset_dir: str | Path | None, images: str, labels: str) -> list[dict[str, Any]]:
@@ -105,43 +116,69 @@ def find_matches(root: Path, setting: str, pattern: str) -> list[tuple[str, Name
     return sorted(found, key=lambda item: (item[1], item[0]))
 
 
+def case_lists(content: Any) -> dict[str, list[Any]]:
+    """Return the lists of cases in the content of a JSON file by their keys, without those of labels or references.
+
+    Args:
+        content: as read; a list is that of the `training` cases.
+    """
+    lists = content if isinstance(content, dict) else {"training": content}
+    return {key: cases for key, cases in lists.items() if _lists_cases(key, cases)}
+
+
 def read_list(file: str | Path, trains: bool = True) -> list[dict[str, Any]]:
     """Read a Decathlon list of cases: `{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}], ...}`.
 
     Args:
-        file: JSON; paths in it are relative to it. `validation` and `test` may be listed as well, of which only cases
-            with a label are of use here.
+        file: JSON; paths in it are relative to it. `validation` and `test` may be listed as well, of which test cases
+            are only of use here with a label. `train`, `val` and `testing` mean the same.
         trains: whether there must be cases to train on; else any labelled case will do.
 
     Returns:
-        In the file's order: `{"image": image, "label": label}`, for validation and test cases with their `part`.
+        In the order training, validation, test: `{"image": image, "label": label}`, for validation and test cases with
+        their `part`. A `fold` of a case is not used, with a warning.
 
     Raises:
-        InputError: it is no such list, training or validation cases have no label, or there is no case.
+        InputError: it is no such list, training or validation cases have no label, or labelled cases are listed under
+            another key, or there is no case.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-        lists = {key: content.get(key, []) for key in _LISTS}
-        if trains and not lists["training"]:
+        lists = case_lists(json.loads(Path(file).read_text(encoding="utf-8-sig")))
+        unread = {key: len(labelled) for key in lists.keys() - _LISTS if (labelled := _labelled(lists[key]))}
+        read = {key: lists[key] for key in _LISTS if key in lists}
+        if trains and not unread and not any(cases for key, cases in read.items() if not _LISTS[key]):
             raise ValueError("no 'training' cases")
-        if wrong := [case for case in (*lists["training"], *lists["validation"]) if not _is_labelled(case)]:
+        needed = [case for key, cases in read.items() if _LISTS[key] != "test" for case in cases]
+        if wrong := [case for case in needed if not _is_labelled(case)]:
             raise ValueError(f"{len(wrong)} case(s) without an image and one label, first {wrong[0]!r}")
-        if not any(_is_labelled(case) for part in lists.values() for case in part):
-            raise ValueError(f"no case with a label among {', '.join(map(repr, lists))}")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if not unread and not any(_is_labelled(case) for cases in read.values() for case in cases):
+            raise ValueError(f"no case with a label among {', '.join(map(repr, read)) or 'its lists'}")
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{file}: no list of labelled cases ({error}); it needs "
             '{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
         ) from None
+    if unread:
+        listed = ", ".join(f"{count} under {key!r}" for key, count in sorted(unread.items()))
+        raise InputError(
+            f"{file}: labelled cases that are not read, {listed}; rename the key to training, validation or test, or "
+            "remove it"
+        )
     cases = []
     for key, part in _LISTS.items():
-        for case in filter(_is_labelled, lists[key]):
+        for case in _labelled(read.get(key, [])):
             image, label = (
                 [_relative_to(file, path) for path in listed_paths(case, key)] for key in ("image", "label")
             )
             cases.append({"image": image if len(image) > 1 else image[0], "label": label[0]})
             if part:
                 cases[-1]["part"] = part
+    if folded := sum(isinstance(case, dict) and "fold" in case for found in read.values() for case in found):
+        logger.warning(
+            "%s: the 'fold' of %d case(s) is not used, as --split#fold draws its own folds; list the cases of the fold "
+            "that validates under 'validation' and not under 'training', or name them by --split#val_cases",
+            file, folded,
+        )  # fmt: skip
     return cases
 
 
@@ -160,6 +197,21 @@ def _expression(wildcard: str) -> str:
     if wildcard.startswith("["):
         return f"({wildcard.replace('[!', '[^')})"
     return next(group for token, group in _WILDCARDS.items() if re.fullmatch(token, wildcard))
+
+
+def _lists_cases(key: str, content: Any) -> bool:
+    """Return whether a list in a file is one of cases, and not of labels or references."""
+    if not isinstance(content, list):
+        return False
+    return key in _LISTS or any(
+        (isinstance(case, dict) and "image" in case)
+        or (isinstance(case, str) and (is_nifti(case) or ("/" in case and "://" not in case)))
+        for case in content
+    )
+
+
+def _labelled(cases: list[Any]) -> list[dict[str, Any]]:
+    return [case for case in cases if _is_labelled(case)]
 
 
 def _is_labelled(case: Any) -> bool:

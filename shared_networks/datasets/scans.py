@@ -30,6 +30,7 @@ from shared_networks.datasets.dicom import (
     read_series,
     series_of_folder,
 )
+from shared_networks.datasets.lists import case_lists
 from shared_networks.datasets.nifti import grid_problems, is_nifti, read_nifti
 from shared_networks.datasets.pairs import (
     Image,
@@ -227,9 +228,8 @@ class _Walk:
     def add_listed(self, file: Path, bar: Any) -> None:
         """Add the scans that a `.json` file lists, paths relative to it."""
         try:
-            content = json.loads(file.read_text(encoding="utf-8-sig"))
-            lists = content if isinstance(content, dict) else {"training": content}
-            cases = [case for key, part in lists.items() if _lists_cases(key, part) for case in part]
+            lists = case_lists(json.loads(file.read_text(encoding="utf-8-sig")))
+            cases = [case for part in lists.values() for case in part]
         except (ValueError, OSError) as error:
             raise InputError(f"{file}: not readable as a list of cases ({error}); give a JSON file") from None
         if not cases:
@@ -414,17 +414,6 @@ def _nifti_source(image: Image, root: Path) -> Source:
 def _below(folder: Path, root: Path) -> list[str]:
     # Lists may name files that are not below the list: their ids must not lead out of the store.
     return [part for part in Path(os.path.relpath(folder, root)).parts if part not in ("..", ".")]
-
-
-def _lists_cases(key: str, content: Any) -> bool:
-    """Return whether a list in a file is one of cases, and not of labels or references."""
-    if not isinstance(content, list):
-        return False
-    return key in ("training", "validation", "test") or any(
-        (isinstance(case, dict) and "image" in case)
-        or (isinstance(case, str) and (is_nifti(case) or ("/" in case and "://" not in case)))
-        for case in content
-    )
 
 
 def _read_files(files: Sequence[str]) -> Scan:

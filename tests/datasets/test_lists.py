@@ -12,6 +12,7 @@ from shared_networks.datasets.cases import find_cases
 from shared_networks.datasets.lists import pair_patterns, write_list
 from shared_networks.datasets.pairs import UnpairedError, name_of
 from shared_networks.datasets.scans import find_scans
+from shared_networks.datasets.splits import split_dataset
 from shared_networks.errors import InputError
 from tests.conftest import ROOT
 from tests.datasets.test_pairs import relative, touch
@@ -56,8 +57,33 @@ def test_patterns_list_all_that_is_without_partner(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("images", "labels", "files"),
+    [
+        ("*.nii.gz", "*_seg.nii.gz", [("case{}.nii.gz", "case{}_seg.nii.gz")]),
+        ("*_0000.nii.gz", "*.nii.gz", [("case{}_0000.nii.gz", "case{}.nii.gz")]),
+        ("**/*.nii.gz", "**/seg-*.nii.gz", [("p{}/ct.nii.gz", "p{}/seg-ct.nii.gz")]),
+    ],
+)
+def test_a_file_in_reach_of_both_patterns_belongs_to_the_narrower(tmp_path, images, labels, files):
+    expected = [(image.format(n), label.format(n)) for n in range(3) for image, label in files]
+    touch(tmp_path, *(file for pair in expected for file in pair))
+    assert pairs(tmp_path, pair_patterns(tmp_path, images, labels)) == expected
+    assert pairs(tmp_path, pair_patterns(tmp_path, f"{tmp_path}/{images}", labels)) == expected
+    (tmp_path / expected[1][1]).unlink()
+    with pytest.raises(UnpairedError) as caught:
+        pair_patterns(tmp_path, images, labels)
+    advice = f"no label; add the label {expected[1][1]} or remove the image"
+    assert caught.value.problems == [f"{tmp_path}/{expected[1][0]}: {advice}"]
+
+
+@pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
+        (
+            "a*.nii",
+            "?1.nii",
+            r"'a\*\.nii' and labels '\?1\.nii' find the same 1 file\(s\), such as .*/a1\.nii; give the",
+        ),
         ("a*.nii", "", "labels is not set; give both"),
         ("", "a*.nii", "images is not set; give both"),
         ("a*.nii", "*/a*.nii", r"1 wildcard\(s\) and labels '\*/a\*.nii' 2"),
@@ -86,6 +112,76 @@ def test_a_written_list_is_read_for_training_and_inference(tmp_path, capsys):
     assert [name_of(case) for case in found] == ["case_0", "case_1"]
     assert [Path(case["label"]).is_file() for case in found] == [True, True]
     assert [scan.files for scan in find_scans(file, "imagesTs")] == [(case["image"],) for case in found]
+
+
+def listed(root: Path, **lists: object) -> Path:
+    (root / "list.json").write_text(json.dumps(lists))
+    return root / "list.json"
+
+
+def entries(*names: str, **more: object) -> list[dict]:
+    return [{"image": f"{name}_0000.nii.gz", "label": f"{name}.nii.gz", **more} for name in names]
+
+
+@pytest.mark.parametrize("train", ["training", "train"])
+@pytest.mark.parametrize(("validation", "test"), [("validation", "test"), ("val", "testing")])
+def test_lists_go_by_several_names_and_mean_the_same_to_all_who_read_them(tmp_path, train, validation, test):
+    touch(tmp_path, *(f"{name}_0000.nii.gz" for name in "abvt"))
+    file = listed(tmp_path, **{test: entries("t"), validation: entries("v"), train: entries("a", "b")})
+    found = find_cases(file)
+    assert [(name_of(case), case.get("part")) for case in found] == [
+        *[("a", None), ("b", None), ("v", "validation"), ("t", "test")]
+    ]
+    parts = {part: [name_of(case) for case in cases] for part, cases in split_dataset(found).items()}
+    assert parts == {"train": ["a", "b"], "validation": ["v"], "test": ["t"]}
+    assert sorted(Path(scan.case).name for scan in find_scans(file)) == ["a", "b", "t", "v"]
+
+
+def test_a_file_that_is_one_list_lists_the_training_cases(tmp_path):
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps(entries("a", "b")))
+    assert [name_of(case) for case in find_cases(file)] == ["a", "b"]
+
+
+def test_labelled_cases_under_another_key_are_refused(tmp_path):
+    file = listed(tmp_path, training=entries("a"), Validation=entries("v", "w"), holdout=entries("h"))
+    with pytest.raises(InputError) as caught:
+        find_cases(file)
+    assert str(caught.value) == (
+        f"{file}: labelled cases that are not read, 2 under 'Validation', 1 under 'holdout'; rename the key to "
+        "training, validation or test, or remove it"
+    )
+    with pytest.raises(InputError, match="not read, 1 under 'Training'; rename"):
+        find_cases(listed(tmp_path, Training=entries("a")))
+    others = {"unlabelled": ["u.nii.gz"], "reference": ["https://example.org/x"], "labels": ["background", "liver"]}
+    assert len(find_cases(listed(tmp_path, training=entries("a"), **others))) == 1
+
+
+def test_folds_of_a_list_are_not_used_and_it_is_said(tmp_path, caplog):
+    file = listed(tmp_path, training=[*entries("a", fold=0), *entries("b", "c", fold=1)], testing=entries("t"))
+    assert [set(case) for case in find_cases(file)] == [{"image", "label"}] * 3 + [{"image", "label", "part"}]
+    assert caplog.messages == [
+        f"{file}: the 'fold' of 3 case(s) is not used, as --split#fold draws its own folds; list the cases of the fold "
+        "that validates under 'validation' and not under 'training', or name them by --split#val_cases"
+    ]
+    caplog.clear()
+    find_cases(listed(tmp_path, training=entries("a")))
+    assert caplog.messages == []
+
+
+def test_a_file_that_is_listed_twice_is_named_with_its_parts(tmp_path):
+    training = [*entries("a", "b", "b"), {"image": f"{tmp_path}/x/../c_0000.nii.gz", "label": "c.nii.gz"}]
+    file = listed(tmp_path, training=training, val=entries("a", "v"), test=[*entries("c"), *entries("a")])
+    with pytest.raises(InputError) as caught:
+        find_cases(file)
+    assert str(caught.value).splitlines() == [
+        f"{file}: 3 problem(s):",
+        f"{tmp_path}/a_0000.nii.gz: listed 3 times, in training, validation and test; list it once",
+        f"{tmp_path}/b_0000.nii.gz: listed 2 times in training; list it once",
+        f"{tmp_path}/c_0000.nii.gz: listed 2 times, in training and test; list it once",
+    ]
+    with pytest.raises(InputError, match=r"a\.nii: listed 2 times in training; list it once"):
+        find_cases("", images=["a.nii", "./a.nii"], labels=["x.nii", "y.nii"])
 
 
 @pytest.mark.integration

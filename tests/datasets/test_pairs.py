@@ -318,7 +318,7 @@ def test_a_report_needs_no_case_of_a_list_that_trains(tmp_path, listed):
     with pytest.raises(InputError, match="no 'training' cases"):
         find_cases(file)
     file.write_text(json.dumps({**listed, "test": ["u.nii.gz"]}))
-    with pytest.raises(InputError, match="no case with a label among 'training', 'validation', 'test'"):
+    with pytest.raises(InputError, match=r"no case with a label among .*'test'\)"):
         find_cases(file, trains=False)
 
 
@@ -388,7 +388,8 @@ def test_decathlon_list(tmp_path):
     [
         (None, "No such file"),
         ("{", "Expecting property name"),
-        ("[]", "no attribute 'get'"),
+        ("[]", "no 'training' cases"),
+        ('{"training": {"image": "a.nii", "label": "b.nii"}}', "no 'training' cases"),
         ('{"training": []}', "no 'training' cases"),
         (
             '{"training": [{"image": "a.nii"}, "b.nii"]}',
