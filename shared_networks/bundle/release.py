@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 from zipfile import ZipFile, ZipInfo
@@ -23,7 +24,7 @@ from monai.bundle import ConfigParser
 from shared_networks.bundle.card import model_card, note_on_release, released_card, with_ckpt_dir
 from shared_networks.bundle.config_format import format_config
 from shared_networks.datasets.labels import model_labels
-from shared_networks.datasets.record import SAFETENSORS, read_record, record_file
+from shared_networks.datasets.record import SAFETENSORS, read_record, record_file, safetensors_form
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write
 from shared_networks.networks.checkpoints import check_weights
@@ -261,11 +262,12 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
 
     Args:
         config: the bundle's inference config.
-        weights: `model.pt` as training writes it: a flat state_dict, for a segmenter with its record beside it.
+        weights: `model.pt` as training writes it: a flat state_dict, for a segmenter with its record beside it; or
+            the same as `.safetensors`.
 
     Returns:
-        Content of `models/model.pt` and of its record `models/model.json`, which no longer names any
-        case; see :func:`shared_networks.version.released_record`.
+        Content of `models/model.pt`, in PyTorch's form and unchanged numbers, and of its record `models/model.json`,
+        which no longer names any case; see :func:`shared_networks.version.released_record`.
 
     Raises:
         InputError: names or shapes are not the network's, the state_dict is not flat, or the labels are unknown or
@@ -273,18 +275,25 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
     """
     names, network = config.get("label_names"), network_of(config)
     check_weights(weights, network)
-    form = weights.suffix == SAFETENSORS or torch.load(weights, map_location="cpu", weights_only=True).keys()
-    if form != network.state_dict().keys():
+    if safe := weights.suffix == SAFETENSORS:
+        content = safetensors_form(weights).load_file(weights)
+    else:
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+    if content.keys() != network.state_dict().keys():
         raise InputError(
             f"{weights}: not a flat state_dict under our names, as training writes it; save that alone to a model.pt"
         )
-    files = {"models/model.pt": weights.read_bytes()}
     if names and model_labels(weights) != names:
         raise InputError(
             f"{record_file(weights)}: not the labels of this bundle; release these weights in the one that trained them"
         )
+    stream = BytesIO()
+    if safe:
+        torch.save(content, stream)
+    files = {"models/model.pt": stream.getvalue() or weights.read_bytes()}
     if record := read_record(weights):
-        files["models/model.json"] = record_text(released_record(record))
+        digest = hashlib.sha256(files["models/model.pt"]).hexdigest()
+        files["models/model.json"] = record_text({**released_record(record), "weights_sha256": digest})
     return files
 
 
@@ -341,7 +350,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--weights",
         default="",
-        help="the bundle's model.pt, a segmenter's with its record beside it (default: those that the overlay names)",
+        help="the bundle's model.pt or .safetensors, a segmenter's with its record beside it (default: those that the "
+        "overlay names)",
     )
     release(**vars(parser.parse_args(arguments)))
 

@@ -35,7 +35,7 @@ from shared_networks.bundle.config_format import format_config
 from shared_networks.bundle.halve import halve
 from shared_networks.bundle.release import GUIDES, bake, bundle_files, check_versions, main, release, with_settings
 from shared_networks.datasets.labels import model_labels
-from shared_networks.datasets.record import PARTS, file_digest, read_record, training_record, write_model
+from shared_networks.datasets.record import PARTS, file_digest, read_record, save_tensors, training_record, write_model
 from shared_networks.datasets.splits import Split
 from shared_networks.errors import InputError
 from shared_networks.networks.checkpoints import check_weights
@@ -337,6 +337,33 @@ def test_weights_go_in_as_they_are(bundle: str, labels: str, tmp_path: Path) -> 
         assert "Smith" not in (models / "model.json").read_text()
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("bundle", "labels"), [(PRETRAIN, ""), (BTCV, "btcv")])
+def test_safetensors_become_the_model_of_a_release(bundle: str, labels: str, half: bool, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights, file = tiny_weights(bundle, tmp_path / "trained", labels), tmp_path / "own.safetensors"
+    content = torch.load(weights, weights_only=True)
+    if labels:
+        record = read_record(weights) or {}
+        write_model({name: tensor.half() if half else tensor for name, tensor in content.items()}, file, record)
+    else:
+        safetensors.save_file({name: tensor.half() if half else tensor for name, tensor in content.items()}, file)
+    files, again = (bundle_files(ROOT, bundle, overlay="tiny", weights=file) for _ in range(2))
+    assert files == again, "the same source gives the same bytes"
+    for path in ("model.pt", *(["model.json"] if labels else [])):
+        (tmp_path / path).write_bytes(files[f"models/{path}"])
+    found = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: torch.float16 if half else tensor.dtype for name, tensor in content.items()
+    }
+    for name, tensor in content.items():
+        torch.testing.assert_close(found[name].float(), tensor.half().float() if half else tensor, atol=0, rtol=0)
+    assert len(files["models/model.pt"]) < 1.1 * file.stat().st_size + 1e5
+    if labels:
+        assert model_labels(tmp_path / "model.pt") == list(label_names(labels))
+        assert "Smith" not in (tmp_path / "model.json").read_text()
+
+
 @pytest.fixture
 def wrong_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "none":
@@ -349,10 +376,13 @@ def wrong_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         torch.save({name: tensor + 1 for name, tensor in content.items()}, weights)
     elif request.param == "prefixed":
         torch.save({f"module.{name}": tensor for name, tensor in content.items()}, weights)
+    elif request.param == "prefixed safetensors":
+        weights = weights.with_suffix(".safetensors")
+        save_tensors({f"module.{name}": tensor for name, tensor in content.items()}, weights)
     elif request.param == "partial":
         content.popitem()
         torch.save(content, weights)
-    if request.param in ("nested", "prefixed"):
+    if request.param.startswith(("nested", "prefixed")):
         weights.with_suffix(".json").unlink()  # it is of the weights before
     return weights
 
@@ -365,6 +395,7 @@ def wrong_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         ("FLARE's", "model.json: not the labels of this bundle"),
         ("other", "not the weights that .*model.json is the record of"),
         ("nested", "not a flat state_dict under our names"),
+        ("prefixed safetensors", "not a flat state_dict under our names"),
         ("prefixed", "not a flat state_dict under our names"),
         ("partial", r"1 of \d+ tensors do not fit the network"),
     ],
