@@ -22,6 +22,8 @@ FEWEST_SLICES = 4  # localisers have up to three
 _GAP_TOLERANCE = 0.05  # of the gap between slices
 _BESIDE_TOLERANCE = 0.25  # pixels that a slice may lie beside the line through the first and the last
 _DRIFT_TOLERANCE = 0.5  # gaps that a slice may lie above or below its place
+_FIRST_VRS = (b"UI", b"CS", b"OB", b"DA", b"TM", b"DT", b"SH", b"LO", b"SQ")  # of elements that files may begin with
+_LONGEST_FIRST = 1024  # bytes of such an element
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _CLASS, _INSTANCE, _MODALITY = "0008|0016", "0008|0018", "0008|0060"
 _SAMPLES, _SPACING, _POSITION = "0028|0002", "0028|0030", "0020|0032"
@@ -74,11 +76,20 @@ class Slice(NamedTuple):
 def is_dicom(file: str) -> bool:
     """Return whether a file begins as DICOM does."""
     with open(file, "rb") as stream:
-        start = stream.read(132)
-    # Old files have no preamble; they begin with an element of group 8.
-    return start[128:] == b"DICM" or (
-        start[:2] == b"\x08\x00" and start[2:4] in (b"\x00\x00", b"\x05\x00", b"\x08\x00")
-    )
+        return begins_as_dicom(stream.read(132))
+
+
+def begins_as_dicom(start: bytes) -> bool:
+    """Return whether bytes are the start of DICOM: a preamble, or as old files have it an element of group 2 or 8."""
+    if start[128:132] == b"DICM":
+        return True
+    group, element = (int.from_bytes(start[k : k + 2], "little") for k in (0, 2))
+    if group not in (2, 8) or len(start) < 8:
+        return False
+    length = int.from_bytes(start[4:8], "little")  # of implicit VR; explicit VR has two letters here
+    if element == 0:
+        return start[4:6] == b"UL" or length == 4
+    return start[4:6] in _FIRST_VRS or (length % 2 == 0 and length <= _LONGEST_FIRST)
 
 
 def series_of_folder(folder: str | Path) -> dict[str, tuple[str, ...]]:
@@ -151,6 +162,24 @@ def _rescale(slope: Any, intercept: Any, kind: Any, modality: str) -> tuple[bool
     return slope not in ("", None), intercept not in ("", None), str(kind or ("HU" if modality == "CT" else ""))
 
 
+def kind_without_image(file: str) -> str:
+    """Return what a DICOM file is that holds no image, such as `RT Structure Set Storage`.
+
+    Returns:
+        Nothing for an image, and for what cannot be read or is of no known class.
+    """
+    if importlib.util.find_spec("pydicom") is None:
+        return ""
+    try:
+        content = _package("pydicom", file).dcmread(
+            file, stop_before_pixels=True, force=True, specific_tags=["SOPClassUID"]
+        )
+        kind = str(content.SOPClassUID.name)
+    except Exception:  # a damaged file may fail in any way
+        return ""
+    return kind if "Storage" in kind and " Image" not in kind else ""
+
+
 def series_slices(files: Sequence[str]) -> list[Slice]:
     """Return the headers of all slices, or frames, of a series, by position.
 
@@ -167,7 +196,7 @@ def series_slices(files: Sequence[str]) -> list[Slice]:
 
 def _frames(file: str) -> list[Slice]:
     """The frames of a multi-frame file, each by its functional groups."""
-    content = _package("pydicom", file).dcmread(file, stop_before_pixels=True)
+    content = _package("pydicom", file).dcmread(file, stop_before_pixels=True, force=True)  # without a preamble, too
     shared = _group(content, "SharedFunctionalGroupsSequence", 0)
     count = int(content.NumberOfFrames)
     return [_frame(file, content, shared, index) for index in range(count)]
@@ -277,7 +306,9 @@ def _refuse_mixed(slices: Sequence[Slice]) -> None:
             raise BadScanError(f"slices of several {name} in one series ({_names(known[0], other)}); {advice}")
     for index, name in enumerate(_RESCALE):
         if other := next((part for part in slices if part.rescale[index] != slices[0].rescale[index]), None):
-            differs = "differs between slices" if name == "RescaleType" else "is missing in some slices and not in others"
+            differs = (
+                "differs between slices" if name == "RescaleType" else "is missing in some slices and not in others"
+            )
             raise BadScanError(f"{name} {differs} ({_names(slices[0], other)}); export the series again")
 
 
@@ -353,7 +384,7 @@ def _frame_voxels(slices: Sequence[Slice]) -> NDArray[np.float32]:
     stored: dict[str, NDArray[Any]] = {}
     for file in {part.file for part in slices}:
         try:
-            stored[file] = pydicom.dcmread(file).pixel_array
+            stored[file] = pydicom.dcmread(file, force=True).pixel_array
         except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise BadScanError(f"voxels cannot be read ({reason}); export it again, uncompressed") from None

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from shared_networks.datasets.dicom import (
     NO_IMAGES,
     BadScanError,
     is_dicom,
+    kind_without_image,
     read_header,
     read_series,
     series_of_folder,
@@ -40,12 +41,11 @@ from shared_networks.datasets.pairs import (
     listed_paths,
     numbering_problem,
 )
+from shared_networks.datasets.unread import unread_content, unread_name
 from shared_networks.datasets.validate import image_problems
 from shared_networks.errors import InputError
 
-OTHER_SCANS = (".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh")
-"""Endings of files that are scans perhaps, but are not read."""
-
+_DAMAGED = "not readable as DICOM; copy it again"
 _NO_SCAN = "no scan found; read are NIfTI (.nii.gz or .nii), DICOM series and .json lists of cases"
 
 
@@ -199,6 +199,15 @@ class _Walk:
         """Note what is no scan."""
         self.sources.passed_over[str(path)] = reason
 
+    def pass_over_all(self, reasons: Mapping[str, str]) -> None:
+        """Note files of a folder that are no scans, one of each kind with the number of the others."""
+        alike: dict[str, list[str]] = {}
+        for file, reason in sorted(reasons.items()):
+            alike.setdefault(reason, []).append(file)
+        for reason, files in alike.items():
+            others = f", with {len(files) - 1} more of its folder" if len(files) > 1 else ""
+            self.pass_over(files[0], f"{reason}{others}")
+
     def read(self, paths: Iterable[Path]) -> Sources:
         """Collect all that files, lists and folders hold."""
         with tqdm(desc="finding scans", unit="case", disable=None) as bar:
@@ -215,6 +224,8 @@ class _Walk:
             self.sources.append(_nifti_source(str(file), self.root))
         elif _begins_as_dicom(str(file)):
             self.add_multi_frame(file)
+        elif reason := unread_name(str(file)) or unread_content(str(file)):
+            raise InputError(f"{file}: {reason}")
         else:
             self.add_listed(file, bar)
 
@@ -268,10 +279,15 @@ class _Walk:
                 self.sources.append(_nifti_source(entry.path, self.root))  # reading it says what is wrong
         self.add_nifti(folder, [e.path for e in files if is_nifti(e.name)])
         others = [e.path for e in files if not is_nifti(e.name)]
-        for file in others:
-            if file.casefold().endswith(OTHER_SCANS):
-                self.pass_over(file, "neither NIfTI nor DICOM; convert it to .nii.gz")
-        self.add_dicom(folder, {file for file in others if _begins_as_dicom(file)})
+        dicom = {file for file in others if _begins_as_dicom(file)}
+        reasons = {}
+        for file in (file for file in others if file not in dicom):
+            if reason := unread_name(file):
+                self.pass_over(file, reason)
+            elif reason := unread_content(file):
+                reasons[file] = reason
+        self.pass_over_all(reasons)
+        self.add_dicom(folder, dicom)
         bar.update(len(self.sources) - bar.n)
         for entry in entries:
             if entry.is_dir() and names_labels(entry.name):
@@ -295,11 +311,10 @@ class _Walk:
         if not files:
             return
         series = series_of_folder(folder)
-        if lost := files.difference(*series.values()):
-            # A damaged file would just be gone from the end of its series; a DICOMDIR lists files and is none.
-            damaged = [file for file in lost if os.path.basename(file).casefold() != "dicomdir"]
-            if damaged:
-                self.pass_over(min(damaged), f"not readable as DICOM, with {len(damaged) - 1} others of its folder")
+        # A damaged file would just be gone from the end of its series; a DICOMDIR lists files and is none.
+        lost = {file for file in files.difference(*series.values()) if Path(file).name.casefold() != "dicomdir"}
+        kinds = {file: kind_without_image(file) for file in lost}
+        self.pass_over_all({file: f"{kind}, no image" if kind else _DAMAGED for file, kind in kinds.items()})
         for uid, names in series.items():
             # Without a UID nothing says that slices in several folders are one series.
             self.series.setdefault(uid or f"of {folder}", []).append((folder, names))

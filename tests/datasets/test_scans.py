@@ -305,7 +305,7 @@ def test_truncated_slice(tmp_path):
     sources = find_scans(tmp_path / "d")
     with pytest.raises(BadScanError, match="slices are missing"):
         read_scan(sources[0], "CT")
-    assert sources.passed_over == {str(file): "not readable as DICOM, with 0 others of its folder"}
+    assert sources.passed_over == {str(file): "not readable as DICOM; copy it again"}
 
 
 def test_dicom_without_simpleitk_says_what_to_install(tmp_path, monkeypatch):

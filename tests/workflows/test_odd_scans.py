@@ -110,7 +110,7 @@ def test_what_lies_beside_a_ct_is_passed_over(tmp_path: Path) -> None:
         "SC": "1 slice(s), such as a localiser",
         "DO": "a secondary capture, such as a dose sheet",
         "VR": "colour pictures",
-        "SR": "not readable as DICOM, with 0 others of its folder",
+        "SR": "X-Ray Radiation Dose SR Storage, no image",
     }
 
 

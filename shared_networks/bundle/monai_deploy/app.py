@@ -227,6 +227,9 @@ def check_series(sources: Sequence[Any], modality: str) -> None:
     if len(sources) > 1:
         refuse(f"{sources[1].case}: a second scan beside a DICOM series; give --input a folder of one series")
     file = sources[0].files[0]
+    with open(file, "rb") as stream:
+        if stream.read(132)[128:] != b"DICM":
+            refuse(f"{file}: DICOM without a preamble, which MONAI Deploy does not read; convert it to NIfTI")
     header = pydicom.dcmread(file, stop_before_pixels=True)
     if int(header.get("NumberOfFrames") or 1) > 1:
         refuse(f"{file}: holds many slices, where MONAI Deploy reads one a file; convert it to NIfTI")
