@@ -153,12 +153,13 @@ def read_header(file: str) -> Slice:
         tag(_INSTANCE),
         frames=int(size[2]) if len(size) > 2 else 1,
         owner=tuple(tag(key) for key in _OWNER.values()),
-        rescale=_rescale(*(tag(key) for key in _RESCALE.values()), modality),
+        rescale=_rescale([tag(key) for key in _RESCALE.values()], modality),
     )
 
 
-def _rescale(slope: Any, intercept: Any, kind: Any, modality: str) -> tuple[bool, bool, str]:
+def _rescale(found: Sequence[Any], modality: str) -> tuple[bool, bool, str]:
     """What a slice has of its rescale; of CT, HU is meant where no type is given."""
+    slope, intercept, kind = found
     return slope not in ("", None), intercept not in ("", None), str(kind or ("HU" if modality == "CT" else ""))
 
 
@@ -244,7 +245,7 @@ def _frame(file: str, content: Any, shared: Any, index: int) -> Slice:
         tuple(str(value("FrameContentSequence", name) or "") for name in ("StackID", "TemporalPositionIndex")),
         int(content.NumberOfFrames),
         tuple(str(content.get(name) or "") for name in _OWNER),
-        _rescale(slope, intercept, kind, modality),
+        _rescale([slope, intercept, kind], modality),
     )
 
 
@@ -330,8 +331,8 @@ def _refuse_bends(slices: Sequence[Slice], positions: NDArray[np.float64], step:
     if (drift := np.abs(off[:, 2])).max() > _DRIFT_TOLERANCE * usual:
         k = int(drift.argmax())
         raise BadScanError(
-            f"irregular spacing: slice {k + 1} of {len(slices)} ({_names(slices[k])}) lies {drift[k]:.3g} mm from where "
-            f"even gaps of {usual:.4g} mm put it; export the series again"
+            f"irregular spacing: slice {k + 1} of {len(slices)} ({_names(slices[k])}) lies {drift[k]:.3g} mm from "
+            f"where even gaps of {usual:.4g} mm put it; export the series again"
         )
 
 

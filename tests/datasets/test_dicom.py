@@ -191,7 +191,7 @@ def test_patients_in_folders_of_their_own_are_scans_though_they_share_a_uid(name
 
 
 def test_patients_whose_folders_are_mixed_are_one_failure_that_names_both(tmp_path: Path) -> None:
-    for k, patient in enumerate("ab"):
+    for patient in "ab":
         for file in write_series(tmp_path / patient, PatientID=patient):
             target = tmp_path / f"{patient}{int(file.name[2:]) % 2}" / file.name
             target.parent.mkdir(exist_ok=True)

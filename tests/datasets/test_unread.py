@@ -12,13 +12,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+pytest.importorskip("SimpleITK")
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+
 from shared_networks.datasets.scans import find_scans, read_scan
 from shared_networks.errors import InputError
 from tests.workflows.odd_dicom import ct, read, write_enhanced, write_series
-
-pytest.importorskip("SimpleITK")
-from pydicom.filewriter import write_dataset  # noqa: E402
-from pydicom.filebase import DicomBytesIO  # noqa: E402
 
 AFFINE = np.diag([-3.0, 2.5, 4.0, 1.0])
 
