@@ -1,4 +1,4 @@
-"""Spell names of organs in one way."""
+"""Spell names of organs in one way, and for names of files."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def canonical_name(name: str) -> str:
     words = re.findall(r"[^\s_-]+", apart.casefold())
     organ = " ".join(word for word in words if word not in _SIDES)
     return " ".join([*(word for word in words if word in _SIDES), _SPELLINGS.get(organ, organ)]).strip()
+
+
+def name_in_files(name: str) -> str:
+    """Return a label's name for names of files and curves: letters, digits, `_`, `.` and `-`, without a folder."""
+    return re.sub(r"[^\w.-]+", "_", name)

@@ -19,6 +19,7 @@ from nibabel.affines import voxel_sizes
 from scipy.ndimage import find_objects
 from scipy.spatial import KDTree
 
+from shared_networks.datasets.organs import name_in_files
 from shared_networks.errors import InputError
 
 MEASURES = ("dice", "hd95_mm", "nsd", "truth_ml", "predicted_ml", "volume_error_ml", "volume_error_percent")
@@ -275,7 +276,7 @@ class OrganDice:
         dice = engine.state.metric_details[engine.state.key_metric_name][..., MEASURES.index("dice")]
         for organ, value in zip(self.organs, dice.nanmean(dim=0).tolist(), strict=True):
             if not math.isnan(value):
-                engine.state.metrics[f"dice_{organ.replace(' ', '_')}"] = value
+                engine.state.metrics[f"dice_{name_in_files(organ)}"] = value
 
 
 class OrganMetricHandler(IgniteMetricHandler):

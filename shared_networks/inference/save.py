@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -18,6 +19,7 @@ from scipy import ndimage
 
 from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.nifti import is_nifti, open_nifti
+from shared_networks.datasets.organs import name_in_files
 from shared_networks.datasets.pairs import source_file
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.figures.preview import preview_figure
@@ -165,7 +167,10 @@ class SaveImageLabelsd(Results, SaveImaged):
     def targets(self, name: str) -> list[str]:
         """Return the names of all files that may be written of a scan, the labels first, without the sidecar."""
         endings = ["seg.nii.gz"]
-        endings += [] if self.organ is None else [f"{self.label_names[self.organ].replace(' ', '_')}.nii.gz"]
+        if self.organ is not None:
+            organ = name_in_files(self.label_names[self.organ])
+            is_labels = re.search("(^|_)seg$", organ, re.IGNORECASE)  # of this scan, or of one that is named so
+            endings.append(f"{organ}{'_probability' if is_labels else ''}.nii.gz")
         endings += ["seg.dcm"] if self.dicom_seg else []
         endings += ["overlay.png", "preview.png"] if self.overlay else []
         return [f"{name}_{ending}" for ending in endings]

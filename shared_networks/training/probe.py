@@ -14,6 +14,7 @@ from monai.networks import eval_mode
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
+from shared_networks.datasets.organs import name_in_files
 from shared_networks.errors import InputError, not_finite
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.vit import ViTEncoder, patchify
@@ -114,7 +115,7 @@ class OrganProbe:
         engine.state.metrics["probe_dice"] = sum(scores.values()) / len(scores)
         for organ, score in scores.items():
             name = self.organ_names[organ] if organ < len(self.organ_names) else str(organ)
-            engine.state.metrics[f"probe_dice_{name.replace(' ', '_')}"] = score
+            engine.state.metrics[f"probe_dice_{name_in_files(name)}"] = score
 
 
 def read_crops(

@@ -226,10 +226,11 @@ def saved(folder: Path, out: Path, **settings: Any) -> tuple[Scans, SaveImageLab
     weights = out.parent / "model.pt"
     if not weights.exists():
         weights.touch()
-    saver = SaveImageLabelsd(label_names=NAMES, output_dir=out, checkpoints=[weights], **settings)
+    saver = SaveImageLabelsd(**{"label_names": NAMES, **settings}, output_dir=out, checkpoints=[weights])
     data = scans(folder, skip=saver.is_done, check=saver.check)
     for item in data:
         (case,) = decollate_batch(one_case([item]))
+        case["organ_probability"] = (case["scan"][0] > 0).half().as_tensor()
         saver({**case, "pred": MetaTensor((case["scan"] > 0).to(torch.uint8).as_tensor(), meta=case["scan"].meta)})
     saver.finish(data)
     return data, saver
@@ -301,6 +302,31 @@ def test_a_redone_case_keeps_nothing_of_other_settings(tmp_path: Path) -> None:
         "statistics.csv",
     ]
     assert (tmp_path / "a_other.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("organ", "file"),
+    [
+        ("prostate/uterus", "a_prostate_uterus.nii.gz"),
+        ("../left kidney (both)", "a_.._left_kidney_both_.nii.gz"),
+        ("Seg", "a_Seg_probability.nii.gz"),
+        ("b/seg", "a_b_seg_probability.nii.gz"),  # labels of the other scan
+    ],
+)
+def test_an_organ_of_any_name_has_a_file_of_its_own_in_the_folder(organ: str, file: str, tmp_path: Path) -> None:
+    for name in ("a", "a_b"):
+        write(tmp_path / "in" / f"{name}.nii.gz")
+    out = tmp_path / "out"
+    settings = {"label_names": ["background", organ, "liver"], "organ": organ, "overlay": False}
+    assert saved(tmp_path / "in", out, **settings)[0].done == ["in/a", "in/a_b"]
+    results = {f"{name}_seg.{ending}" for name in ("a", "a_b") for ending in ("json", "nii.gz")}
+    tables = {"report.json", "statistics.csv"}
+    assert {path.name for path in out.iterdir()} == {*results, *tables, file, f"a_b{file[1:]}"}
+    assert {path.parent for path in tmp_path.rglob("*.nii.gz")} == {tmp_path / "in", out}
+    assert nib.load(out / "a_seg.nii.gz").get_data_dtype() == np.uint8
+    assert nib.load(out / file).get_data_dtype() == np.float32
+    again, _ = saved(tmp_path / "in", out, **settings, settings={"overlap": 0.7})
+    assert (again.done, again.failed) == (["in/a", "in/a_b"], {})
 
 
 def test_a_redone_case_that_fails_midway_is_incomplete_also_for_the_old_settings(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_validation_draws_one_panel_at_its_epoch(tmp_path: Path) -> None:
 
 
 def test_organs_get_curves_and_the_first_case_a_picture(tmp_path: Path) -> None:
-    names = ["background", "left kidney", "liver", "spleen"]
+    names = ["background", "left kidney/ureter", "liver", "spleen"]
     image = MetaTensor(torch.rand(1, 12, 10, 8), affine=torch.diag(torch.tensor([2.0, 2.0, 5.0, 1.0])))
     truth = MetaTensor(torch.zeros(1, 12, 10, 8), affine=image.affine)
     truth[:, 2:6, 2:6, 2:6] = 1
@@ -147,7 +147,7 @@ def test_organs_get_curves_and_the_first_case_a_picture(tmp_path: Path) -> None:
         val_handlers=[OrganDice(names), OverlayPanel(tmp_path, names)],
     )
     engine.run(3)
-    assert engine.state.metrics["dice_left_kidney"] == pytest.approx(2 / 3)
+    assert engine.state.metrics["dice_left_kidney_ureter"] == pytest.approx(2 / 3)
     assert engine.state.metrics["dice_liver"] == 1
     assert "dice_spleen" not in engine.state.metrics  # no case has one
     events = EventAccumulator(str(tmp_path))
