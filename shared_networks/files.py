@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -113,3 +113,26 @@ def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "read-only" if existing.is_dir() else "not a folder"
         raise InputError(f"{folder}: cannot be written, as {existing} is {reason}; give another --{setting}")
+
+
+def check_tables(record: Path, keys: Collection[str], tables: Iterable[str]) -> None:
+    """Refuse to replace tables that are of no earlier run, as far as the record beside them says.
+
+    Args:
+        record: a JSON object, which every run writes before its tables.
+        keys: that the records of such runs have.
+        tables: names of the other files that a run writes, in the folder of the record.
+
+    Raises:
+        InputError: a table or a record of someone else is there.
+    """
+    there = [path for path in (record, *map(record.with_name, tables)) if os.path.lexists(path)]
+    try:
+        content = read_json(record) if there else None
+    except InputError:
+        content = None
+    if there and not (isinstance(content, dict) and set(keys) <= content.keys()):
+        raise InputError(
+            f"{there[0]}: is of no earlier run, as far as {record.name} says, and would be lost; give another "
+            "--output_dir, or rename it"
+        )

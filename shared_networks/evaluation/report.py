@@ -28,7 +28,14 @@ from shared_networks.evaluation.tables import (
 )
 from shared_networks.figures.boxplot import dice_boxplot
 from shared_networks.figures.reliability import reliability_diagram
-from shared_networks.files import atomic_write, write_csv, write_json
+from shared_networks.files import atomic_write, check_tables, write_csv, write_json
+
+RECORD = "metrics.json"
+FILES = (
+    *("dice.csv", "metrics.csv", "dice_boxplot.png", "reliability.png"),
+    *(f"evaluation_{rank}.png" for rank in ("best", "median", "worst")),
+)
+"""What a report has beside its record."""
 
 
 class EvaluationReport(MetricsSaver):
@@ -44,13 +51,14 @@ class EvaluationReport(MetricsSaver):
       deviation and bootstrap interval;
     - `dice_boxplot.png`;
     - `reliability.png`, if calibration is reported;
-    - `best_overlay.png`, `median_overlay.png`, `worst_overlay.png`: copies of the `{case}_overlay.png` that
-      :class:`shared_networks.figures.overlay.SaveOverlayd` has left there.
+    - `evaluation_best.png`, `evaluation_median.png`, `evaluation_worst.png`: copies of the `{case}_evaluation.png`
+      that :class:`shared_networks.figures.overlay.SaveOverlayd` has left there.
 
     Calibration is reported where a :class:`shared_networks.evaluation.calibration.CalibrationError` comes before.
 
     A cell is empty where there is no value, see :func:`shared_networks.evaluation.metrics.organ_measures`. A case
-    that a distributed sampler repeats to give all ranks as many is counted once. Rank 0 writes.
+    that a distributed sampler repeats to give all ranks as many is counted once. Rank 0 writes. A report replaces an
+    earlier one, but no files of these names without a `metrics.json` of such a report.
 
     Args:
         label_names: names in order of label value, background first: `["background", "spleen", ...]`.
@@ -63,8 +71,8 @@ class EvaluationReport(MetricsSaver):
         image_key: item of the batch whose metadata name the case.
 
     Raises:
-        InputError: for a wrong tolerance; on start, if the folder cannot be made; on completion, if a file cannot be
-            written.
+        InputError: for a wrong tolerance; on start, if the folder cannot be made or a file of someone else would be
+            replaced; on completion, if a file cannot be written.
         ValueError: on completion, if the evaluator has no such metric or it is not of these organs.
 
     Example:
@@ -101,6 +109,7 @@ class EvaluationReport(MetricsSaver):
 
     def _started(self, engine: Engine) -> None:
         super()._started(engine)
+        check_tables(self.folder / RECORD, ("organs", "overall"), FILES)
         self.made_with = {"models": [model_facts(file) for file in self.checkpoints], "settings": self.settings}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # now, not after hours of inference
@@ -142,22 +151,18 @@ class EvaluationReport(MetricsSaver):
             **summary(cases, self.organs, measures, {"nsd_tolerance_mm": self.tolerances}, self.seed),
             "made_with": self.made_with,
         }
+        write_json(self.folder / RECORD, content)
+        for name in FILES:  # what is not made now would be of an earlier evaluation
+            (self.folder / name).unlink(missing_ok=True)
         write_csv(self.folder / "dice.csv", dice_rows(cases, self.organs, dice))
         write_csv(self.folder / "metrics.csv", measure_rows(cases, self.organs, measures))
-        write_json(self.folder / "metrics.json", content)
         with atomic_write(self.folder / "dice_boxplot.png") as path:
             dice_boxplot(self.organs, dice.numpy(), content["overall"]["dice"]).savefig(path)
-        # A picture that is not drawn now would be of an earlier evaluation.
-        (self.folder / "reliability.png").unlink(missing_ok=True)
         if bins is not None:
             with atomic_write(self.folder / "reliability.png") as path:
                 reliability_diagram(self.organs, bins.sum(dim=0).numpy()).savefig(path)
-        shown = extremes(cases, dice)
-        for rank in ("best", "median", "worst"):
-            overlay, copy = (self.folder / f"{name}_overlay.png" for name in (shown.get(rank), rank))
-            if rank in shown and overlay.is_file():
-                with atomic_write(copy) as path:
-                    shutil.copyfile(overlay, path)
-            elif rank not in cases:
-                copy.unlink(missing_ok=True)
+        for rank, case in extremes(cases, dice).items():
+            if (picture := self.folder / f"{case}_evaluation.png").is_file():
+                with atomic_write(self.folder / f"evaluation_{rank}.png") as path:
+                    shutil.copyfile(picture, path)
         print(format_organ_table(self.organs, measures), format_overall(content), sep="\n", flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from monai.utils import convert_to_numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from shared_networks.datasets.labels import label_colour
-from shared_networks.datasets.pairs import named_case, source_file
+from shared_networks.datasets.pairs import named_case
 from shared_networks.figures.planes import (
     TEXT_COLOUR,
     Plane,
@@ -32,9 +31,6 @@ from shared_networks.figures.planes import (
 from shared_networks.files import atomic_write
 
 FILL_OPACITY = 0.4
-
-DRAWN_OF = "Source"
-"""Entry of a picture's metadata that names the file of the scan."""
 
 
 def fullest_centre(labels: np.ndarray) -> tuple[int, ...]:
@@ -155,7 +151,9 @@ def _dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 class SaveOverlayd(MapTransform):
-    """Write `{case}_overlay.png`, predicted organs over the CT, and return the data as they came.
+    """Write `{case}_evaluation.png`, predicted organs over the CT, and return the data as they came.
+
+    Its name is not that of inference's picture, `{case}_overlay.png`, which may be of another scan.
 
     Args:
         keys: key of the predicted label map `[1, X, Y, Z]`.
@@ -203,9 +201,8 @@ class SaveOverlayd(MapTransform):
             window=self.window,
             title=case,
         )
-        shown = os.path.realpath(source_file(image))
-        with atomic_write(self.output_dir / f"{case}_overlay.png") as part:
-            figure.savefig(part, bbox_inches="tight", metadata={DRAWN_OF: shown})
+        with atomic_write(self.output_dir / f"{case}_evaluation.png") as part:
+            figure.savefig(part, bbox_inches="tight")
         return data
 
 

@@ -8,13 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image  # with matplotlib
-
 from shared_networks.datasets.pairs import source_file
 from shared_networks.datasets.record import file_digest
 from shared_networks.datasets.scans import Source
 from shared_networks.errors import InputError
-from shared_networks.figures.overlay import DRAWN_OF
 from shared_networks.files import OTHER_FOLDER, UNFINISHED, read_json, write_json
 
 
@@ -83,7 +80,7 @@ class Results:
         for path in (self.output_dir / file for file in (*self.targets(name), record.name)):
             if not os.path.lexists(path):
                 continue
-            scan = str(note.get("scan", "")) if path.name in recorded else _drawn_of(path)
+            scan = str(note.get("scan", "")) if path.name in recorded else ""
             if str(folder / path.name) in inputs:
                 what = "is a scan of this run"
             elif not scan:
@@ -122,17 +119,6 @@ class Results:
 
 def _unfinished(record: Path) -> Path:
     return record.with_name(f"{UNFINISHED}{record.name}")
-
-
-def _drawn_of(picture: Path) -> str:
-    """Return the scan that a picture of an evaluation says it shows; nothing of any other file."""
-    if picture.suffix != ".png":
-        return ""
-    try:
-        with Image.open(picture) as image:
-            return str(image.info.get(DRAWN_OF, ""))
-    except (OSError, ValueError, SyntaxError):  # no picture
-        return ""
 
 
 class NoteDone(Results):

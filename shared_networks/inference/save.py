@@ -23,7 +23,7 @@ from shared_networks.datasets.organs import name_in_files
 from shared_networks.datasets.pairs import source_file
 from shared_networks.figures.overlay import overlay_figure
 from shared_networks.figures.preview import preview_figure
-from shared_networks.files import atomic_write, is_unwritable, write_csv, write_json
+from shared_networks.files import atomic_write, check_tables, is_unwritable, write_csv, write_json
 from shared_networks.inference.dicom_seg import OWN_SCHEME, check_highdicom, unknown_labels, write_dicom_seg
 from shared_networks.inference.done import Results, read_note
 from shared_networks.inference.predict import Scans, reason_of
@@ -126,7 +126,8 @@ class SaveImageLabelsd(Results, SaveImaged):
             `label_probability` [X, Y, Z], where the case has it.
 
     Raises:
-        InputError: highdicom is not installed and DICOM SEG is asked for; on call, if a file cannot be written.
+        InputError: highdicom is not installed and DICOM SEG is asked for, or a table of someone else would be replaced;
+            on call, if a file cannot be written.
     """
 
     kind = "seg"
@@ -156,6 +157,8 @@ class SaveImageLabelsd(Results, SaveImaged):
         self.ranks = ranks or Ranks()
         self.label_names = list(label_names)
         self.output_dir = Path(output_dir)
+        if self.kind == "seg":
+            check_tables(self.output_dir / "report.json", ("segmented", "look_at"), ["statistics.csv"])
         self.window = window
         self.overlay = overlay
         self.organ = None if organ is None else organ_value(organ, self.label_names)
@@ -236,10 +239,10 @@ class SaveImageLabelsd(Results, SaveImaged):
             return
         cases = {name: rows for part in found for name, rows in part.items()}
         hounsfield = self.settings.get("modality", "CT") == "CT"
-        write_csv(self.output_dir / "statistics.csv", statistics_table(cases, hounsfield))
         looks = {name: said for name, rows in sorted(cases.items()) if (said := findings(rows))}
         report = run_report(totals, self.checkpoints, self.settings, self.label_names, looks)
         write_json(self.output_dir / "report.json", report)
+        write_csv(self.output_dir / "statistics.csv", statistics_table(cases, hounsfield))
         say_looks(looks, len(cases), self.output_dir / "report.json")
 
     def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:

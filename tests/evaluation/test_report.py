@@ -108,24 +108,28 @@ def test_report_has_each_case_by_name_and_the_means(tmp_path: Path, capsys: pyte
     ]
 
 
-def test_overlays_of_best_and_worst_are_copied(tmp_path: Path) -> None:
-    for case in "ab":
-        (tmp_path / f"{case}_overlay.png").write_text(case)
+def test_pictures_of_best_and_worst_are_copied_and_those_of_inference_left(tmp_path: Path) -> None:
+    cases = ("a", "b", "best", "evaluation")
+    for case in cases:
+        (tmp_path / f"{case}_evaluation.png").write_text(case)
+        (tmp_path / f"{case}_overlay.png").write_text(f"inference of {case}")
     evaluate(tmp_path)
 
-    assert {rank: (tmp_path / f"{rank}_overlay.png").read_text() for rank in ("best", "median", "worst")} == {
+    assert {rank: (tmp_path / f"evaluation_{rank}.png").read_text() for rank in ("best", "median", "worst")} == {
         "best": "a",
         "median": "b",
         "worst": "b",
     }
+    assert all((tmp_path / f"{case}_evaluation.png").read_text() == case for case in cases)
+    assert all((tmp_path / f"{case}_overlay.png").read_text() == f"inference of {case}" for case in cases)
 
 
 def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
-    names = [f"{rank}_overlay.png" for rank in ("best", "median", "worst")]
-    for name in (*names, "reliability.png", "c_overlay.png"):
-        (tmp_path / name).write_text("of another data set")
-    evaluate(tmp_path)  # draws neither overlays nor calibration
-    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["c_overlay.png", "dice_boxplot.png"]
+    evaluate(tmp_path)
+    for name in (*(f"evaluation_{rank}.png" for rank in ("best", "median", "worst")), "reliability.png", "c.png"):
+        (tmp_path / name).touch()
+    evaluate(tmp_path)
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["c.png", "dice_boxplot.png"]
 
 
 def test_a_repeated_case_counts_once(tmp_path: Path) -> None:
@@ -143,6 +147,19 @@ def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
 
     assert len(first) == 3
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.[cj]s*")} == first
+
+
+@pytest.mark.parametrize("file", ["dice.csv", "metrics.csv", "metrics.json", "reliability.png", "evaluation_best.png"])
+def test_a_file_of_someone_else_is_not_replaced(file: str, tmp_path: Path) -> None:
+    content = '{"cases": ["mine"]}'
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError) as caught:
+        evaluate(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / file}: is of no earlier run, as far as metrics.json says, and would be lost; give another "
+        "--output_dir, or rename it"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [file] and (tmp_path / file).read_text() == content
 
 
 def test_rejects_a_metric_that_is_not_of_these_organs(tmp_path: Path) -> None:
@@ -217,7 +234,8 @@ def test_evaluate_config_reports_on_the_scans_grid(tmp_path: Path, datasets: dic
     assert all(0 < error < 1 for error in errors)
     assert content["overall"]["ece"]["mean"] == pytest.approx(np.mean(errors), abs=1e-6)
     for rank in ("best", "median", "worst"):
-        assert (imread(tmp_path / f"{rank}_overlay.png") == imread(tmp_path / "test_000_overlay.png")).all()
+        picture = imread(tmp_path / f"evaluation_{rank}.png")
+        assert (picture == imread(tmp_path / "test_000_evaluation.png")).all()
 
 
 def bundle_flow(bundle: str, data: Path, *configs: str, **settings: Any) -> ConfigWorkflow:

@@ -250,11 +250,11 @@ def test_save_overlay_writes_the_case(tmp_path: Path, case: dict[str, MetaTensor
     data = save(case)
 
     assert data is case
-    png = np.round(255 * imread(tmp_path / "figures" / "ct_001_overlay.png")[..., :3])
+    png = np.round(255 * imread(tmp_path / "figures" / "ct_001_evaluation.png")[..., :3])
     for value in (1, 2):
         assert filled(png, label_colour(value), 0.5).sum() > 100
     names = [*(path.name for path in tmp_path.rglob("*.png"))]
-    assert names == ["ct_001_overlay.png"]
+    assert names == ["ct_001_evaluation.png"]
 
 
 def test_save_overlay_rejects_another_grid(tmp_path: Path, case: dict[str, MetaTensor]) -> None:

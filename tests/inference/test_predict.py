@@ -269,6 +269,18 @@ def test_results_are_complete_and_done_once(tmp_path: Path) -> None:
     assert saved(tmp_path / "in", out, overlay=True, settings={"overlap": 0.7})[0].done == ["in/a"]
 
 
+@pytest.mark.parametrize("file", ["report.json", "statistics.csv"])
+def test_a_table_of_someone_else_is_not_replaced(file: str, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.nii.gz")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).write_text('{"look_at": "mine"}')
+    match = f"^{out / file}: is of no earlier run, as far as report.json says, and would be lost; give another --output"
+    with pytest.raises(InputError, match=match):
+        saved(tmp_path / "in", out)
+    assert [path.name for path in out.iterdir()] == [file] and (out / file).read_text() == '{"look_at": "mine"}'
+
+
 def test_volumes_are_in_ml_of_the_scan_s_own_voxels(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / "in" / f"{name}.nii.gz", hounsfield(SHAPE, seed=ord(name)))
@@ -359,19 +371,22 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(f"{UNFINISHED}*"))
 
 
-def test_a_picture_of_evaluation_gives_way_to_that_of_the_same_scan(tmp_path: Path) -> None:
+def test_a_picture_of_evaluation_never_takes_the_place_of_inference_s(tmp_path: Path) -> None:
+    """In one folder, of the same scan and of another one of the same name."""
     for folder in ("in", "other"):
-        write(tmp_path / folder / "a.nii.gz")
-    draw = SaveOverlayd(image_key="scan", label_names=NAMES, output_dir=tmp_path / "out")
-    (item,) = scans(tmp_path / "in")
-    draw({**item, "pred": (item["scan"] > 0).to(torch.uint8)})
-    data, _ = saved(tmp_path / "other", tmp_path / "out")
-    assert list(data.failed.values()) == [
-        f"{tmp_path}/out/a_overlay.png: is a result of another scan, {tmp_path}/in/a.nii.gz, and would be lost; give "
-        "another --output_dir, or rename one of them"
-    ]
-    assert [file.name for file in (tmp_path / "out").glob("a_*")] == ["a_overlay.png"]
-    assert saved(tmp_path / "in", tmp_path / "out")[0].done == ["in/a"]
+        write(tmp_path / folder / "a.nii.gz", hounsfield(SHAPE, seed=len(folder)))
+    out = tmp_path / "out"
+    draw = SaveOverlayd(image_key="scan", label_names=NAMES, output_dir=out)
+    for folder in ("other", "in", "other"):
+        (item,) = scans(tmp_path / folder)
+        draw({**item, "pred": (item["scan"] > 0).to(torch.uint8)})
+        if folder == "in":
+            assert saved(tmp_path / "in", out)[0].done == ["in/a"]
+            ours = (out / "a_overlay.png").read_bytes()
+    assert (out / "a_overlay.png").read_bytes() == ours != (out / "a_evaluation.png").read_bytes()
+    assert "a_overlay.png" in json.loads((out / "a_seg.json").read_text())["files"]
+    assert saved(tmp_path / "in", out)[0].skipped == ["in/a"]
+    assert "is a result of another scan" in "".join(saved(tmp_path / "other", out)[0].failed.values())
 
 
 def test_preprocessing_without_a_loader_runs_whole(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ def test_segmentation_is_on_the_input_grid(bundle: str, label_set: str, clone: P
     assert rows[0] == ["case", *label_names(label_set)[1:], "mean"]
     assert [row[0] for row in rows[1:]] == ["test_000", "mean"]
     assert all(0 <= float(cell) <= 1 for row in rows[1:] for cell in row[1:] if cell)
-    assert (outputs / "test_000_overlay.png").stat().st_size > 10_000
+    for picture in ("overlay", "evaluation"):
+        assert (outputs / f"test_000_{picture}.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -352,7 +352,7 @@ def test_odd_names_units_and_suffixes_train_and_are_reported(datasets: dict[str,
     )
     report.initialize()
     report.run()
-    assert (out / "e" / "p$_1$_overlay.png").is_file()
+    assert (out / "e" / "p$_1$_evaluation.png").is_file()
     with (out / "e" / "dice.csv").open(newline="") as stream:
         assert [row[0] for row in csv.reader(stream)][:2] == ["case", "p$_1$"]
 
