@@ -41,6 +41,19 @@ def input_error_in(error: BaseException) -> InputError | None:
     return seen
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """Return what an exception goes back to, past the `RuntimeError`s that MONAI wraps around it."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the type and message of an exception's :func:`root_cause`, such as `ValueError: no number`."""
+    cause = root_cause(error)
+    return " ".join(f"{type(cause).__name__}: {cause}".split())
+
+
 def report_in_one_line() -> None:
     """Make an uncaught `InputError` end the process with `error: <message>` on stderr and no traceback.
 

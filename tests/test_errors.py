@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared_networks.errors import InputError, input_error_in, report_in_one_line
+from shared_networks.errors import InputError, in_one_line, input_error_in, report_in_one_line, root_cause
 
 CONFIG = {
     "initialize": [
@@ -36,6 +36,14 @@ def wrapped(error: Exception) -> RuntimeError:
             raise RuntimeError("Failed to evaluate") from outer
         except RuntimeError as outermost:
             return outermost
+
+
+def test_what_an_error_goes_back_to_is_behind_monais_wrappers():
+    cause = ValueError("two\nlines")
+    assert root_cause(wrapped(cause)) is cause and root_cause(cause) is cause
+    assert in_one_line(wrapped(cause)) == "ValueError: two lines"
+    of_torch = RuntimeError("size mismatch")
+    assert root_cause(wrapped(of_torch)) is of_torch
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from shared_networks.datasets.grid import affine_rows, same_affine, size_problem
 from shared_networks.datasets.memory import free_memory
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, in_one_line
 
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
 _SAME_DIRECTION = 0.9  # cosine: halfway between two axes rounding decides what an axis is called
@@ -71,9 +71,8 @@ def read_nifti(file: str, voxels: bool = True, is_label: bool = False) -> Nifti:
     except FileNotFoundError:
         return Nifti(["no such file; correct the path or remove the case"], None)
     except _UNREADABLE as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         fix = "put its header right" if isinstance(error, HeaderDataError) else "copy or download it again"
-        return Nifti([f"cannot be read ({reason}); {fix}"], None)
+        return Nifti([f"cannot be read ({in_one_line(error)}); {fix}"], None)
     problems = _shape_problems(shape, is_label) + _header_problems(pixdim, affine, used_affine, header)
     affine[:3] *= _MM.get(int(header["xyzt_units"]) % 8, 1.0)
     if not problems and (problem := size_problem(affine, shape)):

@@ -23,7 +23,7 @@ from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.organs import canonical_name
 from shared_networks.datasets.record import file_digest
 from shared_networks.datasets.scans import Scan, Source
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, in_one_line
 from shared_networks.files import atomic_write
 from shared_networks.version import __version__
 
@@ -295,9 +295,9 @@ def write_dicom_seg(
             series_description="Organs, segmented by Hi-End-MAE",
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"no DICOM SEG can be made of its headers ({reason}); export the series again or leave out --dicom_seg"
+            f"no DICOM SEG can be made of its headers ({in_one_line(error)}); export the series again or leave out "
+            "--dicom_seg"
         ) from error
     for element in unread:
         content.add(element)

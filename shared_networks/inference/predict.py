@@ -29,7 +29,7 @@ from shared_networks.datasets.memory import free_memory
 from shared_networks.datasets.pairs import Image, case_name
 from shared_networks.datasets.scans import BadScanError, Scan, Source, file_source, read_grid, read_scan
 from shared_networks.datasets.validate import channel_problem
-from shared_networks.errors import FailedScansError, InputError, input_error_in
+from shared_networks.errors import FailedScansError, InputError, in_one_line, input_error_in, root_cause
 from shared_networks.files import files_state, is_unwritable
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.sliding_window import Labels, SlidingWindowLabels, scan_grid
@@ -320,8 +320,8 @@ class Scans(IterableDataset):
         except FileNotFoundError as error:
             return f"no such file, or a broken link: {error.filename}"
         except Exception as error:  # one odd scan must not end the run
-            if isinstance(error, MemoryError) and not alone:
-                raise
+            if isinstance(root_cause(error), MemoryError) and not alone:
+                raise root_cause(error) from None
             return reason_of(error)
 
     def save(self, transform: Callable[[Any], Any], data: Any) -> Any:
@@ -447,11 +447,12 @@ def reason_of(error: BaseException) -> str:
     found = input_error_in(error)
     if found is not None:
         return str(found)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    cause = root_cause(error)
+    if isinstance(cause, MemoryError | torch.OutOfMemoryError):
         return "not enough memory for it; close other programs, or crop the scan"
-    if not isinstance(error, OSError | RuntimeError | ValueError):
+    if not isinstance(cause, OSError | RuntimeError | ValueError):
         logger.warning("unforeseen error", exc_info=error)
-    return f"failed ({' '.join(f'{type(error).__name__}: {error}'.split())}); export it again or remove the case"
+    return f"failed ({in_one_line(cause)}); report this if other programs read the scan, else export it again"
 
 
 class LabelLater(Inferer):

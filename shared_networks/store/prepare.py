@@ -38,7 +38,7 @@ from shared_networks.datasets.scans import (
     read_grid,
     read_scan,
 )
-from shared_networks.errors import InputError
+from shared_networks.errors import InputError, in_one_line
 from shared_networks.files import atomic_write, files_state
 from shared_networks.store.format import (
     RUN_AGAIN,
@@ -343,8 +343,7 @@ def _entry_or_reason(task: Task, source: Source, known: Entry | None) -> Entry |
     except OSError as error:
         return f"cannot be read or written ({error}); see to it that the file is there and may be read"
     except Exception as error:  # one odd scan must not end the run
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"cannot be prepared ({reason}); export it again or remove the case"
+        return f"cannot be prepared ({in_one_line(error)}); export it again or remove the case"
 
 
 def _check_moved(known: Entry, source: Sequence[str]) -> None:

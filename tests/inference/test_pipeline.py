@@ -185,14 +185,17 @@ def test_two_scans_are_in_memory_only_if_both_fit(folder: Path, monkeypatch: pyt
         assert readers == expected and len(data.done) == 4
 
 
+@pytest.mark.parametrize("in_transform", [False, True])
 def test_scan_that_runs_out_of_memory_beside_another_is_read_again_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    in_transform: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare, tried = Scans.prepare, []
 
     def preparing(data: Scans, source: Source) -> Any:
         tried.append(source.case[-1])
         if source.case[-1] == "b" and tried.count("b") == 1:
+            if in_transform:
+                raise RuntimeError("applying transform") from MemoryError()  # as MONAI does
             raise MemoryError
         return prepare(data, source)
 

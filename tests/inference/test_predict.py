@@ -49,6 +49,18 @@ def write(file: Path, values: np.ndarray | None = None, affine: np.ndarray = AFF
     return file
 
 
+def test_a_scan_that_fails_in_a_transform_is_said_by_what_it_failed_of(tmp_path: Path) -> None:
+    write(tmp_path / "a.nii.gz")
+
+    def fail(data: Any) -> Any:
+        raise ValueError("a matrix that is\nsingular")
+
+    data = Scans(find_scans(tmp_path), Compose([Compose([fail])]), (2.0, 2.0, 2.0), 3)
+    assert list(data) == []
+    expected = "failed (ValueError: a matrix that is singular); report this if other programs read the scan, else"
+    assert data.failed == {str(tmp_path / "a.nii.gz"): f"{expected} export it again"}
+
+
 def scans(folder: Path, **settings: Any) -> Scans:
     return Scans(find_scans(folder, "imagesTs"), PREPARE, (2.0, 2.0, 2.0), 3, **settings)
 
