@@ -27,6 +27,7 @@ from shared_networks.figures.planes import (
     draw_panels,
     orthogonal_planes,
     require_same_grid,
+    shown_channel,
 )
 from shared_networks.files import atomic_write
 
@@ -157,7 +158,8 @@ class SaveOverlayd(MapTransform):
 
     Args:
         keys: key of the predicted label map `[1, X, Y, Z]`.
-        image_key: key of the CT `[1, X, Y, Z]` in Hounsfield units on the same grid, whose file names the case.
+        image_key: key of the CT `[C, X, Y, Z]` in Hounsfield units on the same grid, whose file names the case and
+            whose first channel is shown.
         label_key: key of the true label map `[1, X, Y, Z]` on the same grid, if there is one.
         label_names: names in order of label value, background first.
         output_dir: folder of the figures, created if need be.
@@ -199,7 +201,7 @@ class SaveOverlayd(MapTransform):
             self.label_names,
             truth=truth[0] if truth else None,
             window=self.window,
-            title=case,
+            title=shown_channel(case, len(image)),
         )
         with atomic_write(self.output_dir / f"{case}_evaluation.png") as part:
             figure.savefig(part, bbox_inches="tight")
@@ -230,7 +232,7 @@ class OverlayPanel:
         image = np.asarray(case["image"][0].cpu())
         labels, truth = (np.asarray(case[key][0].cpu(), dtype=np.int16) for key in ("pred", "label"))
         affine = np.asarray(getattr(case["image"], "affine", np.eye(4)), dtype=float)
-        title = f"epoch {engine.state.epoch}"
+        title = shown_channel(f"epoch {engine.state.epoch}", len(case["image"]))
         figure = overlay_figure(image, labels, affine, self.label_names, truth=truth, window=(0.0, 1.0), title=title)
         with SummaryWriter(str(self.log_dir)) as writer:
             writer.add_figure("overlay", figure, engine.state.epoch)

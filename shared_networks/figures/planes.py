@@ -154,12 +154,17 @@ def add_caption(figure: Figure, caption: str) -> None:
     figure.text(0.5, y, caption, fontsize=7, color=TEXT_COLOUR, ha="center", va="center")
 
 
+def shown_channel(title: str, channels: int) -> str:
+    """Add to the title of a picture that it shows the first of several channels."""
+    return title if channels == 1 else f"{title}   first of {channels} channels"
+
+
 def require_same_grid(data: Mapping[Hashable, Any], keys: Sequence[Hashable]) -> None:
-    """Raise a ValueError unless volumes have one shape and one affine."""
+    """Raise a ValueError unless volumes have one shape and one affine; others than the first may have one channel."""
     first, *others = keys
     for key in others:
         expected, found = (tuple(data[k].shape) for k in (first, key))
-        if found != expected:
+        if found[1:] != expected[1:] or found[0] not in (1, expected[0]):
             raise ValueError(
                 f"'{key}' has shape {found} but '{first}' has {expected}: invert predictions to the grid of '{first}'."
             )

@@ -15,8 +15,14 @@ from monai.utils import convert_to_numpy, ensure_tuple_rep
 from torch.utils.tensorboard import SummaryWriter
 
 from shared_networks.datasets.pairs import named_case
-from shared_networks.figures.planes import add_caption, add_title, draw_panels, orthogonal_planes, require_same_grid
-from shared_networks.files import atomic_write
+from shared_networks.figures.planes import (
+    add_caption,
+    add_title,
+    draw_panels,
+    orthogonal_planes,
+    require_same_grid,
+    shown_channel,
+)
 from shared_networks.networks.hi_end_mae import restore_intensities
 
 
@@ -44,40 +50,33 @@ def reconstruction_figure(
     return figure
 
 
-class SaveReconstructiond(MapTransform):
-    """Write `{case}_reconstruction.png`, a scan beside its reconstruction, and return the data as they came.
+class DrawReconstructiond(MapTransform):
+    """Draw a scan beside its reconstruction, of several channels the first, and return the data with `figure`.
 
     Args:
-        keys: key of the reconstruction `[1, X, Y, Z]` in [0, 1].
-        image_key: key of the scan `[1, X, Y, Z]` in [0, 1], whose file names the case.
+        keys: key of the reconstruction `[C, X, Y, Z]` in [0, 1].
+        image_key: key of the scan `[C, X, Y, Z]` in [0, 1], whose file names the case.
         mask_key: key of the mask `[1, X, Y, Z]`, true where the network did not see the scan.
-        output_dir: folder of the figures, created if need be.
 
     Raises:
-        InputError: on call, if the figure cannot be written.
         ValueError: on call, if the grids differ or the image does not know its file.
     """
 
-    def __init__(
-        self, keys: str = "reconstruction", image_key: str = "image", mask_key: str = "mask", *, output_dir: str | Path
-    ) -> None:
+    def __init__(self, keys: str = "reconstruction", image_key: str = "image", mask_key: str = "mask") -> None:
         super().__init__(keys)
         self.image_key = image_key
         self.mask_key = mask_key
-        self.output_dir = Path(output_dir)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Write the figure of one decollated case."""
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Draw one decollated case."""
         keys = (self.image_key, self.mask_key, self.keys[0])
         image = data[self.image_key]
-        case = named_case(data, self.image_key)
+        title = shown_channel(named_case(data, self.image_key), len(image))
         require_same_grid(data, keys)
         original, mask, reconstruction = (convert_to_numpy(data[key][0]) for key in keys)
         masked = np.where(mask, np.nan, original)
-        figure = reconstruction_figure(original, masked, reconstruction, convert_to_numpy(image.affine), case)
-        with atomic_write(self.output_dir / f"{case}_reconstruction.png") as part:
-            figure.savefig(part, bbox_inches="tight")
-        return data
+        affine = convert_to_numpy(image.affine)
+        return {**data, "figure": reconstruction_figure(original, masked, reconstruction, affine, title)}
 
 
 class ReconstructionPanel:
@@ -107,6 +106,7 @@ class ReconstructionPanel:
         restored = image + (restore_intensities(output[:, :-1], image, self.patch_size) - image) * mask
         scan, mask_plane, rebuilt = (np.asarray(volume[0, 0]) for volume in (image, mask, restored))
         masked = np.where(mask_plane > 0, np.nan, scan)
-        figure = reconstruction_figure(scan, masked, rebuilt, self.affine, f"epoch {engine.state.epoch}")
+        title = shown_channel(f"epoch {engine.state.epoch}", image.shape[1])
+        figure = reconstruction_figure(scan, masked, rebuilt, self.affine, title)
         with SummaryWriter(str(self.log_dir)) as writer:
             writer.add_figure("reconstruction", figure, engine.state.epoch)

@@ -18,14 +18,15 @@ from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
 from shared_networks.datasets.nifti import Nifti, grid_problems, read_nifti
-from shared_networks.datasets.pairs import UnpairedError, case_name, find_labels, named_case, pair_cases
+from shared_networks.datasets.pairs import UnpairedError, case_name, find_labels, named_case, pair_cases, source_file
 from shared_networks.datasets.scans import BadScanError, Scan, Source
 from shared_networks.errors import InputError
 from shared_networks.figures.attention import attention_figure
-from shared_networks.figures.planes import orthogonal_planes
+from shared_networks.figures.planes import orthogonal_planes, shown_channel
 from shared_networks.files import atomic_write
 from shared_networks.inference.features import token_affine
 from shared_networks.inference.predict import scan_stamp
+from shared_networks.inference.save import label_image
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.vit import attention_maps
 
@@ -295,14 +296,14 @@ class SaveAttentiond(MapTransform):
         for name, attention in data[self.keys[0]].items():
             volume = to_scan_grid(convert_to_numpy(attention[0]), affine, scan_affine, shape)
             with atomic_write(self.output_dir / f"{case}_{name}.nii.gz") as part:
-                nib.save(nib.Nifti1Image(volume, scan_affine), part)
+                nib.save(label_image(volume, scan_affine, source_file(data["scan"]), "attention"), part)
             kind, feature = name.split("_", 1)
             maps.setdefault(kind, {})[feature.replace("_", " ")] = orthogonal_planes(volume, scan_affine, voxel)[0]
         figure = attention_figure(
             orthogonal_planes(scan, scan_affine, voxel)[0],
             maps,
             self.window,
-            f"{case}   voxel {voxel}",
+            shown_channel(f"{case}   voxel {voxel}", len(data["scan"])),
         )
         with atomic_write(self.output_dir / f"{case}_attention.png") as part:
             figure.savefig(part, bbox_inches="tight")

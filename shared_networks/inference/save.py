@@ -21,12 +21,14 @@ from shared_networks.datasets.labels import label_colour
 from shared_networks.datasets.nifti import is_nifti, open_nifti
 from shared_networks.datasets.organs import name_in_files
 from shared_networks.datasets.pairs import source_file
+from shared_networks.errors import in_one_line
 from shared_networks.figures.overlay import overlay_figure
+from shared_networks.figures.planes import shown_channel
 from shared_networks.figures.preview import preview_figure
 from shared_networks.files import atomic_write, check_tables, is_unwritable, write_csv, write_json
 from shared_networks.inference.dicom_seg import OWN_SCHEME, check_highdicom, unknown_labels, write_dicom_seg
 from shared_networks.inference.done import Results, read_note
-from shared_networks.inference.predict import Scans, reason_of
+from shared_networks.inference.predict import Scans
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.run_report import run_report, say_looks
 from shared_networks.inference.sliding_window import organ_value
@@ -68,19 +70,21 @@ class KeepLargestComponentsd(MapTransform):
         return out
 
 
-def label_image(labels: np.ndarray, affine: np.ndarray, file: str) -> nib.Nifti1Image:
-    """Label with the geometry of the scan's file: affine, units and the codes of sform and qform.
+def label_image(labels: np.ndarray, affine: np.ndarray, file: str, content: str = "labels") -> nib.Nifti1Image:
+    """Give labels, or other values, the geometry of the scan's file: affine, units and the codes of sform and qform.
 
     Args:
-        labels: [X, Y, Z], in the type that is written.
+        labels: [X, Y, Z] or [X, Y, Z, C], in the type that is written.
         affine: [4, 4] of the scan.
         file: of the scan; of a DICOM series the affine is all there is.
+        content: what the values are, for the header.
     """
     if not is_nifti(file):
         image = nib.Nifti1Image(labels, affine)
         image.set_sform(affine, 1)
         image.set_qform(affine, 1)
         image.header.set_xyzt_units("mm")
+        image.header["descrip"] = content.encode()
         return image
     source: Any = open_nifti(file)
     header = source.header.copy()
@@ -88,7 +92,7 @@ def label_image(labels: np.ndarray, affine: np.ndarray, file: str) -> nib.Nifti1
     header.set_data_shape(labels.shape)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
-    header["descrip"] = b"labels"
+    header["descrip"] = content.encode()
     header.extensions.clear()
     return nib.Nifti1Image(labels, source.affine, header)
 
@@ -188,16 +192,16 @@ class SaveImageLabelsd(Results, SaveImaged):
         with atomic_write(self.output_dir / written[0]) as part:
             nib.save(label_image(labels, affine, file), part)
         if self.organ is not None and (probability := data.get("organ_probability")) is not None:
-            image = label_image(labels, affine, file)
+            image = label_image(labels, affine, file, "probability")
             image.header.set_data_dtype(np.float32)
-            chances = probability.numpy()
+            chances = probability.numpy()  # float16, which NIfTI has not: converted part by part
             written.append(self.targets(name)[1])
             with atomic_write(self.output_dir / written[-1]) as part:
                 nib.save(nib.Nifti1Image(chances, image.affine, image.header, dtype=np.float32), part)
         if self.dicom_seg:
             written += self.write_dicom_seg(name, labels, data)
         if self.overlay:
-            written += self.draw(name, convert_to_numpy(scan[0]), labels, affine)
+            written += self.draw(name, convert_to_numpy(scan), labels, affine)
         statistics = organ_statistics(labels, convert_to_numpy(scan[0]), affine, self.label_names)
         content = {
             "scan": file,
@@ -247,20 +251,20 @@ class SaveImageLabelsd(Results, SaveImaged):
 
     def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
         """Draw the pictures and return their names; what cannot be drawn is said and costs nothing else."""
-        drawn = []
+        drawn, title = [], shown_channel(name, len(image))
         for kind in ("overlay", "preview"):
             file = f"{name}_{kind}.png"
             try:
                 if kind == "overlay":
-                    figure = overlay_figure(image, labels, affine, self.label_names, window=self.window, title=name)
+                    figure = overlay_figure(image[0], labels, affine, self.label_names, window=self.window, title=title)
                 else:
-                    figure = preview_figure(image, labels, affine, self.label_names, title=name)
+                    figure = preview_figure(image[0], labels, affine, self.label_names, title=title)
                 with atomic_write(self.output_dir / file) as part:
                     figure.savefig(part, bbox_inches="tight")
             except Exception as error:
                 if is_unwritable(error):
                     raise
-                logger.warning("%s: no picture, as it cannot be drawn (%s)", name, reason_of(error))
+                logger.warning("%s: no picture, as it cannot be drawn (%s)", name, in_one_line(error))
             else:
                 drawn.append(file)
         return drawn

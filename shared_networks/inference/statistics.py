@@ -30,7 +30,7 @@ def organ_statistics(
 
     Args:
         labels: [X, Y, Z] integers.
-        image: [X, Y, Z] intensities on the same grid, in HU for CT.
+        image: [X, Y, Z] intensities on the same grid, in HU for CT, of the first channel.
         affine: [4, 4], from voxels to RAS millimetres.
         label_names: names in order of label value, background first.
 

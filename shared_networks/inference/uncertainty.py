@@ -303,13 +303,10 @@ class SaveUncertaintyd(SaveImageLabelsd):
 
         # In steps of 1/256, which compress several times better and show no less.
         values = (on_scan_grid(prediction[:1], image)[0] * 256).round_().div_(256).numpy()
-        blank = np.broadcast_to(np.uint8(0), values.shape)
-        like_scan = label_image(blank, convert_to_numpy(scan.affine), source_file(scan))
-        like_scan.header.set_data_dtype(np.float32)
-        like_scan.header["descrip"] = b"uncertainty, 0 to 1"
+        like_scan = label_image(values, convert_to_numpy(scan.affine), source_file(scan), "uncertainty, 0 to 1")
         self.claim(name, source_file(scan))
         with atomic_write(self.output_dir / self.targets(name)[0]) as part:
-            nib.save(nib.Nifti1Image(values, like_scan.affine, like_scan.header, dtype=np.float32), part)
+            nib.save(like_scan, part)
         score = {"mean_uncertainty": mean, "predicted_ml": ml}
         whose = {"scan": source_file(scan), "files": self.targets(name), "made_with": self.made_with(data["stamp"])}
         write_json(self.file(name), {**score, **whose})

@@ -13,9 +13,10 @@ from nibabel.affines import from_matvec
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from shared_networks.datasets.labels import LABEL_COLOURS, label_colour
+from shared_networks.figures import overlay
 from shared_networks.figures.overlay import FILL_OPACITY, SaveOverlayd, fullest_centre, overlay_figure
 from shared_networks.figures.planes import MASK_COLOUR, orthogonal_planes
-from shared_networks.figures.reconstruction import SaveReconstructiond, reconstruction_figure
+from shared_networks.figures.reconstruction import DrawReconstructiond, reconstruction_figure
 
 SHAPE, SPACING = (10, 12, 7), (1.5, 2.0, 4.0)  # in RAS
 NAMES = ["background", "liver", "spleen"]
@@ -271,18 +272,52 @@ def test_save_overlay_rejects_another_grid(tmp_path: Path, case: dict[str, MetaT
     assert not list(tmp_path.iterdir())
 
 
-def test_save_reconstruction_writes_the_case(tmp_path: Path) -> None:
+def test_reconstruction_is_drawn_on_the_grid_of_the_image() -> None:
     labels, affine = scan("SAR")
     mask = labels == 1
     keys = {"image": labels / 2, "mask": mask, "reconstruction": np.where(mask, 0.6, labels / 2)}
     case = {key: meta_tensor(volume, affine, "ct_7.nii") for key, volume in keys.items()}
-    assert SaveReconstructiond(output_dir=tmp_path)(case) is case
     # Nothing of the mask lies in the middle planes of this scan; of this one, all.
-    plain = imread(tmp_path / "ct_7_reconstruction.png")[..., :3]
-    SaveReconstructiond(output_dir=tmp_path)({**case, "mask": meta_tensor(np.ones_like(mask), affine)})
-    covered = imread(tmp_path / "ct_7_reconstruction.png")[..., :3]
-
-    assert not (np.abs(plain - to_rgb(MASK_COLOUR)) < 0.01).all(axis=-1).any()
-    assert (np.abs(covered - to_rgb(MASK_COLOUR)) < 0.01).all(axis=-1).mean() > 0.1
+    plain = DrawReconstructiond()(case)
+    covered = DrawReconstructiond()({**case, "mask": meta_tensor(np.ones_like(mask), affine)})["figure"]
+    assert plain.keys() == {*case, "figure"} and "figure" not in case
+    shares = [masked_share(figure) for figure in (plain["figure"], covered)]
+    assert shares[0] == 0 and shares[1] > 0.1
+    assert plain["figure"].texts[0].get_text() == "ct_7"
     with pytest.raises(ValueError, match=r"'mask' has shape \(1, 7, 12, 9\) but 'image' has \(1, 7, 12, 10\)"):
-        SaveReconstructiond(output_dir=tmp_path)({**case, "mask": case["mask"][..., 1:]})
+        DrawReconstructiond()({**case, "mask": case["mask"][..., 1:]})
+
+
+def masked_share(figure: Figure) -> float:
+    return float((np.abs(pixels(figure) - 255 * np.array(to_rgb(MASK_COLOUR))) < 2).all(axis=-1).mean())
+
+
+def test_pictures_of_several_channels_show_the_first_and_say_so(tmp_path: Path) -> None:
+    labels, affine = scan("ASL")
+    volume = np.stack([np.full(labels.shape, 0.25), np.ones(labels.shape)])
+    image = MetaTensor(torch.as_tensor(volume), affine=affine, meta={"filename_or_obj": "ct_7_0000.nii"})
+    mask = meta_tensor(np.zeros(labels.shape), affine)
+    figure = DrawReconstructiond()({"image": image, "mask": mask, "reconstruction": image})["figure"]
+    assert figure.texts[0].get_text() == "ct_7   first of 2 channels"
+    assert all((panel == round(0.25 * 255)).any() and not (panel == 255).any() for panel in central(figure))
+    with pytest.raises(ValueError, match=r"'reconstruction' has shape \(3, .*\) but 'image' has \(2, "):
+        DrawReconstructiond()({"image": image, "mask": mask, "reconstruction": torch.cat([image, image[:1]])})
+
+    titles: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = overlay.overlay_figure
+        patch.setattr(
+            overlay, "overlay_figure", lambda *args, **named: titles.append(named["title"]) or draw(*args, **named)
+        )
+        case = {"scan": image, "pred": meta_tensor(labels, affine), "truth": meta_tensor(labels, affine)}
+        SaveOverlayd(image_key="scan", label_key="truth", label_names=NAMES, output_dir=tmp_path)(case)
+    assert titles == ["ct_7   first of 2 channels"]
+    assert (tmp_path / "ct_7_overlay.png").is_file()
+
+
+def central(figure: Figure) -> list[np.ndarray]:
+    """The middle of each panel, where no mark of the sides is."""
+    panels = panel_pixels(figure)
+    return [
+        panel[panel.shape[0] // 4 : panel.shape[0] // 3, panel.shape[1] // 3 : -panel.shape[1] // 3] for panel in panels
+    ]

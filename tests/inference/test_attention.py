@@ -305,6 +305,12 @@ def scan(tmp_path: Path, datasets: dict[str, Path]) -> Path:
     for folder, name in (("imagesTr", "test_000_0000.nii.gz"), ("labelsTr", "test_000.nii.gz")):
         (root / folder).mkdir(parents=True)
         shutil.copy(datasets["btcv"] / folder.replace("Tr", "Ts") / name, root / folder)
+    file = root / "imagesTr" / "test_000_0000.nii.gz"
+    image: Any = nib.load(file)
+    image = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header)
+    image.set_sform(image.affine, 1)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, file)
     return root
 
 
@@ -336,6 +342,7 @@ def test_maps_of_an_organ_lie_on_the_scan(model: Path, scan: Path, tmp_path: Pat
         volume = np.asanyarray(result.dataobj)
         assert volume.dtype == np.float32 and volume.shape == source.shape
         np.testing.assert_allclose(result.affine, source.affine, atol=1e-5)
+        assert (result.header.get_xyzt_units()[0], int(result.header["sform_code"])) == ("mm", 1)
         seen = 0
         for place in places:
             patch = np.floor((apply_affine(to_window, place) + 0.5) / 12).astype(int)

@@ -10,9 +10,13 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
+from monai.transforms import Invertd
+from nibabel.affines import from_matvec
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from torch import Tensor
 
 from shared_networks.errors import InputError, input_error_in
+from shared_networks.figures import reconstruction as figures
 from shared_networks.inference.reconstruction import RestoreReconstructiond
 from tests.conftest import ROOT
 
@@ -22,6 +26,8 @@ BLOCKS = [
     (slice(None), slice(h, h + 2), slice(w, w + 3), slice(d, d + 4)) for h, w, d in product((0, 2), (0, 3), (0, 4))
 ]
 MASKED = (1, 2, 5, 7)
+AXES = ("RAS", "ASL", "LSA", "PSR", "SAL", "PIL")
+SPACING = [6.0, 5.0, 8.0]
 
 
 def image(channels: int = 2) -> MetaTensor:
@@ -132,6 +138,79 @@ def test_scans_whose_names_hold_dots_keep_their_results_apart(tmp_path: Path) ->
     found = {file.name for file in (tmp_path / "out").iterdir()}
     assert found == {f"{name}_{kind}" for name in names for kind in kinds}
     assert reconstruct(tmp_path / "dots", tmp_path / "out") == ([], {})
+
+
+def stored(volume: np.ndarray, axcodes: str, file: Path) -> nib.Nifti1Image:
+    """Write a volume [R, A, S] of 6 x 5 x 8 mm with other axes, and codes and a unit of its own."""
+    to_axes = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axcodes))
+    affine = from_matvec(np.diag(SPACING), (-60, 30, 700)) @ inv_ornt_aff(to_axes, volume.shape)
+    file.parent.mkdir(exist_ok=True)
+    image = nib.Nifti1Image(apply_orientation(volume, to_axes), affine)
+    image.set_sform(affine, 3)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, file)
+    return image
+
+
+CODES = ("xyzt_units", "sform_code", "qform_code", "srow_x", "srow_y", "srow_z")
+
+
+@pytest.mark.integration
+def test_scans_of_every_kind_of_axes_are_reconstructed_on_their_own_grid(tmp_path: Path) -> None:
+    """Stored as ASL, LSA, PSR or SAL, the upper left of the affine is singular, as a plane's never is."""
+    volume = np.random.default_rng(0).integers(-300, 400, (22, 26, 14)).astype(np.int16)
+    scans = {axcodes: stored(volume, axcodes, tmp_path / "in" / f"{axcodes}.nii.gz") for axcodes in AXES}
+    out = tmp_path / "out"
+    assert reconstruct(tmp_path / "in", out, spacing=SPACING) == (sorted(AXES), {})
+    for axcodes, scan in scans.items():
+        result, mask = (nib.load(out / f"{axcodes}_{kind}.nii.gz") for kind in ("reconstruction", "mask"))
+        for image, dtype in ((result, np.int16), (mask, np.uint8)):
+            assert image.shape == scan.shape and image.get_data_dtype() == dtype
+            np.testing.assert_allclose(image.affine, scan.affine, atol=1e-4)
+            assert all((image.header[name] == scan.header[name]).all() for name in CODES)
+        values, hidden = np.asanyarray(result.dataobj), np.asanyarray(mask.dataobj)
+        assert set(np.unique(hidden)) == {0, 1}
+        seen = hidden == 0
+        np.testing.assert_array_equal(values[seen], np.clip(scan.dataobj, -175, 250)[seen])
+        assert (values != np.clip(scan.dataobj, -175, 250))[~seen].mean() > 0.5
+
+
+@pytest.mark.integration
+def test_all_channels_are_in_the_file_and_the_first_is_in_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volumes = np.random.default_rng(1).integers(-300, 400, (2, 22, 26, 14)).astype(np.int16)
+    for channel, volume in enumerate(volumes):
+        scan = stored(volume, "PSR", tmp_path / "images" / f"ct_{channel:04d}.nii.gz")
+        volumes[channel] = np.clip(volume, -175, 250)
+    titles: list[str] = []
+    draw = figures.reconstruction_figure
+    monkeypatch.setattr(figures, "reconstruction_figure", lambda *drawn: titles.append(drawn[-1]) or draw(*drawn))
+    done = reconstruct(tmp_path / "images", tmp_path / "out", spacing=SPACING, **{"network_def#in_channels": 2})
+    assert done == (["ct"], {})
+    assert titles == ["ct   first of 2 channels"]
+    result, mask = (nib.load(tmp_path / "out" / f"ct_{kind}.nii.gz") for kind in ("reconstruction", "mask"))
+    assert result.shape == (*scan.shape, 2) and mask.shape == scan.shape
+    np.testing.assert_allclose(result.affine, scan.affine, atol=1e-4)
+    to_axes = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt("PSR"))
+    seen = np.asanyarray(mask.dataobj) == 0
+    for channel, volume in enumerate(volumes):
+        found = np.asanyarray(result.dataobj)[..., channel]
+        np.testing.assert_array_equal(found[seen], apply_orientation(volume, to_axes)[seen])
+
+
+@pytest.mark.integration
+def test_a_scan_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_scan(tmp_path / "in" / "ct.nii.gz")
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("cannot be inverted")
+
+    monkeypatch.setattr(Invertd, "__call__", fail)
+    done, failed = reconstruct(tmp_path / "in", tmp_path / "out")
+    assert done == [] and failed["ct.nii.gz"].startswith("failed (ValueError: cannot be inverted); report this")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.integration
