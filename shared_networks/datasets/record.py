@@ -181,7 +181,7 @@ def common_cases(cases: Mapping[str, str], others: Mapping[str, str], same_names
 
 
 def check_record_is_free(file: str | Path) -> None:
-    """Refuse a file of weights whose record would replace that of other weights, such as `model.pt`'s.
+    """Refuse a file of weights whose record would replace the record of other weights, such as `model.pt`'s.
 
     Args:
         file: to be written, such as `model.safetensors`, whose record is `model.json` too.
@@ -193,11 +193,11 @@ def check_record_is_free(file: str | Path) -> None:
     if not place.is_file():
         return
     if not path.exists() and '"weights_sha256"' not in place.read_text(encoding="utf-8", errors="replace"):
-        raise InputError(f"{path}: its record would replace {place}, which is none; give another name or folder")
+        raise InputError(f"{path}: its record would replace {place}, which is no record; give another name or folder")
     for other in sorted(path.parent.glob(f"{escape(path.stem)}.*")):
         if other not in (path, place) and record_file(other) == place and _stored(other):
             raise InputError(
-                f"{path}: its record would replace {place}, which is that of {other}; give another name or folder, or "
+                f"{path}: its record would replace {place}, the record of {other}; give another name or folder, or "
                 f"move {other.name} and {place.name} away"
             )
 

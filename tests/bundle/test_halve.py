@@ -88,7 +88,7 @@ def test_a_record_that_is_of_other_weights_or_none_is_not_replaced(output: str, 
     file = model.parents[1] / output
     with pytest.raises(InputError) as caught:
         halve(model, file)
-    of = "which is none" if output == "own.pt" else f"which is that of {file.with_suffix('.pt')}"
+    of = "which is no record" if output == "own.pt" else f"the record of {file.with_suffix('.pt')}"
     assert str(caught.value).startswith(f"{file}: its record would replace {file.with_suffix('.json')}, {of}; give an")
     assert {file: file.read_bytes() for file in model.parents[1].rglob("*.*")} == before
 

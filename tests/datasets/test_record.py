@@ -140,7 +140,7 @@ def test_weights_of_the_same_stem_do_not_take_over_a_record(tmp_path: Path, ther
     with pytest.raises(InputError) as caught:
         write_model(weights(2), tmp_path / new, a_record("background", "spleen"))
     assert str(caught.value) == (
-        f"{tmp_path / new}: its record would replace {tmp_path}/a.b.json, which is that of {tmp_path / there}; give "
+        f"{tmp_path / new}: its record would replace {tmp_path}/a.b.json, the record of {tmp_path / there}; give "
         f"another name or folder, or move {there} and a.b.json away"
     )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

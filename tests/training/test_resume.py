@@ -496,7 +496,7 @@ def test_a_folder_whose_record_is_of_other_weights_is_refused(tmp_path: Path, se
     pytest.importorskip("safetensors")
     write_model({"weight": torch.ones(1)}, tmp_path / "model.safetensors", a_record())
     record = a_record(in_place=tmp_path) if settings.pop("in_place", False) else a_record()
-    with pytest.raises(InputError, match=r"model\.pt: its record would replace .*, which is that of .*\.safetensors; "):
+    with pytest.raises(InputError, match=r"model\.pt: its record would replace .*, the record of .*\.safetensors; "):
         check_run_folder(tmp_path, record, **settings)
 
 
