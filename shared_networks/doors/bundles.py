@@ -56,8 +56,3 @@ def find_segmenter(name: str) -> Path:
         if str(name) in (short, bundle.name):
             return bundle
     raise InputError(f"--bundle {name}: no bundle of segmentation has this name; give {' or '.join(sorted(found))}")
-
-
-def shipped_weights(bundle: Path) -> Path:
-    """Return the file of the weights that ship with a bundle."""
-    return bundle / "weights" / "small.pt"

@@ -44,7 +44,8 @@ cases; one or several. Scans are CTs in Hounsfield units.
 options:
   --out FOLDER       of the results (default: labels)
   --bundle NAME      labels to find: {bundles}, or a bundle's full name (default: btcv)
-  --weights FILE     a model that this bundle trained, of any size (default: the small one that ships)
+  --weights FILE     a model that this bundle trained, of any size (default: the small one that ships, else
+                     models/model.pt of the bundle)
   --device DEVICE    cpu, cuda or such as cuda:1 (default: a GPU if one is found)
   --fast             take fewer windows, in less time
   --NAME VALUE       any other setting of the bundle's inference config, such as --overlay False

@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from monai.utils import get_seed, set_determinism
 
 from shared_networks.datasets.record import read_record, trained_labels
-from shared_networks.doors.bundles import all_bundles, find_segmenter, label_names, shipped_weights, short_name
+from shared_networks.doors.bundles import all_bundles, find_segmenter, label_names, short_name
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.networks.checkpoints import read_weights
 from shared_networks.settings.command_line import Given, read_settings
@@ -39,8 +39,8 @@ def run_inference(
         bundle: its name, see :func:`shared_networks.doors.bundles.find_segmenter`.
         scans: paths of :func:`shared_networks.datasets.scans.find_scans`.
         fast: whether windows overlap by :data:`FAST_OVERLAP`.
-        given: settings, of which `output_dir` is needed; without a `checkpoint` or `checkpoints` the weights that
-            ship are used.
+        given: settings, of which `output_dir` is needed; without a `checkpoint` or `checkpoints`
+            :func:`default_weights` are used.
         one_scan: refuse data of several scans.
 
     Raises:
@@ -57,7 +57,7 @@ def run_inference(
     given = [*given, *([Given("overlap", FAST_OVERLAP, FAST_OVERLAP)] if fast else ())]
     weights = _weights(given)
     if not weights:
-        weights = [shipped_weights(folder)]
+        weights = [default_weights(folder)]
         given = [*given, Given("checkpoint", str(weights[0]), str(weights[0]))]
     if "label_names" not in names:
         for file in weights:
@@ -123,6 +123,25 @@ def network_size(bundle: Path, weights: Path, given: Sequence[Given]) -> str:
             return size
         fitting[size] = len(found & shapes)
     return max(SIZES, key=fitting.__getitem__)
+
+
+def default_weights(bundle: Path) -> Path:
+    """Return the weights to segment with where none are named: those that ship, else those that the bundle trained.
+
+    Args:
+        bundle: its folder.
+
+    Raises:
+        InputError: neither are there and of the bundle's labels, or a record is of no use.
+    """
+    files = [bundle / "weights" / "small.pt", bundle / "models" / "model.pt"]
+    for file in (file for file in files if file.is_file()):
+        if (record := read_record(file)) is None or trained_labels(record) == label_names(bundle):
+            return file
+    raise InputError(
+        f"{bundle}: has no weights of its labels, neither {files[0].relative_to(bundle)} nor "
+        f"{files[1].relative_to(bundle)}; train it, or give --weights a model.pt of these labels"
+    )
 
 
 def check_owner(weights: Path, bundle: Path) -> None:

@@ -47,7 +47,8 @@ def segment(
             [X, Y, Z] in Hounsfield units.
         affine: [4, 4] from voxels of an array to mm, RAS.
         bundle: `btcv` or `flare`, by whose labels it is segmented.
-        weights: a model that the bundle trained; by default the small one that ships.
+        weights: a model that the bundle trained; by default the small one that ships, else
+            its `models/model.pt`.
         device: such as `"cuda:1"`; by default a GPU if one is found.
         fast: take fewer windows, in less time; see `docs/results/fast.json`.
         **settings: any setting of the bundle's inference config, such as `overlap=0.5`.

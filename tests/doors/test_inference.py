@@ -10,8 +10,9 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from shared_networks.datasets.record import file_digest
-from shared_networks.doors.inference import SIZES, check_owner, configured, network_size
+from shared_networks.datasets.record import file_digest, training_record, write_model
+from shared_networks.doors.bundles import label_names
+from shared_networks.doors.inference import SIZES, check_owner, configured, default_weights, network_size
 from shared_networks.errors import InputError
 from shared_networks.settings.command_line import Given
 from tests.conftest import BUNDLES, ROOT
@@ -116,3 +117,37 @@ def test_weights_of_another_bundle_are_refused(owner: Path, bundle: Path, fix: s
     with pytest.raises(InputError) as caught:
         check_owner(shipped(owner), bundle)
     assert str(caught.value) == f"{shipped(owner)}: weights of {owner.name}, not of {bundle.name}; {fix}"
+
+
+def trained(bundle: Path, names: list[str]) -> Path:
+    """A model in the folder in which the bundle trains."""
+    record = training_record("", {"train": [], "validation": [], "test": []}, {}, label_names=names)
+    write_model({"a": torch.zeros(1)}, bundle / "models" / "model.pt", record)
+    return bundle / "models" / "model.pt"
+
+
+def test_a_bundle_without_weights_that_ship_takes_the_model_that_it_trained(tmp_path: Path) -> None:
+    """Also one that was copied by hand, with weights of the labels before."""
+    names = ["background", "liver"]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "inference.json").write_text(json.dumps({"label_names": names}))
+    with pytest.raises(InputError) as caught:
+        default_weights(tmp_path)
+    none = f"{tmp_path}: has no weights of its labels, neither weights/small.pt nor models/model.pt; train it, or give"
+    assert str(caught.value) == f"{none} --weights a model.pt of these labels"
+    model = trained(tmp_path, names)
+    assert default_weights(tmp_path) == model
+    shutil.copytree(BTCV / "weights", tmp_path / "weights")
+    assert default_weights(tmp_path) == model
+    trained(tmp_path, ["background", "spleen"])
+    with pytest.raises(InputError, match="has no weights of its labels"):
+        default_weights(tmp_path)
+    model.with_suffix(".json").unlink()  # of labels that nobody knows
+    assert default_weights(tmp_path) == model
+
+
+def test_weights_that_ship_come_before_a_model_that_was_trained(tmp_path: Path) -> None:
+    for folder in ("configs", "weights"):
+        shutil.copytree(BTCV / folder, tmp_path / folder)
+    trained(tmp_path, label_names(BTCV))
+    assert default_weights(tmp_path) == shipped(tmp_path)
