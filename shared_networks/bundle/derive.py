@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from shared_networks.bundle.card import relative_links
+from shared_networks.bundle.card import labels_section, relative_links
 from shared_networks.bundle.config_format import format_config
 from shared_networks.bundle.relabel import RELABELLED, relabelled
 from shared_networks.datasets.labels import checked_names
@@ -95,17 +95,6 @@ def check_texts(facts: Mapping[str, Any], file: Path) -> None:
     checked_names(facts["label_names"], f"{file}: label_names")
     if facts["label_names"][0] != "background":
         raise InputError(f"{file}: label_names: begin with {facts['label_names'][0]!r}; value 0 is background")
-
-
-def labels_section(label_names: Sequence[str]) -> str:
-    """Return the section of a card that lists label values and names, in two columns of a Markdown table."""
-    half = -(-len(label_names) // 2)
-    rows = []
-    for value in range(half):
-        other = value + half
-        right = f"{other} | {label_names[other]}" if other < len(label_names) else " | "
-        rows.append(f"| {value} | {label_names[value]} | {right} |")
-    return "\n".join(["| value | organ | value | organ |", "|---|---|---|---|", *rows])
 
 
 def derived_card(card: str, sections: Mapping[str, str], words: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Write other labels into a copy of a segmentation bundle, so that no command needs `--label_names`.
+"""Make a copy of a segmentation bundle one of other labels, so that no command needs `--label_names`.
 
 cp -r hi_end_mae_btcv_seg own_seg
 python -m shared_networks.bundle.relabel --bundle own_seg --labels dataset.json
@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared_networks.bundle.card import card_section, general_card, relative_links
 from shared_networks.bundle.config_format import format_config
 from shared_networks.datasets.labels import dataset_labels
+from shared_networks.datasets.record import read_record, record_file, trained_labels
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write, read_json
 from shared_networks.settings.command_line import call_with_options
@@ -57,17 +59,19 @@ def relabelled(
 
 
 def relabel(bundle: str | Path, labels: str | Path) -> None:
-    """Write other labels into a copy of a bundle, so that no command needs `--label_names` and MONAI Label has them.
+    """Make a copy of a bundle one of other labels, so that no command needs `--label_names` and MONAI Label has them.
 
     Changed are `label_names` in `configs/train.json` and `configs/inference.json`, `val_cases`, which are another data
-    set's, and channels and classes in `configs/metadata.json`.
+    set's, and what `configs/metadata.json` says. The card is made anew. Removed are files in `docs` that the card
+    before showed, weights of other labels in `weights`, and what configs say of these weights.
 
     Args:
         bundle: a copy of a segmentation bundle.
         labels: `dataset.json` with the labels, or a folder that has it.
 
     Raises:
-        InputError: as :func:`shared_networks.datasets.labels.read_labels`, or `bundle` is no segmentation bundle.
+        InputError: as :func:`shared_networks.datasets.labels.read_labels`, or `bundle` is no segmentation bundle, or a
+            record in `weights` is of no use.
     """
     names = dataset_labels(labels)
     files = {name: Path(bundle) / "configs" / f"{name}.json" for name in RELABELLED}
@@ -76,14 +80,54 @@ def relabel(bundle: str | Path, labels: str | Path) -> None:
     configs = {name: read_json(file) for name, file in files.items()}
     if "label_names" not in configs["train"]:
         raise InputError(f"{files['train']}: has no label_names; give --bundle a copy of a segmentation bundle")
+    before, folder = configs["metadata"], Path(bundle).resolve()
+    own = f"the labels of {folder.name}"
     metadata = {
+        "name": f"Hi-End-MAE segmentation, {folder.name}",
+        "changelog": {before["version"]: f"first version with {own}"},
         "task": f"Segmentation of {len(names) - 1} organ(s) in CT",
+        "description": f"A UNETR whose vision transformer was pre-trained by Hi-End-MAE, for {own}.",
         "data_source": "the maker's own; see the data set",
+        "eval_metrics": {},
+        "references": before["references"][:2],  # the others are of the data
     }
-    for name, content in relabelled(configs, names, [], metadata).items():
-        with atomic_write(files[name], "give --bundle a copy that can be written") as unfinished:
-            unfinished.write_text(format_config(content), encoding="utf-8")
+    leftover = other_weights(folder, names)
+    written = {files[name]: format_config(new) for name, new in relabelled(configs, names, [], metadata).items()}
+    written |= without_weights(folder, leftover)
+    card = folder / "docs" / "README.md"
+    old = card.read_text(encoding="utf-8") if card.is_file() else ""
+    recipe = card_section(old, "Network and recipe")
+    written[card] = general_card(metadata["name"], names, metadata["references"], recipe)
+    shown = {folder / "docs" / link for link in set(relative_links(old)) - set(relative_links(written[card]))}
+    leftover += sorted(file for file in shown if file.parent == folder / "docs" and file.is_file())
+    for file, text in written.items():
+        with atomic_write(file, "give --bundle a copy that can be written") as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    for file in leftover:
+        file.unlink()
+        print(f"{bundle}: removed {file.relative_to(folder)}, of the bundle before")
     print(f"{bundle}: {', '.join(f'{value} {name}' for value, name in enumerate(names))}")
+
+
+def other_weights(bundle: Path, label_names: Sequence[str]) -> list[Path]:
+    """Return the files in `weights` of a bundle that were trained on other labels, with their records."""
+    files = []
+    for file in sorted((bundle / "weights").glob("*")):
+        if file.suffix != ".json" and (record := read_record(file)) and trained_labels(record) != list(label_names):
+            files += [file, record_file(file)]
+    return files
+
+
+def without_weights(bundle: Path, files: Sequence[Path]) -> dict[Path, str]:
+    """Return the configs that take a removed file of `weights` by default, without this default."""
+    changed = {}
+    for config in sorted((bundle / "configs").glob("*.json")):
+        content = read_json(config)
+        default = str(content.get("checkpoint", ""))
+        if any(f"/weights/{file.name}" in default for file in files):
+            kept = {key: value for key, value in content.items() if key not in ("checkpoint", "_desc_checkpoint")}
+            changed[config] = format_config(kept)
+    return changed
 
 
 if __name__ == "__main__":

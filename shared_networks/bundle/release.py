@@ -21,8 +21,9 @@ from zipfile import ZipFile, ZipInfo
 import torch
 from monai.bundle import ConfigParser
 
-from shared_networks.bundle.card import model_card, note_on_release, released_card, with_ckpt_dir
+from shared_networks.bundle.card import card_labels, model_card, note_on_release, released_card, with_ckpt_dir
 from shared_networks.bundle.config_format import format_config
+from shared_networks.bundle.relabel import RELABELLED
 from shared_networks.datasets.labels import model_labels
 from shared_networks.datasets.record import SAFETENSORS, read_record, record_file, safetensors_form
 from shared_networks.errors import InputError, report_in_one_line
@@ -113,7 +114,8 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
         Content of files by their path in the bundle. Weights that an overlay names are in `models` alone.
 
     Raises:
-        InputError: as :func:`bake`, :func:`released_weights` and :func:`shared_networks.version.released_content`.
+        InputError: as :func:`check_labels`, :func:`bake`, :func:`released_weights` and
+            :func:`shared_networks.version.released_content`.
     """
     bundle = root / name
     files = {
@@ -123,6 +125,7 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
     package = (root / "shared_networks").rglob("*")
     files |= {file: file.relative_to(root) for file in package if file.suffix == ".py" or file.name == "py.typed"}
     content = {path.as_posix(): released_content(file) for file, path in files.items()}
+    check_labels(bundle, content)
     baked = bake(content, overlay) if overlay else {}
     own = overlay_weights(bundle, overlay, content) if overlay else None
     content |= baked
@@ -148,6 +151,40 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
     content["docs/README.md"] = card.encode()
     content["README.md"] = model_card(card, json.loads(content["configs/metadata.json"])).encode()
     return content
+
+
+def check_labels(bundle: Path, files: Mapping[str, bytes]) -> None:
+    """Refuse a bundle of which some part is of other labels than it segments.
+
+    Args:
+        bundle: its folder.
+        files: of the bundle, by path.
+
+    Raises:
+        InputError: the card, another config or a record of weights has other labels.
+    """
+    configs = {name: json.loads(files[f"configs/{name}.json"]) for name in RELABELLED}
+    if "label_names" not in configs["inference"]:
+        return
+    channels = configs["metadata"]["network_data_format"]["outputs"]["pred"]["channel_def"]
+    found = {
+        "docs/README.md": card_labels(files["docs/README.md"].decode()),
+        "configs/train.json": dict(enumerate(configs["train"]["label_names"])),
+        "configs/metadata.json": {int(value): name for value, name in channels.items()},
+    }
+    for path, text in files.items():
+        if path.startswith("weights/") and path.endswith(".json"):
+            found[path] = {value: name for name, value in json.loads(text)["labels"].items()}
+    own = dict(enumerate(configs["inference"]["label_names"]))
+    for path, labels in found.items():
+        differing = [value for value in sorted({**labels, **own}) if labels.get(value) != own.get(value)]
+        if differing:
+            there, here = (names.get(differing[0], "nothing") for names in (labels, own))
+            raise InputError(
+                f"{bundle / path}: its labels are not the label_names of configs/inference.json ({differing[0]} is "
+                f"{there} there and {here} here); put them right, or run python -m shared_networks.bundle.relabel, "
+                "which also removes weights of other labels"
+            )
 
 
 def release_note(config: ConfigParser, overlay: str, weights: bool) -> str:
