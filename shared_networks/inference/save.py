@@ -32,7 +32,7 @@ from shared_networks.inference.predict import Scans
 from shared_networks.inference.ranks import Ranks
 from shared_networks.inference.run_report import run_report, say_looks
 from shared_networks.inference.sliding_window import organ_value
-from shared_networks.inference.statistics import Row, findings, organ_statistics, statistics_table
+from shared_networks.inference.statistics import Row, are_complete, findings, organ_statistics, statistics_table
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,10 @@ class SaveImageLabelsd(Results, SaveImaged):
 
     The pictures are `NAME_overlay.png`, slices, and `NAME_preview.png`, surfaces. With an organ's probability,
     `NAME_ORGAN.nii.gz` as well, and with `dicom_seg` the labels as `NAME_seg.dcm`. The sidecar is their record, see
-    :class:`shared_networks.inference.done.Results`. At the end of a run, `statistics.csv` has the organs of all cases,
-    see :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. MONAI Label and
-    MONAI Deploy save by themselves and leave it out: the one as it is one of MONAI's savers, the other as its name
-    begins with `SaveImage`.
+    :class:`shared_networks.inference.done.Results`. At the end of a run, `statistics.csv` has the organs of all cases in
+    the folder, see :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. MONAI
+    Label and MONAI Deploy save by themselves and leave it out: the one as it is one of MONAI's savers, the other as its
+    name begins with `SaveImage`.
 
     Args:
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.
@@ -246,8 +246,25 @@ class SaveImageLabelsd(Results, SaveImaged):
         looks = {name: said for name, rows in sorted(cases.items()) if (said := findings(rows))}
         report = run_report(totals, self.checkpoints, self.settings, self.label_names, looks)
         write_json(self.output_dir / "report.json", report)
-        write_csv(self.output_dir / "statistics.csv", statistics_table(cases, hounsfield))
+        write_csv(self.output_dir / "statistics.csv", statistics_table(self.earlier() | cases, hounsfield))
         say_looks(looks, len(cases), self.output_dir / "report.json")
+
+    def earlier(self) -> dict[str, list[Row]]:
+        """Return the organs of all label maps in the folder that are of the same labels and modality, by case."""
+        found = {}
+        for file in self.output_dir.glob(f"*_{self.kind}.json"):
+            note, name = read_note(file), file.name.removesuffix(f"_{self.kind}.json")
+            made, rows = note.get("made_with"), note.get("statistics")
+            same = isinstance(made, dict) and made.get("modality") == self.settings.get("modality")
+            same = same and note.get("labels") == label_table(self.label_names)
+            if (
+                same
+                and isinstance(rows, list)
+                and are_complete(rows)
+                and (self.output_dir / f"{name}_seg.nii.gz").exists()
+            ):
+                found[name] = rows
+        return found
 
     def draw(self, name: str, image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[str]:
         """Draw the pictures and return their names; what cannot be drawn is said and costs nothing else."""

@@ -15,6 +15,7 @@ from shared_networks.datasets.organs import canonical_name
 from shared_networks.inference.adult_volumes import ADULT_VOLUMES
 
 Row = dict[str, Any]
+_COLUMNS = ("organ", "volume_ml", "mean", "std", "pieces", "largest_piece", "touches_edge", "left_right")
 """An organ's statistics, as :func:`organ_statistics` returns them."""
 
 SCATTERED = 0.05
@@ -127,14 +128,18 @@ def statistics_table(cases: Mapping[str, Sequence[Row]], hounsfield: bool) -> li
         cases: rows of :func:`organ_statistics` by case.
         hounsfield: whether intensities are in HU, so that their columns say so.
     """
-    unit = "_hu" if hounsfield else ""
-    names = ["organ", "volume_ml", f"mean{unit}", f"std{unit}", "pieces", "largest_piece", "touches_edge", "left_right"]
+    names = [f"{name}_hu" if hounsfield and name in ("mean", "std") else name for name in _COLUMNS]
     table: list[list[Any]] = [["case", *names, "adult_range_ml", "in_adult_range"]]
     for case, rows in sorted(cases.items()):
         for row in rows:
-            table.append([case, *(_cell(row[name.removesuffix("_hu")]) for name in names)])
+            table.append([case, *(_cell(row[name]) for name in _COLUMNS)])
             table[-1] += ["-".join(f"{ml:g}" for ml in row["adult_range_ml"] or ()), _cell(row["in_adult_range"])]
     return table
+
+
+def are_complete(rows: Sequence[Row]) -> bool:
+    """Return whether rows, as a record has them, have all columns of the table: an earlier version wrote fewer."""
+    return all(row.keys() >= {*_COLUMNS, "adult_range_ml", "in_adult_range"} for row in rows)
 
 
 def _cell(value: Any) -> Any:

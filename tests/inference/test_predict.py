@@ -308,6 +308,27 @@ def test_volumes_are_in_ml_of_the_scan_s_own_voxels(tmp_path: Path) -> None:
         assert (second["volume_ml"], second["mean_hu"], second["pieces"]) == ("0.0", "", "0")
 
 
+def test_the_table_has_the_cases_of_all_runs_into_a_folder(tmp_path: Path) -> None:
+    """Scans are segmented one by one, too. The report is of a run."""
+    out = tmp_path / "out"
+
+    def run(name: str, **settings: Any) -> list[str]:
+        write(tmp_path / name / f"{name}.nii.gz", hounsfield(SHAPE, seed=ord(name)))
+        saved(tmp_path / name, out, overlay=False, **settings)
+        assert json.loads((out / "report.json").read_text())["segmented"] == 1
+        rows = list(csv.DictReader((out / "statistics.csv").open()))
+        return list(dict.fromkeys(row["case"] for row in rows if row["volume_ml"]))
+
+    assert run("a") == ["a"]
+    assert run("b", settings={"overlap": 0.7}) == ["a", "b"]
+    assert run("c", label_names=["background", "heart"]) == ["c"]
+    assert run("d", settings={"modality": "MR"}) == ["d"]
+    (out / "a_seg.nii.gz").unlink()
+    sidecar = json.loads((out / "b_seg.json").read_text())
+    (out / "b_seg.json").write_text(json.dumps({**sidecar, "statistics": [{"organ": "liver"}]}))  # of a version before
+    assert run("e") == ["e"]
+
+
 def test_a_redone_case_keeps_nothing_of_other_settings(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.nii.gz")
     out = tmp_path / "out"
