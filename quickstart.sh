@@ -11,6 +11,7 @@ set -euo pipefail
 here=$PWD
 cd "$(dirname "$0")"
 root=$PWD out=$PWD/outputs/quickstart data="" own="" bundle=hi_end_mae_btcv_seg epochs="" spacing=""
+bundles="hi_end_mae_btcv_seg hi_end_mae_flare_seg" # label sets of synthetic CTs
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
@@ -25,8 +26,11 @@ while [ $# -gt 0 ]; do
         --segment) case $2 in /*) own=$2 ;; *) own=$here/$2 ;; esac
             [ -n "$2" ] && [ -e "$own" ] || fail "--segment $2: no such file or folder"
             own=$(realpath -- "$own") ;;
-        --bundle) bundle=${2%/}
-            grep -qs '"label_names"' "$bundle/configs/train.json" || fail "--bundle $2: no segmentation bundle in $PWD" ;;
+        --bundle) case $2 in /*) path=$2 ;; *) path=$here/$2 ;; esac
+            for bundle in $bundles ""; do
+                if [ "${2%/}" = "$bundle" ] || [ "$path" -ef "$root/$bundle" ]; then break; fi
+            done
+            [ -n "$bundle" ] || fail "--bundle $2: give ${bundles/ / or } of this clone; for others see docs/training.md" ;;
         --epochs) [[ $2 =~ ^0*[1-9][0-9]{0,8}$ ]] || fail "--epochs $2: give a whole number of at least 1"
             epochs=$((10#$2)) ;;
         --spacing) [[ $2 =~ ^[0-9]*\.?[0-9]*$ && $2 =~ [1-9] ]] || fail "--spacing $2: give a number of mm above 0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from shared_networks.settings.table import SETTINGS
 from shared_networks.synthetic import phantom
 from tests.conftest import BUNDLES, ROOT
 
-BTCV, PRETRAIN = "hi_end_mae_btcv_seg", "hi_end_mae_pretrain"
+BTCV, FLARE, PRETRAIN = "hi_end_mae_btcv_seg", "hi_end_mae_flare_seg", "hi_end_mae_pretrain"
 TRAIN, INFERENCE = (BTCV, "train.json"), (BTCV, "inference.json")
 UNCERTAINTY = (BTCV, "inference.json", "uncertainty.json")
 ATTENTION = (PRETRAIN, "inference.json", "attention.json")
@@ -615,6 +616,9 @@ def test_real_command_lines(tmp_path) -> None:
         assert code == expected
 
 
+BUNDLES_OF_QUICKSTART = f"give {BTCV} or {FLARE} of this clone; for others see docs/training.md"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -627,9 +631,33 @@ def test_real_command_lines(tmp_path) -> None:
         (["--data", ""], "--data : no such folder"),
         (["--segment", "scan.nii.gz"], "--segment scan.nii.gz: no such file or folder"),
         (["--segment"], "--segment: has no value; give one after it"),
-        (["--bundle", PRETRAIN], f"--bundle {PRETRAIN}: no segmentation bundle in {ROOT}"),
+        *((["--bundle", name], f"--bundle {name}: {BUNDLES_OF_QUICKSTART}") for name in ("own_seg", PRETRAIN, "", "/")),
     ],
 )
 def test_quickstart_refuses_before_it_does_anything(words, message, tmp_path) -> None:
     done = subprocess.run([str(ROOT / "quickstart.sh"), *words], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("", f"error: {message}\n", 2)
+
+
+@pytest.mark.parametrize(
+    "name", [FLARE, f"{FLARE}/", f"./{FLARE}", f"../clone/{FLARE}/", f"{{clone}}/{FLARE}", "copy_seg"]
+)
+def test_quickstart_takes_a_bundle_that_ships_under_any_path(name, tmp_path) -> None:
+    """With a Python that says its words and fails, a step after the options. A copy with other labels is refused."""
+    clone = tmp_path / "clone"
+    (clone / ".venv/bin").mkdir(parents=True)
+    for bundle in (FLARE, BTCV, "copy_seg"):
+        (clone / bundle / "configs").mkdir(parents=True)
+        (clone / bundle / "configs" / "train.json").write_text('{"label_names": ["background", "liver"]}')
+    shutil.copy(ROOT / "quickstart.sh", clone)
+    for program, line in (("pip", "exit 0"), ("python", 'echo "$@"; exit 7')):
+        (clone / ".venv/bin" / program).write_text(f"#!/bin/sh\n{line}\n")
+        (clone / ".venv/bin" / program).chmod(0o755)
+    words = ["./quickstart.sh", "--bundle", name.format(clone=clone)]
+    done = subprocess.run(words, cwd=clone, capture_output=True, text=True)
+    if name == "copy_seg":
+        said = f"error: --bundle copy_seg: {BUNDLES_OF_QUICKSTART}\n"
+        assert (done.stdout, done.stderr, done.returncode) == ("", said, 2)
+    else:
+        assert done.returncode == 7 and "shared_networks.synthetic.phantom --label_set flare --out" in done.stdout
+        assert done.stderr == ""
