@@ -92,6 +92,10 @@ def open_nifti(file: str) -> nib.Nifti1Image:
         raise ImageFileError("empty file" if not size else "its content is not NIfTI")
     if not scan.header["magic"].item().startswith(b"n+"):
         raise ImageFileError("half of a pair of .hdr and .img, which are not read; convert it to .nii.gz")
+    if (offset := int(scan.dataobj.offset)) < scan.header.single_vox_offset:
+        # nibabel takes 0 as it is and SimpleITK takes 348: each reads other voxels, and some of them from the header.
+        begin = scan.header.single_vox_offset
+        raise HeaderDataError(f"vox_offset is {offset}, and voxels begin behind the header, at {begin} or later")
     return scan
 
 

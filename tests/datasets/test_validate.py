@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel as nib
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
-from shared_networks.datasets.validate import check_cases, side_problems
+from shared_networks.datasets.nifti import read_nifti
+from shared_networks.datasets.validate import check_cases, image_problems, side_problems
 from shared_networks.errors import InputError
 
 SHAPE = (9, 7, 5)
@@ -15,7 +17,7 @@ LPS = np.array([[-1.5, 0, 0, 20], [0, -0.8, 0, 30], [0, 0, 3, -40], [0, 0, 0, 1]
 LPS_TEXT = "[[-1.5, 0.0, 0.0, 20.0], [0.0, -0.8, 0.0, 30.0], [0.0, 0.0, 3.0, -40.0]]"
 TILT = np.array([[1, 0, 0], [0, np.cos(0.2), -np.sin(0.2)], [0, np.sin(0.2), np.cos(0.2)]])
 OBLIQUE = nib.affines.from_matvec(TILT @ np.diag([1.5, 0.8, 3.0]), [1, 2, 3])
-NIFTI_OFFSETS = {"sform_code": 254, "qform_code": 252, "pixdim3": 88, "srow_z": 312}
+NIFTI_OFFSETS = {"sform_code": 254, "qform_code": 252, "pixdim3": 88, "srow_z": 312, "vox_offset": 108}
 
 
 def hounsfield(shape=SHAPE, seed=0) -> np.ndarray:
@@ -124,6 +126,34 @@ def test_other_unreadable_files(save, tmp_path):
     assert "(BadGzipFile: Not a gzipped file" in lines[2]
     assert "(ImageFileError: empty file)" in lines[3]
     assert "cannot be read (" in lines[4]
+
+
+@pytest.mark.parametrize("offset", [0, 348, 352, 400])
+def test_voxels_begin_behind_the_header(save, offset):
+    """Where the file says that they begin earlier, each program reads others."""
+    file = save("a_0000.nii", hounsfield())
+    patch_header(file, "vox_offset", np.float32(offset))
+    content = bytearray(Path(file).read_bytes())
+    Path(file).write_bytes(content[:352] + bytes(max(0, offset - 352)) + content[352:])
+    if offset < 352:
+        [line] = problems([{"image": file}])
+        assert line.startswith(f"{file}: cannot be read (HeaderDataError: vox") and f" {offset}" in line
+    else:
+        np.testing.assert_array_equal(read_nifti(file).values, hounsfield())
+
+
+def test_voxels_of_nifti_2_begin_behind_its_longer_header(save, tmp_path):
+    file = tmp_path / "a.nii.gz"
+    content = bytearray(nib.Nifti2Image(hounsfield(), LPS).to_bytes())
+    file.write_bytes(gzip.compress(bytes(content)))
+    np.testing.assert_array_equal(read_nifti(str(file)).values, hounsfield())
+    content[168:176] = bytes(8)  # vox_offset
+    file.write_bytes(gzip.compress(bytes(content)))
+    for voxels in (True, False):
+        assert read_nifti(str(file), voxels).problems == [
+            "cannot be read (HeaderDataError: vox_offset is 0, and voxels begin behind the header, at 544 or later); "
+            "put its header right"
+        ]
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 7, 5, 3), (9, 7, 5, 1, 2)])
