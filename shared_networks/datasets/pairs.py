@@ -110,7 +110,27 @@ def numbering_problem(name: str, files: Sequence[str]) -> str:
     channels = [f"{name}_{channel:04d}" for channel in range(len(files))]
     if len(files) == 1 or [_stem(file) for file in files] == channels:
         return ""
-    return f"one case needs one file a channel, named {', '.join(channels)}"
+    return f"one case needs one file a channel, named {', '.join(channels)}{channels_note(files)}"
+
+
+def channels_note(files: Sequence[str]) -> str:
+    """Return which files were read as channels of one case, and how to name them if they are cases.
+
+    Args:
+        files: of one case.
+
+    Returns:
+        The end of a sentence that begins with `;`, or nothing for one file.
+    """
+    if len(files) < 2:
+        return ""
+    names = [Path(file).name for file in files]
+    listed = ", ".join(names if len(names) < 5 else [*names[:3], "...", names[-1]])
+    note = f"; {listed} were read as channels of one case"
+    stems = {_stem(file) for file in files}
+    if len(stems) < len(files) or not all(re.search(r"_\d{4}$", stem) for stem in stems):
+        return note
+    return f"{note}: if each is a case, end all names with _0000, such as {_stem(files[1])}_0000.nii.gz"
 
 
 def find_labels(dataset_dir: str | Path | None, folder: str = "labelsTr") -> list[str]:

@@ -37,6 +37,7 @@ from shared_networks.datasets.pairs import (
     Image,
     case_name,
     channel_groups,
+    channels_note,
     has_files,
     listed_paths,
     numbering_problem,
@@ -144,7 +145,9 @@ def flag_other_channels(sources: Sources) -> None:
     for index, source in enumerate(sources):
         if not source.problem and source.channels != usual:
             problem = f"{source.channels} channel(s), where most cases have {usual}; add what lacks or remove the case"
-            sources[index] = source._replace(problem=problem)
+            # Where most have more, it is they that may have been misread.
+            several = source if source.channels > usual else next(other for other in sources if other.channels == usual)
+            sources[index] = source._replace(problem=problem + ("" if several.series else channels_note(several.files)))
 
 
 def file_source(image: Image) -> Source:
@@ -166,7 +169,8 @@ def read_scan(source: Source, modality: str | None) -> Scan:
     if source.problem:
         raise BadScanError(source.problem)
     scan = Scan(*read_series(source.files, modality)) if source.series else _read_files(source.files)
-    if problems := [problem for channel in scan.image for problem in image_problems(channel, modality)]:
+    declared = bool(source.series)  # DICOM says of what modality it is, and has been refused if of another
+    if problems := [problem for channel in scan.image for problem in image_problems(channel, modality, declared)]:
         raise BadScanError("; ".join(problems))
     return scan
 
@@ -439,7 +443,7 @@ def _read_files(files: Sequence[str]) -> Scan:
         for problem in channel.problems
     ]
     for file, channel in zip(files[1:], channels[1:], strict=True):
-        problems += grid_problems(files[0], channels[0], file, channel)
+        problems += [line + channels_note(files) for line in grid_problems(files[0], channels[0], file, channel)]
     first = channels[0]
     if problems or first.grid is None:
         raise BadScanError("; ".join(problems))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from shared_networks.datasets.grid import SHEAR_TOLERANCE, affine_rows, shear
 from shared_networks.datasets.labels import sided_pairs
 from shared_networks.datasets.nifti import Nifti, grid_problems, read_nifti
+from shared_networks.datasets.pairs import channels_note
 from shared_networks.datasets.tissue_maps import refuse_tissue_maps, tissue_problems
 from shared_networks.errors import InputError
 
@@ -28,6 +29,7 @@ _COARSE = 64  # voxels an axis from which an organ's centre is estimated
 _MOST_DEEP = 0.05  # of the voxels, below air; a value that more of them have is padding
 _MOST_RAMPS = 0.1  # of labelled voxels: at most 0.02 in label maps at 1.5 to 12 mm, 0.3 and more in interpolated ones
 _MIDDLE = 96  # voxels to either side of a label map's middle
+_NOISE = 0.01  # by which labels may miss integers to be told from interpolated ones
 _SAMPLE = 1 << 20  # voxels from which it is told whether values are HU
 _MOST_LABELS = 512  # different values from which integers are no longer taken for labels
 
@@ -118,11 +120,14 @@ def check_cases(
     problems = [f"{file}: {problem}" for (file, _), finding in found.items() for problem in finding.scan.problems]
     if in_channels is not None:
         foreign = [files for files, _ in unique if len(files) != in_channels]
-        problems += [f"{files[0]}: {channel_problem(len(files), in_channels)}" for files in foreign]
+        problems += [f"{files[0]}: {channel_problem(len(files), in_channels, files)}" for files in foreign]
     for files, label in unique:
-        others = [(file, False) for file in files[1:]] + ([(label, True)] if label is not None else [])
-        for other in others:
-            problems += grid_problems(files[0], found[files[0], False].scan, other[0], found[other].scan)
+        first = found[files[0], False].scan
+        for file in files[1:]:
+            lines = grid_problems(files[0], first, file, found[file, False].scan)
+            problems += [f"{line}{channels_note(files)}" for line in lines]
+        if label is not None:
+            problems += grid_problems(files[0], first, label, found[label, True].scan)
     labelled = [files[0] for files, label in unique if label is not None]
     problems += [f"{image}: {line}" for image in labelled for line in _shear_problems(found[image, False].scan)]
     problems += _copies(labelled, found)
@@ -224,20 +229,28 @@ def _warn_of_absent(label_names: Sequence[str], present: Collection[int]) -> Non
         logger.warning("no label has a voxel of: %s", ", ".join(absent))
 
 
-def channel_problem(channels: int, in_channels: int) -> str:
-    """Return what is wrong with a case of another number of channels than the network takes."""
+def channel_problem(channels: int, in_channels: int, files: Sequence[str] = ()) -> str:
+    """Return what is wrong with a case of another number of channels than the network takes.
+
+    Args:
+        channels: that it has.
+        in_channels: that the network takes.
+        files: of the case; those of a series, or none, are no channels.
+    """
     return (
         f"has {channels} channel(s), one a file, and the network takes {in_channels}; pass "
         f"--network_def#in_channels {channels}, or leave the other files out"
+        f"{channels_note(files) if len(files) == channels else ''}"
     )
 
 
-def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]:
+def image_problems(values: np.ndarray, modality: str | None = None, declared: bool = False) -> list[str]:
     """Return what is wrong with the voxels of an image of any shape: no numbers, not finite, all the same, or foreign.
 
     Args:
         values: of one channel.
         modality: `"CT"`, whose values must be HU, or `"MR"`, whose values must not; `None` accepts either.
+        declared: whether the scan itself says that it is of this modality, so that no other is advised.
 
     Raises:
         InputError: there is no such modality.
@@ -250,19 +263,19 @@ def image_problems(values: np.ndarray, modality: str | None = None) -> list[str]
     if low == high:
         return [f"all voxels are {low:g}, so it is no scan; export it again or remove the case"]
     if modality == "MR" and (share := np.count_nonzero(values < -500) / values.size) > 0.1:
-        return [
-            f"wrong modality: {share:.0%} of voxels are below -500, as in HU; pass --modality CT or remove the case"
-        ]
+        advice = "" if declared else "pass --modality CT or "
+        return [f"wrong modality: {share:.0%} of voxels are below -500, as in HU; {advice}remove the case"]
     if (count := _label_count(values)) and modality is not None:
         return [
             f"looks like a label map, as it holds {count} whole numbers from {low:g} to {high:g}; remove it from the "
             "images, or name a folder that holds images alone"
         ]
     if modality == "CT" and np.count_nonzero(values < -50) <= 1e-3 * values.size:
-        return [
-            f"wrong modality: values from {low:g} to {high:g} are not HU, as hardly any is below -50; "
-            "put the rescale intercept right, or pass --modality MR"
-        ]
+        line = f"values from {low:g} to {high:g} are not HU, as hardly any is below -50"
+        if _is_shifted(_sample(values).astype(np.float32)):
+            return [f"{line}, and look as if about 1000 were added; put the rescale intercept right"]
+        advice = "" if declared else ", or if this is an MR, and the network one for MR, pass --modality MR"
+        return [f"wrong modality: {line}; put the rescale intercept right{advice}"]
     return _scale_problems(values) if modality == "CT" else []
 
 
@@ -327,6 +340,18 @@ def _scale_problems(values: np.ndarray) -> list[str]:
     return [f"values are not HU: {reason}; put the rescale slope and intercept right, or export the scan again"]
 
 
+def _is_shifted(sample: np.ndarray) -> bool:
+    """Return whether values are HU but for an offset of about 1000, and none of an MR, as far as values can tell.
+
+    By what :func:`_scale_problems` says of real CTs; and few of their voxels lie between lung and fat, where an MR has
+    no gap.
+    """
+    values = sample - 1024
+    dense, between = values[values > -500], np.count_nonzero((values > -650) & (values < -250))
+    usual = np.count_nonzero((dense >= -200) & (dense <= 300))
+    return bool(usual > 0.5 * dense.size and between < 0.2 * dense.size) and not _scale_problems(values)
+
+
 def otsu_threshold(values: np.ndarray) -> float:
     """Return the value that parts two classes best (Otsu, IEEE Transactions on Systems, Man, and Cybernetics 1979).
 
@@ -363,6 +388,8 @@ def _label_problems(file: str, values: np.ndarray, num_classes: int | None) -> l
     if problems := _finite_problems(values):
         return problems
     if values.dtype.kind == "f" and len(fractions := values[values != np.rint(values)]):
+        if np.abs(fractions - np.rint(fractions)).max() < _NOISE:
+            return [f"label values {_listed(fractions)} are not integers, but for noise; round them"]
         return [f"label values {_listed(fractions)} are not integers; resample labels with nearest neighbour"]
     low, high = values.min(), values.max()
     if num_classes is not None and (low < 0 or high >= num_classes):
@@ -406,4 +433,6 @@ def _finite_problems(values: np.ndarray) -> list[str]:
 
 def _listed(values: np.ndarray, most: int = 10) -> str:
     unique = np.unique(values)
-    return ", ".join(f"{value:g}" for value in unique[:most]) + (", ..." if len(unique) > most else "")
+    # Few digits where they tell a value from all others.
+    texts = [short if values.dtype.type(short := f"{value:g}") == value else str(value) for value in unique[:most]]
+    return ", ".join(texts) + (", ..." if len(unique) > most else "")

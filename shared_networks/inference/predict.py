@@ -395,7 +395,7 @@ class Scans(IterableDataset):
             InputError: its axes are not at right angles.
         """
         if not source.problem and self.in_channels is not None and source.channels != self.in_channels:
-            raise BadScanError(channel_problem(source.channels, self.in_channels))
+            raise BadScanError(channel_problem(source.channels, self.in_channels, source.files))
         read = read_scan(source, self.modality)
         more = self.more(source, read) if self.more is not None else {}
         scan = scan_tensor(read, source.files[0])

@@ -111,10 +111,10 @@ class SaveImageLabelsd(Results, SaveImaged):
 
     The pictures are `NAME_overlay.png`, slices, and `NAME_preview.png`, surfaces. With an organ's probability,
     `NAME_ORGAN.nii.gz` as well, and with `dicom_seg` the labels as `NAME_seg.dcm`. The sidecar is their record, see
-    :class:`shared_networks.inference.done.Results`. At the end of a run, `statistics.csv` has the organs of all cases in
-    the folder, see :func:`shared_networks.inference.statistics.organ_statistics`, and `report.json` what was done. MONAI
-    Label and MONAI Deploy save by themselves and leave it out: the one as it is one of MONAI's savers, the other as its
-    name begins with `SaveImage`.
+    :class:`shared_networks.inference.done.Results`. At the end of a run, `report.json` has what was done, and
+    `statistics.csv` the organs of all cases in the folder, see
+    :func:`shared_networks.inference.statistics.organ_statistics`. MONAI Label and MONAI Deploy save by themselves and
+    leave it out: the one as it is one of MONAI's savers, the other as its name begins with `SaveImage`.
 
     Args:
         keys: key of the labels, [1, X, Y, Z] on the scan's grid.

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_networks.datasets.pairs import channels_note
 from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import InputError
 from shared_networks.files import atomic_write
@@ -231,10 +232,12 @@ def check_prepared(
         listed = ", ".join(f"{case} has {channels}" for channels, case in sorted(examples.items()))
         raise InputError(
             f"{prepared_dir}: cases of several numbers of channels, {listed}; prepare a store for each number"
+            f"{channels_note(entries[examples[max(examples)]].get('source', ()))}"
         )
     for case, entry in entries.items():
         if in_channels is not None and entry["shape"][0] != in_channels:
-            raise InputError(f"{prepared_dir}: {case} {channel_problem(entry['shape'][0], in_channels)}")
+            problem = channel_problem(entry["shape"][0], in_channels, entry.get("source", ()))
+            raise InputError(f"{prepared_dir}: {case} {problem}")
         settings = entry["settings"]
         if modality is not None and settings["modality"] != modality:
             raise InputError(

@@ -202,3 +202,10 @@ def test_patients_whose_folders_are_mixed_are_one_failure_that_names_both(tmp_pa
         read_scan(source, "CT")
     for patient in "ab":
         assert f"{tmp_path}/{patient}" in str(caught.value)
+
+
+def test_another_modality_is_not_advised_where_the_header_says_ct(tmp_path: Path) -> None:
+    """`--modality MR` would only be the next failure."""
+    write_series(tmp_path, np.random.default_rng(3).integers(0, 601, ct().shape))
+    assert reason(tmp_path).startswith("wrong modality: values from 0 to 600 are not HU")
+    assert reason(tmp_path).endswith("put the rescale intercept right")

@@ -8,8 +8,9 @@ import pytest
 
 from shared_networks.datasets.cases import find_cases, find_images
 from shared_networks.datasets.lists import read_list
-from shared_networks.datasets.pairs import case_name, find_labels, pair_cases
+from shared_networks.datasets.pairs import case_name, channels_note, find_labels, pair_cases
 from shared_networks.datasets.splits import report_cases, split_cases, split_dataset
+from shared_networks.datasets.validate import channel_problem
 from shared_networks.errors import InputError
 from tests.datasets.test_scans import ORIGIN, STRAIGHT, hounsfield, write_series
 
@@ -86,7 +87,8 @@ def test_the_odd_case_is_blamed_and_not_all_others(tmp_path):
         find_images(tmp_path)
     assert str(caught.value).splitlines() == [
         f"{tmp_path}/imagesTr/c_0000.nii.gz, {tmp_path}/imagesTr/c_0001.nii.gz: "
-        "2 channel(s), where most cases have 1; add what lacks or remove the case"
+        "2 channel(s), where most cases have 1; add what lacks or remove the case; c_0000.nii.gz, c_0001.nii.gz were "
+        "read as channels of one case: if each is a case, end all names with _0000, such as c_0001_0000.nii.gz"
     ]
 
 
@@ -97,10 +99,38 @@ def test_incomplete_and_double_channels_are_listed_together(tmp_path):
         find_images(tmp_path)
     folder = tmp_path / "imagesTr"
     assert str(caught.value).splitlines() == [
-        f"{folder}/b_0000.nii.gz: 1 channel(s), where most cases have 2; add what lacks or remove the case",
-        f"{folder}/c_0000.nii.gz, {folder}/c_0002.nii.gz: one case needs one file a channel, named c_0000, c_0001",
-        f"{folder}/d_0000.nii, {folder}/d_0000.nii.gz: one case needs one file a channel, named d_0000, d_0001",
+        f"{folder}/b_0000.nii.gz: 1 channel(s), where most cases have 2; add what lacks or remove the case; "
+        "a_0000.nii.gz, a_0001.nii.gz were read as channels of one case: if each is a case, end all names with _0000, "
+        "such as a_0001_0000.nii.gz",
+        f"{folder}/c_0000.nii.gz, {folder}/c_0002.nii.gz: one case needs one file a channel, named c_0000, c_0001; "
+        "c_0000.nii.gz, c_0002.nii.gz were read as channels of one case: if each is a case, end all names with _0000, "
+        "such as c_0002_0000.nii.gz",
+        f"{folder}/d_0000.nii, {folder}/d_0000.nii.gz: one case needs one file a channel, named d_0000, d_0001; "
+        "d_0000.nii, d_0000.nii.gz were read as channels of one case",
     ]
+
+
+def test_what_was_read_as_channels_is_said_and_renamed_as_advised_they_are_cases(tmp_path):
+    names = [f"ct_{number:04d}" for number in range(6)]
+    touch(tmp_path, *(f"images/{name}.nii.gz" for name in names))
+    (channels,) = find_images(tmp_path)
+    note = (
+        "; ct_0000.nii.gz, ct_0001.nii.gz, ct_0002.nii.gz, ..., ct_0005.nii.gz were read as channels of one case: "
+        "if each is a case, end all names with _0000, such as ct_0001_0000.nii.gz"
+    )
+    assert channels_note(channels) == note
+    assert channel_problem(6, 1, channels).endswith(
+        f"pass --network_def#in_channels 6, or leave the other files out{note}"
+    )
+    for name in names:
+        (tmp_path / "images" / f"{name}.nii.gz").rename(tmp_path / "images" / f"{name}_0000.nii.gz")
+    assert [case_name(image) for image in find_images(tmp_path)] == names
+
+
+def test_files_of_which_none_is_numbered_are_not_to_be_renamed(tmp_path):
+    assert channels_note(["t1.nii.gz", "t2.nii.gz"]) == "; t1.nii.gz, t2.nii.gz were read as channels of one case"
+    assert channels_note(["t1_0000.nii.gz"]) == channels_note([]) == ""
+    assert channel_problem(1, 2, ["slice1", "slice2"]).endswith("or leave the other files out")  # of a series
 
 
 def test_one_name_twice_in_a_flat_folder_is_refused(tmp_path):

@@ -208,6 +208,7 @@ def test_channel_on_another_grid(save):
     image = [save("a_0000.nii.gz", hounsfield()), save("a_0001.nii.gz", hounsfield(), OBLIQUE)]
     [line] = problems([{"image": image}])
     assert line.startswith(f"{image[1]}: affine ") and f"is not {LPS_TEXT} as in {image[0]}" in line
+    assert "a_0000.nii.gz, a_0001.nii.gz were read as channels of one case: if each is a case, end all names" in line
 
 
 @pytest.mark.parametrize(("shift", "accepted"), [(0.0007, True), (0.0009, False)])
@@ -247,6 +248,30 @@ def test_label_values_that_are_not_integers(save):
     label = save("a.nii.gz", values)
     expected = f"{label}: label values 0.5, 1.25 are not integers; resample labels with nearest neighbour"
     assert problems([{"image": image, "label": label}], num_classes=4) == [expected]
+
+
+def test_label_values_with_noise_are_printed_with_it(save):
+    values = organs().astype(np.float32)
+    values[0, 0, :4] = np.float32([1, 2, 3, 3]) + np.float32([1e-6, 1e-6, -1e-6, -1e-6])
+    case = {"image": save("a_0000.nii.gz", hounsfield()), "label": save("a.nii.gz", values)}
+    expected = "label values 1.000001, 2.000001, 2.999999 are not integers, but for noise; round them"
+    assert problems([case], num_classes=4) == [f"{case['label']}: {expected}"]
+
+
+def test_another_modality_is_advised_where_it_can_be_right():
+    body = np.random.default_rng(2).normal(40, 30, (12, 10, 8)).round()
+    body[:3], body[3:5] = -1000, -100
+    shifted, mr = body + 1024, np.abs(body) % 400
+    line = "values from 24 to 1156 are not HU, as hardly any is below -50, and look as if about 1000 were added"
+    for declared in (False, True):
+        assert image_problems(shifted, "CT", declared) == [f"{line}; put the rescale intercept right"]
+        assert image_problems((shifted).astype(np.uint16), "CT", declared) == image_problems(shifted, "CT")
+    spread = np.random.default_rng(3).uniform(0, 1200, (12, 10, 8))  # of which a part lies where tissue + 1024 does
+    assert "pass --modality MR" in image_problems(spread, "CT")[0]
+    [other], [declared] = image_problems(mr, "CT"), image_problems(mr, "CT", declared=True)
+    assert other.startswith("wrong modality") and "pass --modality MR" in other and "--modality" not in declared
+    [other], [declared] = image_problems(body, "MR"), image_problems(body, "MR", declared=True)
+    assert "pass --modality CT or remove the case" in other and declared.endswith("as in HU; remove the case")
 
 
 def test_label_that_is_all_background_is_only_a_warning(save, caplog):

@@ -232,7 +232,7 @@ BAD: dict[str, Callable[[Path], object]] = {
     "cannot be read (EOFError": lambda f: f.write_bytes(f.read_bytes()[:-2000]),
     "is not 3D": lambda f: save(f, np.stack([body(0)] * 2, -1)),
     "all voxels are 0": lambda f: save(f, np.zeros(SHAPE, np.int16)),
-    "wrong modality: values from 0 to 1000": lambda f: save(f, np.abs(body(0))),
+    "values from 0 to 1000 are not HU": lambda f: save(f, np.abs(body(0))),
     "too small: (": lambda f: save(f, body(0), np.diag([0.1, 0.1, 0.1, 1.0])),
     "values are not HU: nothing lies above": lambda f: save(f, np.minimum(body(0), -300 - body(0) % 7)),
 }

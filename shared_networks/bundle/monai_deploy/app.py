@@ -269,7 +269,7 @@ def segment(context: AppContext, bundle: Path) -> None:
     sources = find_scans(context.input_path, "imagesTs")
     taken = config["network_def"]["in_channels"]
     if wrong := next((source for source in sources if source.channels != taken), None):
-        refuse(f"{wrong.files[0]}: {channel_problem(wrong.channels, taken)}")
+        refuse(f"{wrong.files[0]}: {channel_problem(wrong.channels, taken, wrong.files)}")
     if any(source.series for source in sources):
         check_series(sources, config["modality"])
     named = output_names(sources)
