@@ -132,8 +132,8 @@ def named_apart(cases: list[dict[str, Any]], source: str | Path | None) -> list[
         return cases
     parts_of: dict[tuple[str, ...], list[str]] = {}
     for case in cases:
-        files = tuple(os.path.abspath(file) for file in ensure_tuple(case["image"]))
-        parts_of.setdefault(files, []).append(case.get("part", "training"))
+        key = tuple(os.path.abspath(file) for file in ensure_tuple(case["image"]))
+        parts_of.setdefault(key, []).append(case.get("part", "training"))
     if twice := {files[0]: parts for files, parts in parts_of.items() if len(parts) > 1}:
         lines = [f"{file}: listed {_times(parts)}; list it once" for file, parts in twice.items()]
         raise InputError("\n".join([f"{source}: {len(lines)} problem(s):", *lines]))
