@@ -28,7 +28,7 @@ from shared_networks.datasets.scans import Source, find_scans
 from shared_networks.errors import InputError
 from shared_networks.figures.overlay import SaveOverlayd
 from shared_networks.files import UNFINISHED
-from shared_networks.inference import predict
+from shared_networks.inference import predict, save
 from shared_networks.inference.predict import Scans, memory_estimate, one_case, output_names
 from shared_networks.inference.save import SaveImageLabelsd, keep_largest_components, label_image, label_table
 from shared_networks.transforms.spacing import Spacingd
@@ -47,6 +47,28 @@ def write(file: Path, values: np.ndarray | None = None, affine: np.ndarray = AFF
     file.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(hounsfield(SHAPE) if values is None else values, affine), file)
     return file
+
+
+def test_pictures_of_several_channels_show_the_first_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[float, str]] = []
+    for name in ("overlay_figure", "preview_figure"):
+        draw = getattr(save, name)
+
+        def record(image: np.ndarray, *args: Any, draw: Any = draw, **named: Any) -> Any:
+            shown.append((float(image.max()), named["title"]))
+            return draw(image, *args, **named)
+
+        monkeypatch.setattr(save, name, record)
+    saver = SaveImageLabelsd(label_names=NAMES, output_dir=tmp_path)
+    scan = np.stack([np.full(SHAPE, 40.0), np.full(SHAPE, 90.0)])
+    for channels in (1, 2):
+        assert saver.draw("ct", scan[:channels], np.ones(SHAPE, np.uint8), AFFINE) == [
+            "ct_overlay.png",
+            "ct_preview.png",
+        ]
+    assert shown == [(40, "ct")] * 2 + [(40, "ct   first of 2 channels")] * 2
 
 
 def test_a_scan_that_fails_in_a_transform_is_said_by_what_it_failed_of(tmp_path: Path) -> None:
