@@ -350,7 +350,7 @@ def _found(config: ConfigParser, name: str) -> tuple[Any, str]:
             choices = sorted({*known, *parameters} - {"_desc_", "_target_", "_requires_"})
             nearest = difflib.get_close_matches(key, choices, n=1)
             prefix = "".join(f"{part}#" for part in [*path, last][:depth])
-            fix = f"did you mean --{prefix}{nearest[0]}?" if nearest else f"there are {', '.join(choices)}"
+            fix = f"did you mean --{prefix}{nearest[0]}?" if nearest else f"there are {', '.join(choices) or 'none'}"
             raise InputError(f"--{name}: there is no setting {prefix + key!r}; {fix}")
     return value, annotation
 

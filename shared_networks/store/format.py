@@ -250,7 +250,8 @@ def check_prepared(
             if expected is not None and list(map(float, settings[name])) != list(map(float, expected)):
                 raise InputError(
                     f"{prepared_dir}: {case} was prepared with {name} {list(settings[name])}, training has "
-                    f"{list(expected)}; prepare another store, or train with --{name} '{list(settings[name])}'"
+                    f"{list(expected)}; prepare another store with --{name} '{list(expected)}', or train with "
+                    f"--{name} '{list(settings[name])}'"
                 )
 
 

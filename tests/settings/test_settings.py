@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -351,6 +352,45 @@ def test_a_setting_that_an_overlay_leaves_without_effect_is_named(config, words,
     command_line_settings(["--config_file", files_of(config), *words])
     assert [line.partition(":")[0] for line in caplog.messages] == [f"--{name}" for name in unused]
     assert all("has no effect, as nothing in " in line for line in caplog.messages)
+
+
+FOREIGN = {
+    *itertools.product(["train"], ["inference_trt", "attention", "features"]),
+    *itertools.product(["inference"], ["evaluate", "multi_gpu_train", "prepared", "strong_augmentation", "synthetic"]),
+    *itertools.product(["prepare"], ["attention", "evaluate", "features", "multi_gpu_train", "prepared", "synthetic"]),
+}
+"""Pairs of a config and an overlay of parts that it has not: MONAI itself ends there, before any code of the bundle."""
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_every_overlay_is_read_over_every_config_that_has_its_parts(bundle) -> None:
+    contents = {file.stem: json.loads(file.read_text()) for file in (ROOT / bundle / "configs").glob("*.json")}
+    wholes = [name for name, content in contents.items() if "bundle_root" in content]
+    overlays = contents.keys() - {*wholes, "metadata"}
+    assert {"train", "inference"} <= set(wholes) and {"small", "tiny", "evaluate", "synthetic"} <= overlays
+    foreign = set()
+    for whole, overlay in itertools.product(wholes, sorted(overlays)):
+        try:
+            found = command_line_settings(["--config_file", files_of((bundle, f"{whole}.json", f"{overlay}.json"))])
+        except KeyError as error:
+            foreign.add((whole, overlay))
+            assert str(error).startswith("'query key: "), (whole, overlay)
+        else:
+            expected = contents[overlay].get("spacing", contents[whole]["spacing"])
+            assert found["spacing"] == expected, (whole, overlay)
+    assert foreign == FOREIGN.intersection(itertools.product(wholes, overlays))
+
+
+@pytest.mark.parametrize("overlay", ["small.json", "tiny.json"])
+def test_a_store_has_the_spacing_of_an_overlay_of_another_size(overlay, command_line) -> None:
+    spacing = json.loads((ROOT / PRETRAIN / "configs" / overlay).read_text())["spacing"]
+    parser = command_line((*PREPARE, overlay), "--num_workers", "3").parser
+    assert spacing != json.loads((ROOT / PRETRAIN / "configs" / "prepare.json").read_text())["spacing"]
+    assert parser.get_parsed_content("spacing") == spacing
+    assert parser.get_parsed_content("preprocessing").transforms[1].spacing_transform.pixdim.tolist() == spacing
+    assert parser.get_parsed_content("num_workers") == 3
+    with pytest.raises(InputError, match=r"there is no setting 'network_def#hidden_size'; there are none$"):
+        command_line(PREPARE, "--network_def#hidden_size", "96")
 
 
 @pytest.mark.parametrize("bundle", [BTCV, PRETRAIN])

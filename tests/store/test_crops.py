@@ -252,7 +252,9 @@ def test_settings_of_store_and_training_must_agree(tmp_path):
     add_case(tmp_path)
     check_prepared(tmp_path, (1.5, 1.5, 1.5), (-175, 250))
     with pytest.raises(
-        InputError, match=r"set/a was prepared with spacing \[1.5, 1.5, 1.5\], training has \[4.0, 4.0, 4.0\]"
+        InputError,
+        match=r"set/a was prepared with spacing \[1.5, 1.5, 1.5\], training has \[4.0, 4.0, 4.0\]; prepare another "
+        r"store with --spacing '\[4.0, 4.0, 4.0\]', or train with --spacing '\[1.5, 1.5, 1.5\]'$",
     ):
         check_prepared(tmp_path, [4.0] * 3, [-175, 250])
     with pytest.raises(

@@ -84,18 +84,15 @@ def tiny(bundle: str, command: str, data: Path, store: Path) -> list[str]:
     words = shlex.split(command)
     at = words.index("--config_file") + 1
     files = re.findall(r"[\w/]+\.json", words[at])
-    more = []
-    if files == ["configs/prepare.json"]:  # it knows no network to be made tiny
-        more = ["--min_size", "8", "--num_workers", "0"]
-    else:
-        words[at] = repr([*(f for f in files if not f.endswith(("small.json", "tiny.json"))), "configs/tiny.json"])
+    words[at] = repr([*(f for f in files if not f.endswith(("small.json", "tiny.json"))), "configs/tiny.json"])
+    more = ["--min_size", "8", "--num_workers", "0"] if "configs/prepare.json" in files else []
     if "configs/train.json" in files and "configs/evaluate.json" not in files:
         more = QUICK.split()
         if "seg" in bundle:
             more += ["--validate#inferer#inferer#overlap", "0.0"]
         if "--resume" not in words:  # a card prints several ways to train, of which a user takes one
             more += ["--overwrite", "True"]
-    words = [str(store) if word == "/data/store" else word for word in words]
+    words = [str(store) if word.startswith("/data/store") else word for word in words]
     words = [re.sub(r"^/data/\w+(/imagesTs)?$", lambda m: f"{data}{m[1] or ''}", word) for word in words]
     python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     spacing = SPACING["segmentation" if "seg" in bundle else "pre-training"]
