@@ -181,7 +181,7 @@ def test_bad_scans_cost_only_themselves(tmp_path: Path) -> None:
     nan[1, 2, 3] = np.nan
     write(tmp_path / "nan.nii.gz", nan)
     flat = nib.Nifti1Image(hounsfield(SHAPE), np.diag([1.0, 1, 1, 1]))
-    flat.header["pixdim"][3] = 0
+    flat.header["pixdim"][3], flat.header["vox_offset"] = 0, 352
     (tmp_path / "flat.nii").write_bytes(flat.header.binaryblock + bytes(4) + hounsfield(SHAPE).tobytes("F"))
     resampling = Compose([*PREPARE.transforms, Spacingd("image", pixdim=(2.0, 2.0, 2.0))])
     data = Scans(find_scans(tmp_path), resampling, (2.0, 2.0, 2.0), 3)
