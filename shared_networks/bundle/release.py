@@ -280,15 +280,15 @@ def with_settings(config: str, settings: Mapping[str, Any]) -> str:
         settings: values by id, such as `{"img_size": [48, 48, 48], "network_def#hidden_size": 192}`.
 
     Raises:
-        InputError: the config has no such id.
+        InputError: the config has no such id, and where it would be no place that is left empty for it.
     """
-    content = json.loads(config)
+    content, before = json.loads(config), json.loads(config)
     for name, value in settings.items():
         *path, last = name.split("#")
-        part = content
+        part, there = content, before
         for key in path:
-            part = part.get(key, {})
-        if last not in part:
+            part, there = part.get(key, {}), there and there.get(key)
+        if there is None or (there and last not in there):
             raise InputError(f"{name}: the config has no such setting to be changed; add it there first")
         part[last] = value
     return format_config(content)
