@@ -312,7 +312,7 @@ def test_pictures_of_several_channels_show_the_first_and_say_so(tmp_path: Path) 
         case = {"scan": image, "pred": meta_tensor(labels, affine), "truth": meta_tensor(labels, affine)}
         SaveOverlayd(image_key="scan", label_key="truth", label_names=NAMES, output_dir=tmp_path)(case)
     assert titles == ["ct_7   first of 2 channels"]
-    assert (tmp_path / "ct_7_overlay.png").is_file()
+    assert (tmp_path / "ct_7_evaluation.png").is_file()
 
 
 def central(figure: Figure) -> list[np.ndarray]:
