@@ -213,15 +213,15 @@ def figure(read: Mapping[tuple[str, Cell], Scores], arms: Mapping[str, Mapping[i
 
 
 def save_reconstructions(pretrainings: Mapping[tuple[str, int], Path], known: Path | None, folder: Path) -> None:
-    """Save what inference drew of each pre-training, and copy pictures of earlier sittings, as small JPEG files."""
+    """Copy pictures of earlier sittings, and save what inference drew of other pre-trainings, as small JPEG files."""
     folder.mkdir(exist_ok=True)
-    for (variant, number), drawn in pretrainings.items():
-        with Image.open(min((drawn / "drawn").glob("*_reconstruction.png"))) as picture:
-            picture.thumbnail((600, 600))
-            picture.convert("RGB").save(folder / f"{slug(variant)}_{number}.jpg", quality=80)
     for file in (known / folder.name).glob("*.jpg") if known else ():
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, folder / file.name)
+    for (variant, number), drawn in pretrainings.items():
+        if not (file := folder / f"{slug(variant)}_{number}.jpg").exists():
+            with Image.open(min((drawn / "drawn").glob("*_reconstruction.png"))) as picture:
+                picture.thumbnail((600, 600))
+                picture.convert("RGB").save(file, quality=80)
 
 
 def dice_sections(read: Mapping[tuple[str, Cell], Scores], size: Settings) -> list[str]:

@@ -113,8 +113,12 @@ def raw_rows(reports: Mapping[Trial, Path], known: Known) -> list[list[Any]]:
 
 
 def pretraining_rows(folders: Mapping[tuple[str, int], Path], known: Known) -> list[list[Any]]:
-    """Return what all pre-trainings ended with that are there or known, variant by variant, below a header."""
-    ended = known.pretrainings | {key: curves(folder) for key, folder in folders.items()}
+    """Return what all pre-trainings ended with that are there or known, variant by variant, below a header.
+
+    What is known counts, as most fine-tunings began there: on another processor a pre-training ends a little elsewhere.
+    """
+    ended = {key: known.pretrainings.get(key) or curves(folder) for key, folder in folders.items()}
+    ended = known.pretrainings | ended
     variants = list(dict.fromkeys(variant for variant, _ in ended))
     order = sorted(ended, key=lambda key: (variants.index(key[0]), key[1]))
     return [
