@@ -251,9 +251,8 @@ def _misfits(settings: Mapping[str, Any]) -> list[str]:
 def _texts_for_numbers(content: Any, base: ConfigParser, files: str, name: str = "") -> list[str]:
     """A line for each text of an overlay in place of a number or a flag of the base: YAML reads `1e-2` as text."""
     if isinstance(content, (dict, list)):
-        parts = enumerate(content) if isinstance(content, list) else content.items()
-        inner = ((value if isinstance(content, dict) else content[key], key) for key, value in parts)
-        return [line for value, key in inner for line in _texts_for_numbers(value, base, files, f"{name}#{key}")]
+        parts = content.items() if isinstance(content, dict) else enumerate(content)
+        return [line for key, value in parts for line in _texts_for_numbers(value, base, files, f"{name}#{key}")]
     name = name.lstrip("#")
     if name in SETTINGS or not isinstance(content, str) or not _NO_TEXT.fullmatch(content):
         return []

@@ -117,8 +117,8 @@ def pretraining_rows(folders: Mapping[tuple[str, int], Path], known: Known) -> l
 
     What is known counts, as most fine-tunings began there: on another processor a pre-training ends a little elsewhere.
     """
-    ended = {key: known.pretrainings.get(key) or curves(folder) for key, folder in folders.items()}
-    ended = known.pretrainings | ended
+    others = {key: curves(folder) for key, folder in folders.items() if key not in known.pretrainings}
+    ended = known.pretrainings | others
     variants = list(dict.fromkeys(variant for variant, _ in ended))
     order = sorted(ended, key=lambda key: (variants.index(key[0]), key[1]))
     return [
