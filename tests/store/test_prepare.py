@@ -269,6 +269,9 @@ def test_stopped_in_the_middle_and_run_again_is_the_same_store(tmp_path, out, ho
     data = tmp_path / "set"
     for seed in range(40):
         save(data / f"c{seed}.nii.gz", body(seed))
+    out.mkdir()
+    claim = SharedManifest(out).claim("set/c39")  # for which the run waits, so that it cannot end before it is stopped
+    assert claim
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # else a background job passes on to ignore it
     process = command(data, out, "--num_workers", "1", start_new_session=True)
     signal.signal(signal.SIGINT, before)
@@ -278,6 +281,7 @@ def test_stopped_in_the_middle_and_run_again_is_the_same_store(tmp_path, out, ho
         time.sleep(0.005)
     process.kill() if how == "parent killed" else os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)  # workers hold its pipes: they must end with it
+    SharedManifest.give_back(claim)
     assert process.returncode != 0
     if how == "Ctrl-C":
         assert stderr.endswith("stopped; run again to go on from here\n") and "Traceback" not in stderr
