@@ -29,7 +29,7 @@ from shared_networks.training.probe import (
 )
 from shared_networks.training.sampler import SeededCacheDataset
 from tests.training.test_monitors import evaluate, network
-from tests.training.test_resume import finish, start
+from tests.training.test_resume import train
 
 PATCH = (6, 6, 6)
 
@@ -264,7 +264,7 @@ def test_a_training_is_watched_and_stays_the_same_to_the_last_bit(datasets: dict
     """With a probe and without: the same weights, the same other curves."""
     curves: dict[str, dict[str, list[float]]] = {}
     for name, settings in (("plain", ()), ("probed", ("--probe_dir", str(datasets["btcv"])))):
-        finish(start(datasets["btcv"], tmp_path / name, "--val_interval", "1", "--epochs", "2", *settings))
+        train(datasets["btcv"], tmp_path / name, "--val_interval", "1", "--epochs", "2", *settings)
         events = EventAccumulator(str(tmp_path / name))
         events.Reload()
         curves[name] = {tag: [scalar.value for scalar in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

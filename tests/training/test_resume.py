@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,24 +47,47 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     return [*words, "--dataset_dir", str(data), "--ckpt_dir", str(out), "--output_dir", str(out), *more]
 
 
-def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+def environment(before: Path | None) -> dict[str, str]:
+    """Return that of a process that finds a folder's modules before all others."""
+    path = os.pathsep.join(str(folder) for folder in (before, os.getenv("PYTHONPATH")) if folder)
+    return os.environ | {"PYTHONPATH": path}
+
+
+def train(data: Path, out: Path, *more: str, code: int = 0, before: Path | None = None) -> str:
+    """Run a training to its exit code, with a folder of modules that are found before all others."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(data, out, *more), cwd=PRETRAIN, **pipes)
+    done = subprocess.run(command(data, out, *more), cwd=PRETRAIN, env=environment(before), **pipes)
+    assert done.returncode == code, done.stdout[-5000:]
+    return done.stdout
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output[-5000:]
-    return output
+def signal_at(folder: Path, state: str, how: str, whom: str = "os.getpid()") -> Path:
+    """Write a module that lets a training get a signal while a state is half written, whatever the machine's load.
 
+    Args:
+        folder: of the module; to be found before all others. It will have the file `pid`, of the process that saves.
+        state: in the file's name.
+        how: the signal's name.
+        whom: number of the process that gets it, as Python of that process.
+    """
+    folder.mkdir()
+    lines = f"""
+        import io, os, pathlib, signal, torch
 
-def wait_for(found: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    """Wait for something in the folder of a run that is under way."""
-    end = time.monotonic() + 120
-    while not found():
-        assert process.poll() is None, process.communicate()[0][-5000:]
-        assert time.monotonic() < end
-        time.sleep(0.0005)
+        def save(content, stream, *rest, save_whole=torch.save, **more):
+            save_whole(content, file := io.BytesIO(), *rest, **more)
+            half = len(file.getvalue()) // 2
+            stream.write(file.getvalue()[:half])
+            stream.flush()
+            if {state!r} in str(stream.name):
+                pathlib.Path(__file__).with_name("pid").write_text(str(os.getpid()))
+                os.kill({whom}, signal.{how})
+            stream.write(file.getvalue()[half:])
+
+        torch.save = save
+    """
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(lines))  # Python imports it before anything else
+    return folder
 
 
 def loss_curve(out: Path) -> dict[int, float]:
@@ -77,7 +100,7 @@ def loss_curve(out: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def uninterrupted(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(datasets["btcv"], out))
+    train(datasets["btcv"], out)
     return out
 
 
@@ -93,31 +116,28 @@ def assert_same_run(out: Path, uninterrupted: Path) -> None:
 def test_a_run_killed_in_the_middle_of_a_save_resumes_exactly(
     datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    states = tmp_path / "state"
-    process = start(datasets["btcv"], tmp_path, "--training_run#every_minutes", "0")
-    wait_for(lambda: list(states.glob(".unfinished_state_*3.ckpt")), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert [file.name for file in states.glob(".*")] == [".unfinished_state_000000003.ckpt"]  # it was in the middle
-    output = finish(start(datasets["btcv"], tmp_path, "--resume"))
+    out = tmp_path / "out"
+    states, half = out / "state", signal_at(tmp_path / "before", "state_000000003", "SIGKILL")
+    train(datasets["btcv"], out, "--training_run#every_minutes", "0", code=-signal.SIGKILL, before=half)
+    assert [file.name for file in states.glob(".*")] == [".unfinished_state_000000003.ckpt"]
+    output = train(datasets["btcv"], out, "--resume")
     assert f"resuming from {states}/state_000000002.ckpt: iteration 2 of 8" in output
-    assert_same_run(tmp_path, uninterrupted)
+    assert_same_run(out, uninterrupted)
     assert sorted(file.name for file in states.iterdir()) == ["state_000000004.ckpt", "state_000000008.ckpt"]
 
-    before = (tmp_path / "model.pt").stat().st_mtime_ns
-    output = finish(start(datasets["btcv"], tmp_path, "--resume"))
+    before = (out / "model.pt").stat().st_mtime_ns
+    output = train(datasets["btcv"], out, "--resume")
     assert f"finished: {states}/state_000000008.ckpt is at epoch 4 of 4; --epochs N trains on" in output
-    assert (tmp_path / "model.pt").stat().st_mtime_ns == before
+    assert (out / "model.pt").stat().st_mtime_ns == before
 
 
 @pytest.mark.integration
 def test_sigterm_saves_and_exits_as_stopped(datasets: dict[str, Path], uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(datasets["btcv"], tmp_path, "--training_run#every_minutes", "0")
-    wait_for(lambda: list((tmp_path / "state").glob("state_*.ckpt")), process)
-    process.send_signal(signal.SIGTERM)
-    assert "stopped by signal 15 at epoch" in finish(process, 143)
-    assert "resuming from" in finish(start(datasets["btcv"], tmp_path, "--resume"))
-    assert_same_run(tmp_path, uninterrupted)
+    out, early = tmp_path / "out", signal_at(tmp_path / "before", "state_000000001", "SIGTERM")
+    shown = train(datasets["btcv"], out, "--training_run#every_minutes", "0", code=143, before=early)
+    assert "stopped by signal 15 at epoch" in shown
+    assert "resuming from" in train(datasets["btcv"], out, "--resume")
+    assert_same_run(out, uninterrupted)
 
 
 # What follows runs in process, on a network of one number.

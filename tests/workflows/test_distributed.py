@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.training.handlers import ReduceOnStep, SeedIterations
 from shared_networks.training.loss import MaskedPatchLoss
 from tests.conftest import ROOT
-from tests.training.test_resume import SMALL, loss_curve, wait_for
+from tests.training.test_resume import SMALL, environment, loss_curve, signal_at
 
 pytestmark = pytest.mark.slow
 
@@ -126,20 +123,26 @@ def test_gradients_are_exchanged_once_a_step_however_many_accumulate(tmp_path: P
 
 
 def start(
-    data: Path, out: Path, *more: str, launch: str = f"--standalone --nproc_per_node {WORLD}"
+    data: Path,
+    out: Path,
+    *more: str,
+    launch: str = f"--standalone --nproc_per_node {WORLD}",
+    before: Path | None = None,
 ) -> subprocess.Popen[str]:
     files = "['configs/train.json','configs/multi_gpu_train.json','configs/tiny.json']"
     words = [sys.executable, "-m", "torch.distributed.run", *launch.split(), "-m", "monai.bundle", "run"]
     words += ["--config_file", files, *SMALL.split(), "--dataset_dir", str(data)]
     words += ["--ckpt_dir", str(out), "--output_dir", str(out), "--training_run#every_minutes", "0", *more]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, cwd=ROOT / "hi_end_mae_pretrain", env=environment, **pipes)
+    env = environment(before) | {"PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(words, cwd=ROOT / "hi_end_mae_pretrain", env=env, **pipes)
 
 
-def pid_of_rank(rank: int, launcher: int) -> int:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return next(int(pid) for pid in children if f"RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+OTHER = (
+    "next(int(pid) for pid in pathlib.Path(f'/proc/{os.getppid()}/task/{os.getppid()}/children').read_text().split() "
+    "if 'RANK=1\\0' in pathlib.Path(f'/proc/{pid}/environ').read_text())"
+)
+"""Finds rank 1 in rank 0, which saves, by the launcher of both."""
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -151,22 +154,15 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def killed(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of which rank 1 was killed, then resumed; what was seen."""
-    out = tmp_path_factory.mktemp("killed")
-    process = start(datasets["btcv"], out)
-    wait_for(lambda: list((out / "state").glob("state_*.ckpt")), process)
-    rank0 = pid_of_rank(0, process.pid)
-    os.kill(pid_of_rank(1, process.pid), signal.SIGKILL)
-    at = time.monotonic()
-    process.communicate(timeout=300)
-    seconds = time.monotonic() - at
+    out, hook = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("hook") / "before"
+    process = start(datasets["btcv"], out, before=signal_at(hook, "state_000000001", "SIGKILL", OTHER))
+    process.communicate(timeout=300)  # not the half hour of gloo's timeout
     resumed = finish(start(datasets["btcv"], out, "--resume"))
-    return {"out": out, "code": process.returncode, "seconds": seconds, "rank0": rank0, "resumed": resumed}
+    return {"out": out, "code": process.returncode, "rank0": (hook / "pid").read_text(), "resumed": resumed}
 
 
-def test_a_killed_process_ends_the_job_soon(killed: dict[str, Any]) -> None:
-    print(f"the job ended {killed['seconds']:.1f} s after rank 1 was killed")
+def test_a_killed_process_ends_the_job(killed: dict[str, Any]) -> None:
     assert killed["code"] != 0
-    assert killed["seconds"] < 60  # not the half hour of gloo's timeout
 
 
 def test_the_restart_resumes_as_two_machines_would_have_run(
@@ -187,7 +183,7 @@ def test_only_rank_0_writes(killed: dict[str, Any]) -> None:
     files = list(killed["out"].glob("events.out.tfevents.*"))
     assert files
     pids = {file.name.split(".")[-2] for file in files}
-    assert len(pids) == 2 and str(killed["rank0"]) in pids  # rank 0 of the first run, rank 0 of the second
+    assert len(pids) == 2 and killed["rank0"] in pids  # rank 0 of the first run, rank 0 of the second
     assert sorted(f.name for f in killed["out"].iterdir() if "tfevents" not in f.name) == [
         "model.json",
         "model.pt",
@@ -197,9 +193,7 @@ def test_only_rank_0_writes(killed: dict[str, Any]) -> None:
 
 def test_sigterm_stops_all_processes_after_the_same_iteration(datasets: dict[str, Path], tmp_path: Path) -> None:
     """A cluster's preemption reaches every process; here one alone, and the other must follow."""
-    process = start(datasets["btcv"], tmp_path)
-    wait_for(lambda: list((tmp_path / "state").glob("state_*.ckpt")), process)
-    os.kill(pid_of_rank(1, process.pid), signal.SIGTERM)
-    output = finish(process, 1)  # torchrun's
+    out, hook = tmp_path / "out", signal_at(tmp_path / "before", "state_000000001", "SIGTERM", OTHER)
+    output = finish(start(datasets["btcv"], out, before=hook), 1)  # torchrun's
     assert "stopped by signal 15 at epoch" in output and "exitcode  : 143" in output
-    assert "resuming from" in finish(start(datasets["btcv"], tmp_path, "--resume"))
+    assert "resuming from" in finish(start(datasets["btcv"], out, "--resume"))

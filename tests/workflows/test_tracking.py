@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.training.test_resume import finish, start
+from tests.training.test_resume import train
 
 pytestmark = pytest.mark.integration
 
 
 def test_mlflow_gets_all_that_is_watched(datasets: dict[str, Path], tmp_path: Path) -> None:
-    finish(start(datasets["btcv"], tmp_path, "--tracking", "mlflow"))
+    train(datasets["btcv"], tmp_path, "--tracking", "mlflow")
     client = MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
     (run,) = (run for e in client.search_experiments() for run in client.search_runs([e.experiment_id]))
     watched = {"learning_rate", "grad_norm", "crops_per_second", "data_wait"}
