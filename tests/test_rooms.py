@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "shared_networks"
-GROUND = ("errors", "files", "version")
+GROUND = ("errors", "files", "processes", "version")
 ORDER = ["settings", "datasets", "synthetic", "store", "transforms", "networks", "training", "figures", "inference"]
 ORDER += ["evaluation", "bundle", "doors"]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -6,16 +6,13 @@ import errno
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +37,7 @@ from shared_networks.datasets.scans import (
 )
 from shared_networks.errors import InputError, in_one_line
 from shared_networks.files import atomic_write, files_state
+from shared_networks.processes import process_pool
 from shared_networks.store.format import (
     RUN_AGAIN,
     centres_file,
@@ -280,9 +278,8 @@ def _results(task: Task, queue: Queue, num_workers: int) -> Iterator[tuple[Sourc
             source, known, done = taken
             yield source, None if done else _entry_or_reason(task, source, known)
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
     pending: dict[Future[Entry | str], Source] = {}
-    pool = ProcessPoolExecutor(min(num_workers, len(queue.waiting)), spawn, _start_worker, (task,))
+    pool = process_pool(min(num_workers, len(queue.waiting)), _start_worker, task)
     try:
         while queue.waiting or pending:
             # Few at a time, so that an interruption has little to take back, and other runs find enough.
@@ -314,15 +311,6 @@ def _start_worker(task: Task) -> None:
     global _task
     _task = task
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-
-    def follow_parent() -> None:
-        # A killed parent cannot tell its workers, and they would wait for work for ever.
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _work(source: Source, known: Entry | None) -> Entry | str:

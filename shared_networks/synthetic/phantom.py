@@ -11,13 +11,10 @@ Example:
 from __future__ import annotations
 
 import gzip
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +27,7 @@ from tqdm import tqdm
 from shared_networks.datasets.tissue_maps import TISSUE_CHANNEL
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write, write_json
+from shared_networks.processes import process_pool
 from shared_networks.settings.command_line import call_with_options
 from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, PATH, SEED, choice, number
 from shared_networks.synthetic.appearance import scan
@@ -109,8 +107,7 @@ def each(write: Callable[[Planned], None], cases: Iterable[Planned], num_workers
     if num_workers == 0:
         yield from map(write, cases)
         return
-    ignored = signal.SIGINT, signal.SIG_IGN  # Ctrl-C reaches all processes; this one stops the others
-    with ProcessPoolExecutor(num_workers, get_context("spawn"), signal.signal, ignored) as pool:
+    with process_pool(num_workers) as pool:
         try:
             yield from pool.map(write, cases)
         except BrokenProcessPool:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -65,16 +66,32 @@ def test_finer_voxels_are_finer() -> None:
     assert fine[0].size > 3 * coarse[0].size and all(volume > 3e5 for volume in liver)
 
 
+def command(out: Path, *options: str) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "shared_networks.synthetic.phantom", "--out", str(out), *options]
+    root = str(Path(phantom.__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(words, env=env, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.integration
+def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
+    process = command(tmp_path / "set", "--train", "100000", "--voxel_mm", "6", "--num_workers", "1")
+    while not list((tmp_path / "set").rglob("*.nii.gz")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)  # the worker holds its pipe
+
+
 @pytest.mark.integration
 def test_dataset_by_the_command_line(tmp_path: Path) -> None:
     """The documented command writes nnU-Net's layout; each case depends on its own number only."""
     out = tmp_path / "Dataset901_Phantom"
     options = ["--label_set", "btcv", "--train", "2", "--test", "1", "--seed", "5", "--voxel_mm", "6"]
     options += ["--num_workers", "2"]
-    command = [sys.executable, "-m", "shared_networks.synthetic.phantom", "--out", str(out), *options]
-    root = str(Path(phantom.__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    subprocess.run(command, check=True, env=env, cwd=tmp_path, capture_output=True)
+    process = command(out, *options)
+    shown, _ = process.communicate()
+    assert process.returncode == 0, shown
 
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "dataset.json",
