@@ -136,3 +136,20 @@ def check_tables(record: Path, keys: Collection[str], tables: Iterable[str]) -> 
             f"{there[0]}: is of no earlier run, as far as {record.name} says, and would be lost; give another "
             "--output_dir, or rename it"
         )
+
+
+def check_table(table: str | Path, first: str) -> None:
+    """Refuse to replace a table of another program or user.
+
+    Args:
+        table: that is to be written.
+        first: what such a table begins with.
+
+    Raises:
+        InputError: it is there and does not.
+    """
+    if os.path.lexists(table) and not (os.path.isfile(table) and Path(table).read_bytes().startswith(first.encode())):
+        raise InputError(
+            f"{table}: does not begin with {first}, so no earlier run wrote it, and it would be lost; "
+            "give another --output_dir, or rename it"
+        )

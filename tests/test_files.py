@@ -6,7 +6,7 @@ import pytest
 
 from shared_networks import files
 from shared_networks.errors import InputError
-from shared_networks.files import check_output_folder
+from shared_networks.files import check_output_folder, check_table
 
 
 def test_an_output_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +18,13 @@ def test_an_output_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(files.os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(InputError, match="is read-only; give another --ckpt_dir"):
         check_output_folder(tmp_path / "out", "ckpt_dir")
+
+
+def test_a_table_of_someone_else_is_not_replaced(tmp_path: Path) -> None:
+    check_table(table := tmp_path / "table.csv", "rank,case")
+    table.write_text("rank,case\n1,a\n")
+    check_table(table, "rank,case")
+    with pytest.raises(InputError, match=r"table.csv: does not begin with val_masked_mse, .*give another --output_dir"):
+        check_table(table, "val_masked_mse")
+    with pytest.raises(InputError, match="does not begin with"):
+        check_table(tmp_path, "rank")

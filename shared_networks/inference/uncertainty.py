@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
-from shared_networks.files import atomic_write, write_csv, write_json
+from shared_networks.files import atomic_write, check_table, write_csv, write_json
 from shared_networks.inference.done import read_note
 from shared_networks.inference.predict import Scans
 from shared_networks.inference.ranks import Ranks
@@ -246,6 +246,9 @@ def on_scan_grid(volume: Tensor, image: MetaTensor) -> Tensor:
     return out.permute(0, *(axis + 1 for axis in grid.axes))
 
 
+RANKING = ["rank", "case", "mean_uncertainty", "predicted_ml"]
+
+
 class SaveUncertaintyd(SaveImageLabelsd):
     """Write `NAME_uncertainty.nii.gz`, float32 from 0 to 1 on the scan's own grid, and ranks the cases.
 
@@ -283,6 +286,7 @@ class SaveUncertaintyd(SaveImageLabelsd):
             if value is not None and value is not False and value != []:
                 fix = "give --flip_axes" if name == "tta_flip_axes" else "leave the setting out"
                 raise InputError(f"--{name} {value}: uncertainty.json writes no labels; {fix}")
+        check_table(Path(output_dir) / "uncertainty.csv", ",".join(RANKING))
         super().__init__(
             keys, label_names=(), output_dir=output_dir, checkpoints=checkpoints, settings=settings, ranks=ranks
         )
@@ -343,7 +347,7 @@ def ranking_rows(scores: Mapping[str, tuple[float, float]]) -> list[list[Any]]:
         scores: by case, the mean uncertainty, infinite where no organ was predicted, and the predicted volume in ml.
     """
     ranked = sorted(scores.items(), key=lambda item: (-item[1][0], item[0]))
-    rows: list[list[Any]] = [["rank", "case", "mean_uncertainty", "predicted_ml"]]
+    rows: list[list[Any]] = [RANKING]
     for rank, (case, (mean, ml)) in enumerate(ranked, start=1):
         rows.append([rank, case, "" if math.isinf(mean) else f"{mean:.4f}", f"{ml:.1f}"])
     return rows

@@ -272,6 +272,12 @@ def test_cases_are_ranked_as_they_come(tmp_path: Path) -> None:
     assert ranking_rows({}) == expected[:1]
 
 
+def test_a_ranking_of_someone_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "uncertainty.csv").write_text("my notes\n")
+    with pytest.raises(InputError, match=r"uncertainty\.csv: does not begin with rank,case,mean_uncertainty,"):
+        SaveUncertaintyd(output_dir=tmp_path)
+
+
 def test_a_run_in_which_all_scans_fail_leaves_no_earlier_ranking(tmp_path: Path) -> None:
     SaveUncertaintyd(output_dir=tmp_path)(scored("a", 0.2, 10))
     assert len(read(tmp_path / "uncertainty.csv")) == 2

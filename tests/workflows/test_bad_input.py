@@ -150,21 +150,32 @@ def test_a_folder_that_cannot_be_written_stops_training(setting: str, data: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("setting", ["output_dir", "ckpt_dir"])
-def test_a_folder_that_cannot_be_written_stops_pre_training(setting: str, data: Path, tmp_path: Path) -> None:
-    configs, out = ROOT / "hi_end_mae_pretrain" / "configs", str(tmp_path / "out")
-    flow = ConfigWorkflow(
+def pretraining(data: Path, out: Path, *configs: str, **override: object) -> ConfigWorkflow:
+    folder = ROOT / "hi_end_mae_pretrain" / "configs"
+    return ConfigWorkflow(
         workflow_type="train",
-        config_file=[str(configs / "train.json"), str(configs / "tiny.json")],
+        config_file=[str(folder / f"{name}.json") for name in ("train", *configs, "tiny")],
         logging_file=False,
         dataset_dir=str(data),
-        bundle_root=str(configs.parent),
-        **{"ckpt_dir": out, "output_dir": out, setting: "/dev/null/out"},
+        bundle_root=str(folder.parent),
+        **{"ckpt_dir": str(out), "output_dir": str(out), **override},
     )
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "ckpt_dir"])
+def test_a_folder_that_cannot_be_written_stops_pre_training(setting: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception) as caught:
-        flow.initialize()
+        pretraining(data, tmp_path / "out", **{setting: "/dev/null/out"}).initialize()
     assert f"/dev/null is not a folder; give another --{setting}" in str(input_error_in(caught.value))
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_of_an_encoder_leaves_the_table_of_a_segmentation(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(content := "case,organ,dice\n")
+    with pytest.raises(Exception) as caught:
+        pretraining(data, tmp_path, "evaluate").initialize()
+    assert f"{tmp_path}/metrics.csv: does not begin with val_masked_mse," in str(input_error_in(caught.value))
+    assert (tmp_path / "metrics.csv").read_text() == content
 
 
 def test_a_missing_encoder_names_the_three_choices(data: Path, tmp_path: Path) -> None:
