@@ -125,8 +125,9 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     count = Counter(trial.cell for trial in found)
     for labels in size["labels"]:
         assert [count[Cell(arm, labels, steps)] for arm in (SCRATCH, PLAIN, OURS, FROZEN)] == [3, 9, 9, 9]
-    for labels in (16, 4):
-        assert [count[Cell(SCRATCH, labels, round(share * steps))] for share in (0.25, 0.5, 1, 2, 4)] == [3] * 5
+    for labels, most in ((16, 3072), (4, 1536)):
+        curve = [96, 192, 384, 768, 1536, 3072]
+        assert [count[Cell(SCRATCH, labels, number)] for number in curve] == [3 * (number <= most) for number in curve]
     assert {t[1:] for t in found if t.cell == Cell(OURS, 16, 2 * steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell == Cell("taps: all 12 blocks", 4, steps)} == {(0, 0), (1, 1), (2, 2)}
     assert {t[1:] for t in found if t.cell.variant == "strong augmentation, from scratch"} == {(0, 0), (0, 1), (0, 2)}
@@ -134,8 +135,8 @@ def test_pre_trainings_and_seeds_are_crossed_and_ablations_are_not() -> None:
     assert [t.cell for t in found[:4]] == [Cell(arm, 4, steps) for arm in ARMS]
     assert {t.cell.labels for t in found[:30]} == {4}
     assert {t.pretraining for t in found[30:66]} == {0} and {t.cell.labels for t in found[30:66]} == {1, 16, 64}
-    assert {t.cell.variant for t in found[66:114]} == {SCRATCH, OURS}
-    assert [{t.cell.labels for t in found[at : at + 24]} for at in (66, 90)] == [{16}, {4}]
+    assert {t.cell.variant for t in found[66:120]} == {SCRATCH, OURS}
+    assert [{t.cell.labels for t in part} for part in (found[66:96], found[96:120])] == [{16}, {4}]
     assert {t.cell.variant for t in found[-54:]} == {PLAIN, OURS, FROZEN}
 
 

@@ -30,7 +30,7 @@ from .results import (
     read_scores,
 )
 from .runs import SYNTHETIC, Cell, Trial, slug
-from .settings import ARMS, CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, OURS, SCRATCH, Settings
+from .settings import ARMS, CURVE_ARMS, CURVES, MAIN_LABELS, OURS, SCRATCH, Settings
 
 Estimate = tuple[float, tuple[float, float]]
 """A mean, and the ends of its 95 % interval."""
@@ -238,7 +238,7 @@ def dice_sections(read: Mapping[tuple[str, Cell], Scores], size: Settings) -> li
             "By organ:",
             organ_table(read, test_set, [Cell(arm, n, steps) for n in size["labels"] for arm in arms]),
         ]
-        for labels in CURVE_LABELS:
+        for labels in CURVES:
             curve = curve_rows(read, test_set, labels)
             if len(curve) > 1:
                 header = ["steps", *CURVE_ARMS, f"{CURVE_ARMS[1]} less {CURVE_ARMS[0]}"]
@@ -283,7 +283,7 @@ def report(
         arms = {arm: {count: Cell(arm, count, steps) for count in size["labels"]} for arm in size["arms"]}
         figure(read, arms, "labelled cases").savefig(out / "transfer.png")
         sections += ["![Mean Dice by labelled cases](transfer.png)"]
-        for labels in CURVE_LABELS:
+        for labels in CURVES:
             curve = curve_cells((cell for _, cell in read), labels)
             if len(curve[SCRATCH]) > 1:
                 figure(read, curve, "steps").savefig(out / f"curve_{labels}.png")

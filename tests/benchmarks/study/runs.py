@@ -20,7 +20,7 @@ from shared_networks.errors import InputError
 from shared_networks.files import write_json
 
 from .execution import Run, bundle_run
-from .settings import ARMS, CURVE, CURVE_ARMS, CURVE_LABELS, MAIN_LABELS, Settings, Variant
+from .settings import ARMS, CURVE_ARMS, CURVES, MAIN_LABELS, Settings, Variant
 
 PRETRAINING, SEGMENTER = "hi_end_mae_pretrain", "hi_end_mae_btcv_seg"
 SYNTHETIC = "synthetic"
@@ -75,12 +75,12 @@ def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mappin
 
     rest = [count for count in size["labels"] if count != MAIN_LABELS]
     numbers = range(max(pretrainings.values()))
-    counts = [round(share * steps) for share in CURVE]
-    curved = CURVE_LABELS if {*CURVE_LABELS} <= {*size["labels"]} and {*CURVE_ARMS} <= {*size["arms"]} else ()
+    curves = {labels: [round(share * steps) for share in shares] for labels, shares in CURVES.items()}
+    curved = {*curves} <= {*size["labels"]} and {*CURVE_ARMS} <= {*size["arms"]}
     return [
         *arms([count for count in size["labels"] if count == MAIN_LABELS], numbers),
         *arms(rest, numbers[:1]),
-        *(trial for labels in curved for trial in others(CURVE_ARMS, labels, counts)),
+        *(trial for labels, counts in curves.items() if curved for trial in others(CURVE_ARMS, labels, counts)),
         *others([name for name in variants if name not in ARMS], MAIN_LABELS, [steps]),
         *arms(rest, numbers[1:]),
     ]

@@ -83,10 +83,9 @@ ABLATIONS = {
     "strong augmentation, from scratch": Variant(None, **STRONG),
 }
 MAIN_LABELS = 4
-CURVE = (0.25, 0.5, 2.0, 4.0)
-"""Shares of the steps for which `CURVE_ARMS` are trained too, with `CURVE_LABELS`."""
+CURVES = {16: (0.25, 0.5, 2.0, 4.0, 8.0), MAIN_LABELS: (0.25, 0.5, 2.0, 4.0)}
+"""Shares of the steps for which `CURVE_ARMS` are trained too, by number of labelled cases."""
 CURVE_ARMS = (SCRATCH, OURS)
-CURVE_LABELS = (16, MAIN_LABELS)
 
 
 def upsamplings(patch_size: int) -> Settings:
