@@ -88,8 +88,8 @@ def training_record(
 
     Returns:
         `labels` as nnU-Net v2 has them in `dataset.json`; `dataset`, `split`, `preparation` and `network`; for each
-        part the names of its cases with a digest of each labelled scan; and `seen_before` likewise, of earlier
-        trainings.
+        part the names of its cases with a digest of each labelled scan; `validated_on`, a digest of what the validation
+        cases hold, labelled or not; and `seen_before`, cases of earlier trainings.
 
     Raises:
         InputError: a record of the weights to start from is of other weights or cannot be read.
@@ -115,6 +115,7 @@ def training_record(
         "preparation": dict(preparation),
         "network": dict(network or {}),
         **{part: case_digests(cases) for part, cases in parts.items()},
+        "validated_on": _validation_digest(parts["validation"]),
         "seen_before": seen,
     }
     record = TrainingRecord(json.loads(json.dumps(content)))  # tuples are lists on file
@@ -138,16 +139,40 @@ def seen_cases(record: Record, part: str) -> dict[str, str]:
     return {**record["seen_before"][part], **record[part]}
 
 
+def scores_alike(there: Record, here: Record) -> bool:
+    """Return whether two trainings validate on the same cases, with the same scans and labels.
+
+    Args:
+        there: of an earlier training; where it is of a version without `validated_on`, names and digests must do.
+        here: of :func:`training_record`.
+    """
+    same_content = there.get("validated_on", here["validated_on"]) == here["validated_on"]
+    return same_content and bool(there["validation"] == here["validation"])
+
+
+def _validation_digest(cases: Sequence[Case]) -> str:
+    """What scans and labels hold, of which a score is. Without names, as a released record must not tell them."""
+    files = ((*ensure_tuple(case["image"]), *ensure_tuple(case.get("label", ()))) for case in cases)
+    # A store knows its sources by digest, so that its volumes need not be read.
+    found = [case.get("sha256") or _files_digest(named) for case, named in zip(cases, files, strict=True)]
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
 def _scan_digest(case: Case) -> str:
-    """What a labelled scan is known by under any name, compressed or not. Empty if there is no file."""
+    """What a labelled scan is known by under any name. Empty for one without label, or if there is no file."""
+    return _files_digest(ensure_tuple(case["image"])) if "label" in case else ""
+
+
+def _files_digest(files: Sequence[str]) -> str:
+    """What the content of files is known by, compressed or not. Empty if there is no file."""
     digest = hashlib.sha256()
     try:
-        for file in ensure_tuple(case["image"]) if "label" in case else ():
+        for file in files:
             stat = os.stat(file)
             digest.update(_content_key(str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns))
     except (OSError, EOFError, zlib.error):  # checks of the data say so
         return ""
-    return digest.hexdigest() if "label" in case else ""
+    return digest.hexdigest()
 
 
 @cache

@@ -173,7 +173,7 @@ def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:
     """List the cases of a store for a MONAI data set.
 
     Returns:
-        Sorted by id: `{"image": file, "case": id, "shape": [C, H, W, D]}`.
+        Sorted by id: `{"image": file, "case": id, "shape": [C, H, W, D], "sha256": digest}`, of the scan's own files.
 
     Raises:
         InputError: there is no store, no case in it, or files of it are missing or cut short.
@@ -190,8 +190,13 @@ def read_manifest(prepared_dir: str | Path | None) -> list[dict[str, Any]]:
             "prepare again, which makes only those"
         )
     return [
-        {"image": str(volume_file(prepared_dir, case)), "case": case, "shape": entries[case]["shape"]}
-        for case in sorted(entries)
+        {
+            "image": str(volume_file(prepared_dir, case)),
+            "case": case,
+            "shape": entry["shape"],
+            "sha256": entry.get("sha256", ""),
+        }
+        for case, entry in sorted(entries.items())
     ]
 
 

@@ -31,6 +31,7 @@ from shared_networks.datasets.record import (
     read_record,
     record_file,
     save_tensors,
+    scores_alike,
     seen_cases,
     write_model,
 )
@@ -174,7 +175,7 @@ class TrainingRun:
         """Attach to trainer and evaluator; resume, remove or challenge the training in the folder.
 
         A model is the one to beat, validated first on the present validation cases, where it is trained on in place,
-        where no state is left to resume from, or where the state chose it by other cases.
+        where no state is left to resume from, or where the state chose it by other cases, scans or labels.
 
         Raises:
             InputError: as :func:`check_run_folder`; or no state can be read though some exist, or they are of another
@@ -362,8 +363,8 @@ class TrainingRun:
         if epoch != -1 and not self.model.is_file():
             logger.warning("%s is gone: the best model is chosen anew", self.model)
             epoch = -1
-        if epoch != -1 and state["record"]["validation"] != self.record["validation"]:
-            logger.warning("%s: other cases validate now, so that its best model is validated anew", file)
+        if epoch != -1 and not scores_alike(state["record"], self.record):
+            logger.warning("%s: other scans or labels validate now, so that its best model is validated anew", file)
             self.challenge(epoch)  # before the average is loaded, which would take the model's place
         else:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = score, epoch

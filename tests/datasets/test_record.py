@@ -19,6 +19,7 @@ from shared_networks.datasets.record import (
     file_digest,
     read_record,
     record_file,
+    scores_alike,
     trained_labels,
     training_record,
     write_model,
@@ -91,6 +92,30 @@ def test_labelled_scans_are_known_by_what_is_in_them(tmp_path: Path) -> None:
     assert list(train) == ["a", "b", "copy"] and train["a"] == train["copy"] != train["b"]
     assert record["validation"]["a"] not in {"", train["a"]}  # another channel is another scan
     assert record["test"] == {"b": ""}  # nobody labelled it
+
+
+def test_scores_compare_where_the_same_content_validates(tmp_path: Path) -> None:
+    """Scans are labelled or not, and those of a store have the digest of their source."""
+
+    def made(case: dict[str, Any], content: bytes, label: bytes = b"") -> Record:
+        image.write_bytes(content)
+        file.write_bytes(label)
+        return training_record(tmp_path, {"train": [], "validation": [case], "test": []}, {})
+
+    image, file = tmp_path / "a_0000.nii.gz", tmp_path / "a.nii.gz"
+    scan: dict[str, Any] = {"image": str(image)}
+    before = made(scan, gzip.compress(b"12"))
+    assert before["validation"] == {"a": ""}  # known by its name alone, as all scans without label
+    assert scores_alike(before, made(scan, b"12")) and not scores_alike(before, made(scan, b"13"))
+    older = {key: value for key, value in before.items() if key != "validated_on"}
+    assert scores_alike(older, made(scan, b"13")) and not scores_alike(older, made({**scan, "case": "b"}, b"13"))
+    labelled = {**scan, "label": str(file)}
+    before = made(labelled, b"12", b"0")
+    assert scores_alike(before, made(labelled, b"12", b"0")) and not scores_alike(before, made(labelled, b"12", b"1"))
+    assert not scores_alike(before, made({**scan, "label": ""}, b"12"))
+    stored = made({**scan, "sha256": "1"}, b"12")
+    assert scores_alike(stored, made({**scan, "sha256": "1"}, b"13"))
+    assert not scores_alike(stored, made({**scan, "sha256": "2"}, b"12"))
 
 
 @pytest.mark.parametrize("written", ["the new record", "the new weights"])

@@ -181,6 +181,13 @@ def test_an_id_that_leads_out_of_the_store_is_refused(tmp_path, case):
         manifest_entries(tmp_path / "store")
 
 
+def test_cases_have_the_digests_of_the_scans_that_they_were_made_of(tmp_path):
+    """So that a training which is resumed knows whether the same scans validate."""
+    assert add_case(tmp_path)["sha256"] == ""  # an entry without
+    append_entry(tmp_path, {**manifest_entries(tmp_path)["set/a"], "sha256": "1f"})
+    assert [item["sha256"] for item in read_manifest(tmp_path)] == ["1f"]
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(InputError, match="prepared_dir is not set; pass --prepared_dir"):
         read_manifest("")

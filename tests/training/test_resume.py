@@ -670,8 +670,9 @@ def test_a_state_of_a_version_that_kept_no_settings_of_the_network_is_resumed(tm
 
 
 @pytest.mark.parametrize("make", [training, averaged])
-def test_the_best_model_is_validated_anew_where_other_cases_validate(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[..., TrainingRun]
+@pytest.mark.parametrize("validation", ["ex", "e"])
+def test_the_best_model_is_validated_anew_where_other_scans_validate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[..., TrainingRun], validation: str
 ) -> None:
     """On the cases of before nothing could be better; on those of now its error is 1."""
     run(make(tmp_path))
@@ -679,12 +680,14 @@ def test_the_best_model_is_validated_anew_where_other_cases_validate(
         torch.save({**torch.load(file, weights_only=True), "best_metric": 0.0, "best_metric_epoch": 1}, file)
     old = {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)}
     write_model(old, tmp_path / "model.pt", a_record())
-    state = make(tmp_path, epochs=9, record=a_record(validation="ex"), resume=True)
+    now = a_record(validation=validation)
+    now["validated_on"] = "of other scans, whatever their names"
+    state = make(tmp_path, epochs=9, record=now, resume=True)
     state.start()
-    assert "other cases validate now, so that its best model is validated anew" in caplog.text
+    assert "other scans or labels validate now, so that its best model is validated anew" in caplog.text
     assert (state.evaluator.state.best_metric, state.evaluator.state.best_metric_epoch) == (1.0, 1)
     record = read_record(tmp_path / "model.pt")
-    assert record is not None and set(record["validation"]) == set("ex")
+    assert record is not None and set(record["validation"]) == set(validation)
     assert record["score"] == {"name": "error", "value": 1.0, "epoch": 1}
     assert torch.load(tmp_path / "model.pt", weights_only=True) == old
     state.trainer.run()
