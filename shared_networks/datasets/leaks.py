@@ -66,7 +66,8 @@ def check_evaluation(checkpoints: Sequence[str | Path], now: Record, reported: S
         if not is_validation:
             chose = common_cases(tested, seen_cases(record, "validation"), by_name)
             leaks["chose the model and would now test"] = [name for name in chose if name not in memorised]
-        refuse_leaks(file, leaks, _advice(record, now) if of_split else "Leave these cases out of the report")
+        advice = _advice(record, now, "report on cases that the model has not seen")
+        refuse_leaks(file, leaks, advice if of_split else "Leave these cases out of the report")
 
 
 def unseen_cases(
@@ -158,7 +159,7 @@ def check_unseen(
         "chose the model and would now test": common_cases(record["test"], chose, same_names),
     }
     elsewhere = "Start from weights that have not seen these cases, or split the cases as they were split there"
-    refuse_leaks(source, leaks, _advice(before, record) if before else elsewhere)
+    refuse_leaks(source, leaks, _advice(before, record, "start anew in another --ckpt_dir") if before else elsewhere)
 
 
 def different_splits(there: Record, here: Record) -> dict[str, tuple[Any, Any]]:
@@ -175,14 +176,19 @@ def refuse_leaks(source: str | Path, leaks: Mapping[str, Sequence[str]], advice:
         raise InputError(f"{source}: {'; '.join(lines)}. {advice}")
 
 
-def _advice(before: Record, now: Record) -> str:
-    """What makes the split of a training again."""
+def _advice(before: Record, now: Record, otherwise: str) -> str:
+    """What makes the split of a training again, or else what can be done without."""
     if different_settings(before["split"], now["split"]):
         return f"Give the settings of training: {split_options(before)}"
     changed = "The settings are those of training, so the data set has changed"
+    lost = sorted(before["validation"].keys() - {name for part in PARTS for name in now[part]})
+    if lost and now["split"].get("num_train_cases") is None:  # else they may be among those that do not train
+        listed = f"{', '.join(lost[:5])} ({len(lost)} in all)"
+        return f"{changed}: it lacks the validation cases {listed}. Put them back, or {otherwise}"
     if now["test"] or not before["validation"]:
-        return f"{changed}: give that of training, or start anew in another --ckpt_dir"
-    return f"{changed}: keep its validation cases, {options({'split#val_cases': list(before['validation'])})}"
+        return f"{changed}: give that of training, or {otherwise}"
+    kept = options({"split#val_cases": list(before["validation"])})
+    return f"{changed}: keep its validation cases, {kept}, or {otherwise}"
 
 
 def split_options(record: Record) -> str:

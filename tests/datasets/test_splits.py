@@ -272,10 +272,37 @@ def test_a_training_goes_on_with_more_cases_if_its_validation_cases_are_kept(tmp
         check_start(record(parts(found, "bcdef", "a"), **share), before, "s")
     assert str(caught.value) == (
         "s: a (1 in all) trained and would now choose the model. The settings are those of training, so the data set "
-        "has changed: keep its validation cases, --split#val_cases \"['d']\""
+        "has changed: keep its validation cases, --split#val_cases \"['d']\", or start anew in another --ckpt_dir"
     )
     with pytest.raises(InputError, match=r"val_fraction was 0\.3 and is 0\.5"):
         check_start(record(parts(found, "ab", "cd"), **{**share, "val_fraction": 0.5}), before, "s")
+
+
+@pytest.mark.parametrize("label_names", [("background", "liver"), ()])
+def test_validation_cases_that_are_gone_are_to_be_put_back(tmp_path, label_names):
+    """They were excluded from a store, say; to keep them by name is no advice then."""
+    found = scans(tmp_path / "ours", "abcdef")
+    share = {"val_cases": [], "val_fraction": 0.3, "label_names": label_names}
+    before, now = record(parts(found, "abc", "de"), **share), record(parts(found, "bcf", "ae"), **share)
+    write_model({}, tmp_path / "model.pt", before)
+    changed = "The settings are those of training, so the data set has changed"
+    lacks = f"{changed}: it lacks the validation cases d (1 in all)"
+    with pytest.raises(InputError) as caught:
+        check_start(now, before, "s")
+    assert str(caught.value) == (
+        f"s: a (1 in all) trained and would now choose the model. {lacks}. Put them back, or start anew in another "
+        "--ckpt_dir"
+    )
+    with pytest.raises(InputError) as caught:
+        check_evaluation([tmp_path / "model.pt"], now, [found["a"]])
+    assert str(caught.value) == (
+        f"{tmp_path}/model.json: a (1 in all) trained and would now test. {lacks}. Put them back, or report on cases "
+        "that the model has not seen"
+    )
+    few = {**share, "num_train_cases": 2}  # the rest of the cases is in no part
+    before = record(parts(found, "ab", "de"), **few)
+    with pytest.raises(InputError, match=r"keep its validation cases, --split#val_cases \"\['d','e'\]\", or "):
+        check_start(record(parts(found, "bc", "ae"), **few), before, "s")
 
 
 def test_the_advice_names_no_share_where_names_chose_the_validation_cases(tmp_path):
