@@ -13,8 +13,9 @@ def find_excluded(cases: Mapping[str, Sequence[str]], names: Sequence[str]) -> d
     """Find the cases that names mean; in doubt a name means too many and not too few.
 
     Small and capital letters, file suffixes and a last `_0000` do not matter. A name without folders means every case
-    with such a part in its id or with such a file. A name with folders means the cases whose id or file it ends or
-    lies within, part by part; where there are none, its last part is taken for a name without folders.
+    with such a part in its id or with such a file. A name with folders means the cases within whose id or file it
+    lies, part by part. Where there are none, it means those whose id or file ends it, as where a data set was moved;
+    where there are none either, its last part is taken for a name without folders.
 
     Args:
         cases: by id, what else they go by: their NIfTI files, or the UID of their series.
@@ -27,7 +28,10 @@ def find_excluded(cases: Mapping[str, Sequence[str]], names: Sequence[str]) -> d
     found = {}
     for name in names:
         parts = _parts(name)
-        means = [case for case, known in paths.items() if len(parts) > 1 and any(_within(parts, k) for k in known)]
+        means: list[str] = []
+        if len(parts) > 1:
+            means = [case for case, known in paths.items() if any(_within(parts, path) for path in known)]
+            means = means or [case for case, known in paths.items() if any(parts[-len(p) :] == p for p in known)]
         last = parts[-1] if parts else ""
         found[name] = means or [c for c, (own, *also) in paths.items() if last in own or last in [k[-1] for k in also]]
     return found
@@ -59,6 +63,5 @@ def _parts(path: str) -> list[str]:
 
 
 def _within(parts: list[str], path: list[str]) -> bool:
-    """Return whether one path ends the other, or the first lies within the second."""
-    ends = range(len(parts), len(path) + 1)
-    return parts[-len(path) :] == path or any(path[end - len(parts) : end] == parts for end in ends)
+    """Return whether one path lies within another."""
+    return any(path[end - len(parts) : end] == parts for end in range(len(parts), len(path) + 1))
