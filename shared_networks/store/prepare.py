@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -88,6 +88,8 @@ def prepare(
 ) -> None:
     """Preprocess what is missing or has changed, and lists what cannot be prepared.
 
+    A case that fails stays in the store as it was prepared before, unless its source has changed since.
+
     Args:
         dataset_dir: as :func:`find_scans` takes it.
         prepared_dir: the store; it may hold cases of other data sets, which stay.
@@ -127,13 +129,16 @@ def prepare(
     manifest = SharedManifest(task.prepared_dir)
     with manifest.locked() as entries:
         left_out = _excluded_cases(sources, entries, names)
-    manifest.remove(left_out)
-    manifest.remove_leftovers()
     wanted = [source for source in sources if source.case not in left_out]
     if not wanted:
         raise InputError(f"{exclude}: leaves out all {len(sources)} cases of {dataset_dir}; name fewer")
+    if gone := manifest.remove(left_out):
+        print(f"{len(gone)} of the excluded cases removed from the store: {', '.join(sorted(gone))}")
+    manifest.remove_leftovers()
+    before = set(manifest.entries)
     todo = [source for source in wanted if not _is_current(task, source, manifest.entries.get(source.case))]
     print(f"{len(todo)} cases to prepare, {len(wanted) - len(todo)} already done, {len(left_out)} excluded")
+    _report_replaced(task, todo, manifest.entries)
     _check_room(task, todo, manifest.entries, max(num_workers, 1))
     try:
         failed = _prepare_all(task, todo, manifest, num_workers)
@@ -144,7 +149,7 @@ def prepare(
         logger.warning("%s: passed over: %s", path, reason)
     with manifest.locked() as entries:
         manifest.write()
-        _report(task.prepared_dir, entries, wanted, failed, len(sources.passed_over))
+        _report(task.prepared_dir, entries, wanted, failed, len(sources.passed_over), before)
     if len(failed) > max_failed * len(wanted):
         raise InputError(
             f"{len(failed)} of {len(wanted)} cases failed, more than the share of {max_failed:g} that may "
@@ -260,8 +265,8 @@ def _prepare_all(task: Task, todo: Sequence[Source], manifest: SharedManifest, n
                 elif result is not None:
                     failed[source.case] = result
                     known = manifest.entries.get(source.case)
-                    if known and known["source"] == _origin(source):
-                        manifest.remove([source.case])  # what it was made of is gone
+                    if known and known["source"] == _origin(source) and _is_outdated(task, source, known):
+                        manifest.remove([source.case])
                 queue.give_back(source.case)
         finally:
             queue.close()
@@ -364,6 +369,33 @@ def _fits(task: Task, entry: Mapping[str, Any]) -> bool:
     return bool(min(entry.get("resampled_shape", entry["shape"])[1:]) >= task.min_size)
 
 
+def _is_outdated(task: Task, source: Source, entry: Entry) -> bool:
+    """Return whether a case that failed is gone: its files are not whole, or its source is known to hold other bytes.
+
+    That other settings refuse it says nothing against what was prepared of the same bytes.
+    """
+    if not is_complete(task.prepared_dir, entry):
+        return True
+    try:
+        return bool(entry.get("state") != files_state(source.files) and entry["sha256"] != _sha256(source.files))
+    except OSError:
+        return False
+
+
+def _report_replaced(task: Task, todo: Sequence[Source], entries: Mapping[str, Entry]) -> None:
+    """Print which cases will replace those that were prepared with other settings, by what differs."""
+    cases_of: dict[str, list[str]] = {}
+    for case in (source.case for source in todo if source.case in entries):
+        before = entries[case]["settings"]
+        changed = [name for name in {**before, **task.settings} if before.get(name) != task.settings.get(name)]
+        if changed:
+            values = [f"{name} {task.settings.get(name, 'none')}, was {before.get(name, 'none')}" for name in changed]
+            cases_of.setdefault("; ".join(values), []).append(case)
+    for difference, cases in cases_of.items():
+        listed = ", ".join(cases[:10]) + (", ..." if len(cases) > 10 else "")
+        print(f"{len(cases)} of them would replace cases prepared with other settings ({difference}): {listed}")
+
+
 def _check_room(task: Task, todo: Sequence[Source], entries: Mapping[str, Entry], workers: int) -> None:
     """Print what the cases will take of disk and time, from their headers."""
     if not todo:
@@ -404,10 +436,12 @@ def _report(
     wanted: Sequence[Source],
     failed: Mapping[str, str],
     passed_over: int,
+    before: Collection[str],
 ) -> None:
     """Print how much is in the store, what is there twice and what failed, and note the latter in failed.txt.
 
-    What other runs noted there stays, unless this run tried it again or it has been prepared.
+    Of the cases that were there `before`, it is said which failed and stay, and which are gone. What other runs noted
+    in failed.txt stays, unless this run tried it again or it has been prepared.
     """
     cases_of: dict[str, list[str]] = {}
     for case, entry in entries.items():
@@ -425,6 +459,10 @@ def _report(
     source = sum(entry["bytes"] for entry in entries.values())
     if lines:
         print("\n".join([f"{len(lines)} failed:", *(line.replace("\t", ": ") for line in lines)]))
+    if kept := sorted(failed.keys() & entries.keys()):
+        print(f"{len(kept)} of them stay in the store as they were: {', '.join(kept)}; --exclude FILE removes them")
+    if lost := sorted(failed.keys() & set(before) - entries.keys()):
+        print(f"{len(lost)} of them left the store, as their source or their files changed: {', '.join(lost)}")
     print(
         f"{len(entries)} cases in {prepared_dir}, {_gigabytes(size)} from {_gigabytes(source)} of scans; "
         f"{len(failed)} failed, {passed_over} passed over"

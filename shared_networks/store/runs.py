@@ -64,8 +64,8 @@ class SharedManifest:
         with self._lock:
             append_entry(self.folder, {"id": case, "removed": True})
 
-    def remove(self, cases: Iterable[str]) -> None:
-        """Remove cases with their files; those that are not there are passed over."""
+    def remove(self, cases: Iterable[str]) -> list[str]:
+        """Remove cases with their files and return them; those that are not there are passed over."""
         with self.locked() as entries:
             gone = [case for case in cases if entries.pop(case, None)]
             if gone:
@@ -73,6 +73,7 @@ class SharedManifest:
             for case in gone:
                 for path in case_files(self.folder, case):
                     path.unlink(missing_ok=True)
+        return gone
 
     def write(self) -> None:
         """Write all entries anew, sorted, a line each; only while it is locked."""

@@ -208,7 +208,9 @@ def test_excluded_cases_stay_out_and_are_taken_out(data, out, tmp_path, capsys, 
     names = tmp_path / "exclude.txt"
     names.write_text("# test cases\nC1_0000.nii.gz\nnobody\n")
     run(data, out, exclude=str(names))
-    assert "0 cases to prepare, 2 already done, 1 excluded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 cases to prepare, 2 already done, 1 excluded" in said
+    assert "1 of the excluded cases removed from the store: set/imagesTr/c1\n" in said
     assert "nobody: to be excluded, but no case is named so" in caplog.text
     assert [item["case"] for item in read_manifest(out)] == ["set/imagesTr/c0", "set/imagesTr/c2"]
     assert not [path for path in (out / "cases").rglob("c1*")]
@@ -220,6 +222,7 @@ def test_excluded_cases_stay_out_and_are_taken_out(data, out, tmp_path, capsys, 
     names.write_text("flat\nimagesTr\n")
     with pytest.raises(InputError, match=r"exclude\.txt: leaves out all 2 cases"):
         run(flat, out, exclude=str(names))
+    assert len(read_manifest(out)) == 3 and "removed from the store" not in capsys.readouterr().out
 
 
 def test_the_same_scan_under_two_names_is_a_warning(data, out, caplog):
@@ -256,12 +259,66 @@ def test_bad_files_are_listed_good_ones_kept_and_the_exit_code_says_so(data, out
     assert "6 cases to prepare, 3 already done" in capsys.readouterr().out
 
 
-def test_a_case_whose_source_went_bad_leaves_the_store(data, out):
+def test_a_case_whose_source_went_bad_leaves_the_store(data, out, capsys):
     run(data, out)
     save(data / "imagesTr" / "c0_0000.nii.gz", np.zeros(SHAPE, np.int16))
     with pytest.raises(InputError, match="1 of 3 cases failed"):
         run(data, out)
     assert [item["case"] for item in read_manifest(out)] == ["set/imagesTr/c1", "set/imagesTr/c2"]
+    assert "1 of them left the store, as their source or their files changed: set/imagesTr/c0\n" in (
+        capsys.readouterr().out
+    )
+
+
+REFUSING = {
+    "modality": ({"modality": "MR"}, lambda data: None),
+    "min_size": ({"min_size": 48}, lambda data: None),
+    "touched": ({"modality": "MR"}, lambda data: [os.utime(file, ns=(1, 1)) for file in data.rglob("*.nii.gz")]),
+}
+
+
+@pytest.mark.parametrize("why", REFUSING)
+def test_cases_that_other_settings_refuse_stay_as_they_were_and_are_named(why, data, out, capsys):
+    settings, change = REFUSING[why]
+    run(data, out)
+    before = stored(out)
+    change(data)
+    capsys.readouterr()
+    with pytest.raises(InputError, match="3 of 3 cases failed"):
+        run(data, out, **settings)
+    assert stored(out) == before
+    said = capsys.readouterr().out
+    cases = "set/imagesTr/c0, set/imagesTr/c1, set/imagesTr/c2"
+    assert f"3 of them stay in the store as they were: {cases}; --exclude FILE removes them\n" in said
+    assert f"3 cases in {out}" in said and "left the store" not in said
+    run(data, out)
+    assert stored(out) == before
+
+
+def test_a_case_that_cannot_be_read_now_stays_and_one_without_files_leaves(data, out, capsys, monkeypatch):
+    run(data, out)
+    for name in ("c0", "c1"):
+        os.utime(data / "imagesTr" / f"{name}_0000.nii.gz", ns=(1, 1))
+    (out / "cases" / "set" / "imagesTr" / "c1.npy").unlink()
+    monkeypatch.setattr(module, "_sha256", raising(PermissionError(13, "Permission denied", "c.nii")))
+    capsys.readouterr()
+    run(data, out, max_failed=0.7)
+    assert [item["case"] for item in read_manifest(out)] == ["set/imagesTr/c0", "set/imagesTr/c2"]
+    said = capsys.readouterr().out
+    assert "1 of them stay in the store as they were: set/imagesTr/c0;" in said
+    assert "1 of them left the store, as their source or their files changed: set/imagesTr/c1" in said
+
+
+def test_cases_prepared_with_other_settings_are_replaced_and_counted_and_named(data, out, capsys):
+    run(data, out)
+    assert "of them would replace" not in capsys.readouterr().out
+    save(data / "imagesTr" / "new_0000.nii.gz", body(4))
+    run(data, out, intensity_range=[-175, 1000], spacing=[3.0, 2.0, 2.5])
+    assert (
+        "3 of them would replace cases prepared with other settings (spacing [3.0, 2.0, 2.5], was [1.5, 1.5, 1.5]; "
+        "intensity_range [-175.0, 1000.0], was [-175.0, 250.0]): set/imagesTr/c0, set/imagesTr/c1, set/imagesTr/c2\n"
+    ) in capsys.readouterr().out
+    assert len(read_manifest(out)) == 4
 
 
 @pytest.mark.parametrize("how", ["parent killed", "Ctrl-C"])
@@ -320,20 +377,20 @@ def test_channels_that_change_places_are_prepared_again(tmp_path, out, capsys):
     np.testing.assert_array_equal(after, before[::-1])
 
 
-def test_a_case_of_other_channels_than_most_leaves_the_store(data, out):
+def test_a_case_of_other_channels_than_most_stays_as_it_was_and_is_named(data, out, capsys):
     run(data, out)
     for name in ("c1", "c2"):
         save(data / "imagesTr" / f"{name}_0001.nii.gz", body(5))
+    capsys.readouterr()
     run(data, out, max_failed=0.5)
-    assert [*manifest_entries(out)] == ["set/imagesTr/c1", "set/imagesTr/c2"]
-
-
-def test_a_larger_least_size_holds_for_cases_done_before(data, out):
-    run(data, out)
-    with pytest.raises(InputError, match="3 of 3 cases failed"):
-        run(data, out, min_size=48)
-    assert manifest_entries(out) == {}
-    assert "48 are needed on each axis" in (out / "failed.txt").read_text()
+    assert {case: entry["shape"][0] for case, entry in manifest_entries(out).items()} == {
+        "set/imagesTr/c0": 1,
+        "set/imagesTr/c1": 2,
+        "set/imagesTr/c2": 2,
+    }
+    said = capsys.readouterr().out
+    assert "set/imagesTr/c0: 1 channel(s), where most cases have 2" in said
+    assert "1 of them stay in the store as they were: set/imagesTr/c0; --exclude FILE removes them" in said
 
 
 def test_killed_worker_is_said(out, monkeypatch):
