@@ -6,6 +6,7 @@ that counts as true. Here every setting of all configs is declared once, and its
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import json
@@ -125,16 +126,31 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
         problems.append(f"--output_dir {options['output_dir']}: MONAI's --tracking cannot take a # there")
     if problems:
         raise InputError("\n".join(problems))
-    for name in _unused(config, {re.split("#|::", name.removeprefix("+"))[0] for name in of_monai}):
-        logger.warning("--%s: has no effect, as nothing in %s reads it", name, files)
+    stages = [of_monai.get("init_id", "initialize"), *(to_run or ["run"]), of_monai.get("final_id", "finalize")]
+    for name in _unused(config, (name.removeprefix("+") for name in of_monai.keys() - beside), map(str, stages)):
+        logger.warning("--%s: has no effect, as nothing that %s run reads it", name, files)
     return settings
 
 
-def _unused(config: ConfigParser, names: Iterable[str]) -> list[str]:
-    """Return declared settings of a config that nothing in it refers to, as an overlay has replaced what did."""
-    text = json.dumps(config.get(), default=str)
-    declared = [name for name in sorted(names) if name in SETTINGS and name in config.get()]
-    return [name for name in declared if not re.search(rf"(?:[@%]|\[')(?:::)?{name}\b", text)]
+def _unused(config: ConfigParser, names: Iterable[str], stages: Iterable[str]) -> list[str]:
+    """Return settings of a config that nothing reads which its stages run, as an overlay has replaced what did."""
+    parser = ConfigParser(copy.deepcopy(config.get()))
+    parser.parse()
+    items = parser.ref_resolver.items
+    read: set[str] = set()
+    waiting = ["imports", *stages]
+    while waiting:
+        item = waiting.pop()
+        if item not in read and item in items:
+            read.add(item)
+            waiting += ReferenceResolver.find_refs_in_config(items[item].get_config(), item)
+
+    def is_read(name: str) -> bool:
+        item = ReferenceResolver.normalize_id(name) + "::"
+        return any(f"{other}::".startswith(item) or item.startswith(f"{other}::") for other in read)
+
+    given = [name for name in sorted(names) if re.split("#|::", name)[0] in config.get()]
+    return [name for name in given if not is_read(name)]
 
 
 def read_settings(
@@ -212,7 +228,8 @@ def read_settings(
         and "checkpoint" in config.get()
         and not named & {"checkpoint", "checkpoints"}
     ):
-        settings["checkpoint"] = f"{settings['ckpt_dir']}/model.pt"  # what is given comes before an overlay's default
+        # What is given comes before an overlay's default.
+        settings["checkpoint"], config["checkpoint"] = f"{settings['ckpt_dir']}/model.pt", "$@ckpt_dir + '/model.pt'"
     return settings
 
 

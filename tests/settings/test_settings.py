@@ -339,6 +339,10 @@ def test_the_optimisers_learning_rate_is_that_of_all_its_groups(command_line) ->
     assert parser.get_parsed_content("optimizer#params#learning_rate") == 0.5
 
 
+STORE = (PRETRAIN, "train.json", "prepared.json", "tiny.json")
+DEEP = ["train#trainer#accumulation_steps"]
+
+
 @pytest.mark.parametrize(
     ("config", "words", "unused"),
     [
@@ -346,12 +350,28 @@ def test_the_optimisers_learning_rate_is_that_of_all_its_groups(command_line) ->
         ((BTCV, "train.json", "synthetic.json"), ("--flip_axes", "[0]", "--epochs", "99"), ["flip_axes"]),
         ((BTCV, "train.json", "evaluate.json"), ("--compile", "True", "--overlap", "0.0"), ["compile"]),
         ((PRETRAIN, "train.json", "prepared.json"), ("--images", "[a.nii.gz]", "--spacing#2", "3.0"), ["images"]),
+        (STORE, ("--dataset_dir", "CT", "--prepared_dir", "S", "--val_fraction", "0.1"), ["dataset_dir"]),
+        (STORE, ("--dataset_dir", "CT", "--datalist", "@images"), []),
+        ((BTCV, "train.json", "evaluate.json"), ("--epochs", "99", "--muon", "True"), ["epochs", "muon"]),
+        ((BTCV, "train.json", "evaluate.json"), ("--train#trainer#accumulation_steps", "2", "--split#fold", "1"), DEEP),
+        ((BTCV, "train.json", "evaluate.json", "small.json"), ("--ckpt_dir", "/runs/own"), []),
+        ((PRETRAIN, "prepare.json", "small.json"), ("--network_def#num_heads", "3"), ["network_def#num_heads"]),
+        (
+            (PRETRAIN, "inference.json", "convert.json"),
+            ("--dataset_dir", "CT", "--format", "official"),
+            ["dataset_dir"],
+        ),
+        (
+            PREPARE,
+            ("--run_id", "preprocessing", "--spacing", "3", "--seed", "1", "--imports#0", "$import os"),
+            ["seed"],
+        ),
     ],
 )
 def test_a_setting_that_an_overlay_leaves_without_effect_is_named(config, words, unused, caplog) -> None:
     command_line_settings(["--config_file", files_of(config), *words])
     assert [line.partition(":")[0] for line in caplog.messages] == [f"--{name}" for name in unused]
-    assert all("has no effect, as nothing in " in line for line in caplog.messages)
+    assert all("has no effect, as nothing that " in line for line in caplog.messages)
 
 
 FOREIGN = {
