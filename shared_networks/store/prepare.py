@@ -47,7 +47,6 @@ from shared_networks.store.format import (
     write_array,
     write_volume,
 )
-from shared_networks.store.preprocessing import other_preprocessing
 from shared_networks.store.runs import Entry, Queue, SharedManifest
 from shared_networks.version import __version__
 
@@ -121,7 +120,6 @@ def prepare(
         "seed": seed,
         "centres": _CENTRES,
         "format": _FORMAT,
-        **other_preprocessing(preprocessing, modality=modality, spacing=spacing, intensity_range=intensity_range),
     }
     names = read_names(exclude) if exclude else []
     sources = find_scans(dataset_dir)
@@ -387,14 +385,12 @@ def _is_outdated(task: Task, source: Source, entry: Entry) -> bool:
 def _report_replaced(task: Task, todo: Sequence[Source], entries: Mapping[str, Entry]) -> None:
     """Print which cases will replace those that were prepared with other settings, by what differs."""
     cases_of: dict[str, list[str]] = {}
-    unnamed = {"preprocessing": "as published"}
     for case in (source.case for source in todo if source.case in entries):
         before = entries[case]["settings"]
         changed = [name for name in {**before, **task.settings} if before.get(name) != task.settings.get(name)]
         if changed:
-            values = [[of.get(name, unnamed.get(name, "none")) for of in (task.settings, before)] for name in changed]
-            lines = [f"{name} {now}, was {then}" for name, (now, then) in zip(changed, values, strict=True)]
-            cases_of.setdefault("; ".join(lines), []).append(case)
+            values = [f"{name} {task.settings.get(name, 'none')}, was {before.get(name, 'none')}" for name in changed]
+            cases_of.setdefault("; ".join(values), []).append(case)
     for difference, cases in cases_of.items():
         listed = ", ".join(cases[:10]) + (", ..." if len(cases) > 10 else "")
         print(f"{len(cases)} of them would replace cases prepared with other settings ({difference}): {listed}")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -320,24 +319,6 @@ def test_cases_prepared_with_other_settings_are_replaced_and_counted_and_named(d
         "intensity_range [-175.0, 1000.0], was [-175.0, 250.0]): set/imagesTr/c0, set/imagesTr/c1, set/imagesTr/c2\n"
     ) in capsys.readouterr().out
     assert len(read_manifest(out)) == 4
-
-
-def test_a_changed_preprocessing_prepares_anew_and_the_published_one_keeps_its_hash(data, out, capsys):
-    run(data, out)
-    before = stored(out)
-    assert {entry["settings_hash"] for entry in manifest_entries(out).values()} == {"e3437cef5ca1"}
-    capsys.readouterr()
-    run(data, out, **{"preprocessing#transforms#1#mode": "nearest"})
-    said = capsys.readouterr().out
-    assert "3 cases to prepare, 0 already done" in said
-    assert re.search(
-        r"3 of them would replace cases .* \(preprocessing \w{12}, was as published\): set/imagesTr/c0, ", said
-    )
-    assert all(before[file] != content for file, content in stored(out).items() if not file.endswith("centres.npy"))
-    run(data, out, **{"preprocessing#transforms#1#mode": "nearest"})
-    assert "0 cases to prepare, 3 already done" in capsys.readouterr().out
-    run(data, out)
-    assert stored(out) == before
 
 
 @pytest.mark.parametrize("how", ["parent killed", "Ctrl-C"])
