@@ -10,6 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import torch.distributed as dist
+
+from shared_networks.errors import InputError
+
 
 def process_pool(count: int, start: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
     """Return processes that leave Ctrl-C to this one, and that end when it does, even if it is killed.
@@ -21,6 +25,25 @@ def process_pool(count: int, start: Callable[..., None] | None = None, *argument
     """
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
     return ProcessPoolExecutor(count, spawn, _start, (start, arguments))
+
+
+def check_processes(together: bool, overlay: str) -> None:
+    """Refuse processes of torchrun that would each do all of the work, or train networks of their own.
+
+    Args:
+        together: whether they work together.
+        overlay: config that makes them do so.
+
+    Raises:
+        InputError: there are several and they do not.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    count = dist.get_world_size() if grouped else int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1 and not together:
+        raise InputError(
+            f"WORLD_SIZE is {count}: torchrun started {count} processes, which would each do all of the work or train "
+            f"a network of its own; add 'configs/{overlay}' to --config_file, or start one process"
+        )
 
 
 def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

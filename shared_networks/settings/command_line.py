@@ -25,6 +25,7 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from monai.utils import ensure_tuple
 
 from shared_networks.errors import InputError
+from shared_networks.processes import check_processes
 from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, Kind, list_of, number, whole
 from shared_networks.settings.table import SETTINGS
 from shared_networks.version import check_copy
@@ -90,7 +91,8 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
         Values by name, of the declared settings that are neither components nor expressions.
 
     Raises:
-        InputError: a line for each setting that does not exist or cannot have its value.
+        InputError: a line for each setting that does not exist or cannot have its value; or torchrun started several
+            processes, and the configs do not make them work together.
     """
     from fire.parser import DefaultParseValue  # only here: in process, fire is not needed
 
@@ -105,6 +107,7 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
         return {}
     files = of_monai["config_file"]
     config = ConfigParser(ConfigParser.load_config_files(files))
+    _check_processes(config)
     beside = _monai_settings(of_monai.get("tracking"))
     given = [
         *(Given(name, value, value, str(file)) for name, value in defaults.items()),
@@ -130,6 +133,15 @@ def command_line_settings(arguments: Sequence[str]) -> dict[str, Any]:
     for name in _unused(config, (name.removeprefix("+") for name in of_monai.keys() - beside), map(str, stages)):
         logger.warning("--%s: has no effect, as nothing that %s run reads it", name, files)
     return settings
+
+
+def _check_processes(config: ConfigParser) -> None:
+    """Refuse processes of torchrun without the overlay for them, before each reads all scans."""
+    work, network, start = (str(config.get().get(name)) for name in ("run", "network", "initialize"))
+    if "@training_run" in work:
+        check_processes("DistributedDataParallel" in network, "multi_gpu_train.json")
+    elif "@validate#evaluator" in work:
+        check_processes("init_process_group" in start, "multi_gpu.json")
 
 
 def _unused(config: ConfigParser, names: Iterable[str], stages: Iterable[str]) -> list[str]:

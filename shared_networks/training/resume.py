@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator, Trainer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -38,6 +39,7 @@ from shared_networks.datasets.record import (
 from shared_networks.errors import InputError
 from shared_networks.files import GO_ON, UNFINISHED, atomic_write
 from shared_networks.networks.cpu import fast_cpu
+from shared_networks.processes import check_processes
 from shared_networks.training.ema import EMA
 from shared_networks.training.handlers import completes_step
 from shared_networks.training.host_copy import ReadingEvents
@@ -179,8 +181,9 @@ class TrainingRun:
 
         Raises:
             InputError: as :func:`check_run_folder`; or no state can be read though some exist, or they are of another
-                network, seed, split or other labels.
+                network, seed, split or other labels; or of several processes each has a network of its own.
         """
+        check_processes(isinstance(self.trainer.network, DistributedDataParallel), "multi_gpu_train.json")
         check_run_folder(self.model.parent, self.record, self.resume, self.overwrite)
         found = self.states()
         if self.resume and found:

@@ -16,6 +16,8 @@ from monai.data import CacheDataset, DataLoader
 from monai.transforms import Randomizable
 from torch.utils.data.distributed import DistributedSampler
 
+from shared_networks.processes import check_processes
+
 
 class Draw(NamedTuple):
     """One item of an epoch: the index of a case, and the seed of its random transforms."""
@@ -37,8 +39,12 @@ def share_of_cases(dataset: Sized) -> range:
 
     Args:
         dataset: whose cases are shared, in their order.
+
+    Raises:
+        InputError: torchrun started several processes, and there is no process group.
     """
     several = dist.is_available() and dist.is_initialized()
+    check_processes(several, "multi_gpu.json")
     rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     return range(rank, len(dataset), size) if len(dataset) >= size else range(len(dataset))
 

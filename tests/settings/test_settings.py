@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -581,6 +582,34 @@ def test_the_device_of_each_process_is_left_to_the_overlay_for_several_gpus() ->
     assert "device" not in command_line_settings(["--config_file", files])
     with pytest.raises(InputError, match="--device cuda:99: give a device of this machine"):
         command_line_settings(["--config_file", files, "--device", "cuda:99"])
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize(
+    ("configs", "missing"),
+    [
+        ("train", "multi_gpu_train"),
+        ("train prepared", "multi_gpu_train"),
+        ("train tiny multi_gpu", "multi_gpu_train"),
+        ("train multi_gpu_train", ""),
+        ("train evaluate", "multi_gpu"),
+        ("train evaluate multi_gpu", ""),
+        ("inference", ""),
+        ("inference multi_gpu", ""),
+        ("prepare", ""),
+    ],
+)
+def test_several_processes_need_the_overlay_that_makes_them_work_together(
+    bundle: str, configs: str, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bundle != PRETRAIN and "prepare" in configs:
+        return
+    words = ["--config_file", files_of((bundle, *(f"{name}.json" for name in configs.split())))]
+    command_line_settings(words)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = rf"WORLD_SIZE is 2: .* add 'configs/{missing}\.json'"
+    with pytest.raises(InputError, match=said) if missing else nullcontext():
+        command_line_settings(words)
 
 
 def test_what_a_component_takes_is_not_guessed_where_it_cannot_be_known() -> None:

@@ -22,6 +22,8 @@ from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
 from monai.optimizers import WarmupCosineSchedule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shared_networks.datasets.record import TrainingRecord, read_record, save_tensors, training_record, write_model
 from shared_networks.datasets.splits import Split
@@ -174,7 +176,7 @@ def training(
         device=torch.device("cpu"),
         max_epochs=epochs,
         train_data_loader=loader,
-        network=network,
+        network=kwargs.pop("wrap")(network) if "wrap" in kwargs else network,
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
         train_handlers=[
@@ -186,6 +188,23 @@ def training(
         accumulation_steps=kwargs.pop("accumulation_steps", 1),
     )
     return TrainingRun(folder, network, optimizer, schedule, trainer, evaluator, record, seed=seed, **kwargs)
+
+
+def test_several_processes_train_one_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a group, or with one and networks outside of it, each would train a network of its own."""
+    refused = "torchrun started 2 processes.* add 'configs/multi_gpu_train.json'"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=refused):
+        training(tmp_path).run()
+    monkeypatch.delenv("WORLD_SIZE")
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(InputError, match=refused):
+            training(tmp_path).run()
+        monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)  # the fake one has no gloo
+        training(tmp_path, wrap=DistributedDataParallel).start()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def a_record(

@@ -8,6 +8,7 @@ import pytest
 from monai.data import DataLoader
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
 
+from shared_networks.errors import InputError
 from shared_networks.training.sampler import SeededCacheDataset, SeededSampler, derived_seed, share_of_cases
 
 
@@ -50,6 +51,12 @@ def test_processes_share_the_cases() -> None:
 def test_one_process_evaluates_all_cases() -> None:
     """Of several see tests/workflows/test_ranks.py."""
     assert list(share_of_cases(range(3))) == [0, 1, 2]
+
+
+def test_processes_that_know_nothing_of_each_other_do_not_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=r"torchrun started 3 processes.* add 'configs/multi_gpu.json'"):
+        share_of_cases(range(3))
 
 
 def test_start_leaves_out_what_was_done_once() -> None:

@@ -133,6 +133,23 @@ def test_three_processes_share_the_scans(scans: Path, weights: Path, alone: Path
     assert_same_results(tmp_path, alone)
 
 
+@pytest.mark.parametrize(
+    ("configs", "missing"),
+    [("train", "multi_gpu_train"), ("train multi_gpu", "multi_gpu_train"), ("train evaluate", "multi_gpu")],
+)
+def test_processes_without_their_overlay_begin_nothing(
+    configs: str, missing: str, scans: Path, weights: Path, tmp_path: Path
+) -> None:
+    words = command(scans.parent, weights, tmp_path / "out", 1, configs)
+    words[3:3] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if "evaluate" not in configs:
+        words[words.index("--checkpoint")] = "--pretrained_encoder"
+    shown = run([*words, "--ckpt_dir", str(tmp_path / "models")], 1)
+    assert "torchrun started 2 processes, which would each do all of the work" in shown
+    assert f"add 'configs/{missing}.json' to --config_file" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_killed_job_started_again_does_what_is_missing(scans: Path, weights: Path, alone: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = command(scans, weights, tmp_path, 2)
