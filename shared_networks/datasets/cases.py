@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,19 @@ _DICOM = "a DICOM series; training reads NIfTI: convert it, or pre-train from a 
 logger = logging.getLogger(__name__)
 
 
-def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> list[Image]:
+class Images(list[Image]):
+    """Images that were found.
+
+    Attributes:
+        validating: the places of those that a list names for validation.
+    """
+
+    def __init__(self, images: Iterable[Image] = (), validating: Iterable[int] = ()) -> None:
+        super().__init__(images)
+        self.validating = frozenset(validating)
+
+
+def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> Images:
     """Find the images of a data set, all NIfTI and of one number of channels.
 
     Args:
@@ -36,7 +48,8 @@ def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> lis
         folder: see there.
 
     Returns:
-        For each case, sorted by name, its file, or the files of its channels where it has several.
+        For each case, sorted by name, its file, or the files of its channels where it has several. Without the test
+        cases of a list.
 
     Raises:
         InputError: there is no scan; a line for each case whose files are not its channels 0, 1, ..., that has another
@@ -51,22 +64,31 @@ def find_images(dataset_dir: str | Path | None, folder: str = "imagesTr") -> lis
     if scans.passed_over:
         file, reason = next(iter(scans.passed_over.items()))
         logger.warning("%s: %d passed over, such as %s: %s", dataset_dir, len(scans.passed_over), file, reason)
-    return [scan.files[0] if len(scan.files) == 1 else list(scan.files) for scan in scans]
+    return Images(
+        (scan.files[0] if len(scan.files) == 1 else list(scan.files) for scan in scans),
+        (place for place, scan in enumerate(scans) if scan.part == "validation"),
+    )
 
 
 def unlabelled_cases(images: Sequence[Image]) -> list[dict[str, Any]]:
     """Make cases of images without labels, for pre-training.
 
     Args:
-        images: a file of each case, or the files of its channels.
+        images: a file of each case, or the files of its channels; of :func:`find_images`, or a program's own.
 
     Returns:
-        For each image `{"image": image}`, with a name as `case` where the file's is not unique.
+        For each image `{"image": image}`, with a name as `case` where the file's is not unique, and `part` where a list
+        says that it is for validation.
 
     Raises:
         InputError: several cases have one name.
     """
-    return named_apart([{"image": image} for image in images], "images")
+    validating = getattr(images, "validating", ())
+    cases = [
+        {"image": image, **({"part": "validation"} if place in validating else {})}
+        for place, image in enumerate(images)
+    ]
+    return named_apart(cases, "images")
 
 
 def find_cases(

@@ -126,6 +126,11 @@ def case_lists(content: Any) -> dict[str, list[Any]]:
     return {key: cases for key, cases in lists.items() if _lists_cases(key, cases)}
 
 
+def listed_part(key: str) -> str:
+    """Return what the cases of a list are for by its key: `"validation"`, `"test"`, or nothing, which is training."""
+    return _LISTS.get(key, "")
+
+
 def read_list(file: str | Path, trains: bool = True) -> list[dict[str, Any]]:
     """Read a Decathlon list of cases: `{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}], ...}`.
 

@@ -31,7 +31,7 @@ from shared_networks.datasets.dicom import (
     read_series,
     series_of_folder,
 )
-from shared_networks.datasets.lists import case_lists
+from shared_networks.datasets.lists import case_lists, listed_part
 from shared_networks.datasets.nifti import grid_problems, is_nifti, read_nifti
 from shared_networks.datasets.pairs import (
     Image,
@@ -58,12 +58,14 @@ class Source(NamedTuple):
         files: its NIfTI files, one a channel, or the files of its DICOM series in any order.
         series: the series' UID, or nothing for NIfTI.
         problem: why it cannot be read, nothing where it can.
+        part: `"validation"` or `"test"` for a NIfTI file that a list names so, else nothing.
     """
 
     case: str
     files: tuple[str, ...]
     series: str = ""
     problem: str = ""
+    part: str = ""
 
     @property
     def channels(self) -> int:
@@ -104,7 +106,7 @@ def find_scans(dataset_dir: str | Path | Sequence[str | Path] | None, folder: st
             `label`, `seg` or `mask` as a word of their name are passed over, and so are results of this package.
             Several such paths are read as if one folder held all that they name.
         folder: the only one that is read of an nnU-Net data set, `imagesTr` or `imagesTs`; where `imagesTs` is missing
-            or empty, `imagesTr`.
+            or empty, `imagesTr`. With `imagesTr` the test cases of a list are passed over, too.
 
     Returns:
         Sorted by case, with what was passed over. A case that cannot be read has its `problem`.
@@ -131,7 +133,7 @@ def find_scans(dataset_dir: str | Path | Sequence[str | Path] | None, folder: st
     sources: dict[str, Source] = {}
     for source in found:
         other = sources.setdefault(source.case, source)
-        if other is not source and other != source:
+        if other is not source and other._replace(part=source.part) != source:
             raise InputError(f"{source.files[0]}, {other.files[0]}: both are the case {source.case}; rename one")
     ordered = Sources(sources[case] for case in sorted(sources))
     ordered.passed_over = found.passed_over
@@ -244,22 +246,28 @@ class _Walk:
         """Add the scans that a `.json` file lists, paths relative to it."""
         try:
             lists = case_lists(json.loads(file.read_text(encoding="utf-8-sig")))
-            cases = [case for part in lists.values() for case in part]
+            cases = [(listed_part(key), case) for key, part in lists.items() for case in part]
         except (ValueError, OSError) as error:
             raise InputError(f"{file}: not readable as a list of cases ({error}); give a JSON file") from None
         if not cases:
             raise InputError(f"{file}: {_NO_SCAN}")
-        for case in cases:
+        left_out = []
+        for part, case in cases:
             if not (image := listed_paths(case, "image")):
                 raise InputError(f'{file}: {case!r} names no image; list a path, or {{"image": path}}')
             paths = [os.path.normpath(file.parent / path) for path in image]
-            if Path(paths[0]).is_dir():
+            if part == "test" and self.part == "imagesTr":
+                left_out.append(paths[0])
+            elif Path(paths[0]).is_dir():
                 self.listed.append(Path(paths[0]))
                 self.enter(Path(paths[0]), bar)
             elif len(paths) == 1 and _begins_as_dicom(paths[0]):
                 self.add_multi_frame(Path(paths[0]))
             else:
-                self.sources.append(_nifti_source(paths, self.root))
+                self.sources.append(_nifti_source(paths, self.root)._replace(part=part))
+        if left_out:
+            others = f", with {len(left_out) - 1} more of its list" if len(left_out) > 1 else ""
+            self.pass_over(left_out[0], f"a test case, which trains nothing{others}")
 
     def enter(self, folder: Path, bar: Any) -> None:
         """Collect what is in a folder and in those below."""

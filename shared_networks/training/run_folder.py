@@ -36,9 +36,14 @@ def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = 
         overwrite: whether an earlier training in the folder is to be removed when this one starts.
 
     Raises:
-        InputError: the folder cannot be written to, or holds a training and no setting says what to do with it; its
-            `model.json` is of other weights than `model.pt`; or settings contradict each other.
+        InputError: no case trains; the folder cannot be written to, or holds a training and no setting says what to do
+            with it; its `model.json` is of other weights than `model.pt`; or settings contradict each other.
     """
+    if not record["train"]:
+        raise InputError(
+            f"{record['dataset'] or 'dataset_dir'}: no case to train on, {len(record['validation'])} validate; list "
+            "cases to train on under 'training'"
+        )
     check_output_folder(folder, "ckpt_dir")
     if resume and overwrite:
         raise InputError(

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from monai.bundle import ConfigParser
 
-from shared_networks.datasets.cases import find_cases
+from shared_networks.datasets.cases import find_cases, find_images, unlabelled_cases
 from shared_networks.datasets.lists import pair_patterns, write_list
 from shared_networks.datasets.pairs import UnpairedError, name_of
 from shared_networks.datasets.scans import find_scans
@@ -134,7 +135,35 @@ def test_lists_go_by_several_names_and_mean_the_same_to_all_who_read_them(tmp_pa
     ]
     parts = {part: [name_of(case) for case in cases] for part, cases in split_dataset(found).items()}
     assert parts == {"train": ["a", "b"], "validation": ["v"], "test": ["t"]}
-    assert sorted(Path(scan.case).name for scan in find_scans(file)) == ["a", "b", "t", "v"]
+    assert sorted(Path(scan.case).name for scan in find_scans(file, "imagesTs")) == ["a", "b", "t", "v"]
+    unlabelled = split_dataset(unlabelled_cases(find_images(file)))
+    assert {part: [name_of(case) for case in cases] for part, cases in unlabelled.items()} == {**parts, "test": []}
+
+
+def test_test_cases_of_a_list_are_told_and_neither_train_nor_enter_a_store(tmp_path, caplog):
+    touch(tmp_path, *(f"{name}_0000.nii.gz" for name in "avst"))
+    tests = ["t_0000.nii.gz", "s_0000.nii.gz"]
+    file = listed(tmp_path, training=entries("a"), validation=["v_0000.nii.gz"], test=tests)
+    found = find_scans(file)  # as preparing a store does
+    assert [(Path(scan.case).name, scan.part) for scan in found] == [("a", ""), ("v", "validation")]
+    told = f"{tmp_path}/t_0000.nii.gz: a test case, which trains nothing, with 1 more of its list"
+    assert [f"{path}: {reason}" for path, reason in found.passed_over.items()] == [told]
+    assert unlabelled_cases(find_images(file)) == [
+        {"image": f"{tmp_path}/a_0000.nii.gz"},
+        {"image": f"{tmp_path}/v_0000.nii.gz", "part": "validation"},
+    ]
+    assert f"1 passed over, such as {told}" in caplog.text
+    parser = ConfigParser()
+    parser.read_config(ROOT / "hi_end_mae_pretrain" / "configs" / "train.json")
+    parser["dataset_dir"], parser["bundle_root"] = str(file), str(ROOT / "hi_end_mae_pretrain")
+    split = parser.get_parsed_content("split")  # without the share that is drawn where no list chooses
+    assert {part: [name_of(case) for case in cases] for part, cases in split.items()} == {
+        "train": ["a"],
+        "validation": ["v"],
+        "test": [],
+    }
+    with pytest.raises(InputError, match=r"no scan found.*\n.*t_0000.nii.gz: passed over: a test case"):
+        find_scans(listed(tmp_path, test=["t_0000.nii.gz"]))
 
 
 def test_a_file_that_is_one_list_lists_the_training_cases(tmp_path):

@@ -114,8 +114,9 @@ def test_a_list_of_cases_as_decathlon_has_it(tmp_path):
     training = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}, {"image": "../elsewhere/c.nii.gz"}]
     content = {"name": "spleen", "labels": {"0": "background"}, "training": training, "test": ["./imagesTs/b.nii.gz"]}
     (root / "dataset.json").write_text(json.dumps(content))
-    found = find_scans(root / "dataset.json")
+    found = find_scans(root / "dataset.json", "imagesTs")
     assert [s.case for s in found] == ["Task09/elsewhere/c", "Task09/imagesTr/a", "Task09/imagesTs/b"]
+    assert [s.case for s in find_scans(root / "dataset.json")] == ["Task09/elsewhere/c", "Task09/imagesTr/a"]
     assert all(Path(s.files[0]).is_file() for s in found)
     (root / "dataset.json").write_text("{")
     with pytest.raises(InputError, match=r"dataset\.json: not readable as a list of cases"):
@@ -183,7 +184,7 @@ def test_a_list_names_every_case_or_is_refused(tmp_path):
         save(tmp_path / f"{name}.nii.gz")
     about = {"labels": ["background", "liver"], "reference": ["https://example.org/x", "Tang et al."]}
     (tmp_path / "list.json").write_text(json.dumps({"training": ["a.nii.gz", "pat"], "test": ["b.nii.gz"], **about}))
-    assert [len(scan.files) for scan in find_scans(tmp_path / "list.json")] == [1, 1, 12]
+    assert [len(scan.files) for scan in find_scans(tmp_path / "list.json", "imagesTs")] == [1, 1, 12]
     for odd in (
         {"Image": "b.nii.gz"},
         {"image": ""},

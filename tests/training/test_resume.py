@@ -496,6 +496,12 @@ def test_a_folder_with_states_alone_is_refused(tmp_path: Path) -> None:
         check_run_folder(tmp_path, a_record())
 
 
+def test_a_training_without_a_case_is_refused(tmp_path: Path) -> None:
+    """As of a list that names validation cases alone, which can be evaluated."""
+    with pytest.raises(InputError, match=r"^ours: no case to train on, 2 validate; list cases .* under 'training'"):
+        check_run_folder(tmp_path, a_record(train="", validation="ab"))
+
+
 def test_a_model_without_states_is_the_one_to_beat_of_its_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
