@@ -385,6 +385,37 @@ def check_preparation(checkpoint: str | Path, preparation: Mapping[str, Any]) ->
         )
 
 
+def check_start_preparation(checkpoint: str | Path, record: Record | None, preparation: Mapping[str, Any]) -> None:
+    """Refuse weights to start from of another modality, and warn of another spacing or window.
+
+    Args:
+        checkpoint: that the weights are from.
+        record: of the weights; without one nothing can be compared.
+        preparation: as for :func:`training_record`.
+
+    Raises:
+        InputError: the modality differs.
+    """
+    names = (
+        ("modality", "spacing") if preparation.get("modality") == "MR" else ("modality", "spacing", "intensity_range")
+    )
+    here = {name: preparation[name] for name in names if name in preparation}
+    differing = different_settings((record or {}).get("preparation", {}), here)
+    there = {name: before for name, (before, _) in differing.items()}
+    if "modality" in there:
+        raise InputError(
+            f"{checkpoint}: trained on {there['modality']}, and modality is {here['modality']}; pass "
+            f"{options({'modality': there['modality']})} if that is what the scans are, else start from other weights"
+        )
+    if there:
+        logger.warning(
+            "%s: trained on scans prepared otherwise: %s. Pass %s to go on with the same",
+            checkpoint,
+            listed_differences(differing),
+            options(there),
+        )
+
+
 def check_network(checkpoint: str | Path, record: Record | None, network: Mapping[str, Any], advice: str = "") -> None:
     """Refuse weights of a network with other settings that no tensor's shape tells, such as heads of attention.
 

@@ -19,6 +19,7 @@ from shared_networks.datasets.record import (
     TrainingRecord,
     check_network,
     check_preparation,
+    check_start_preparation,
     read_record,
     record_file,
     safetensors_form,
@@ -198,7 +199,9 @@ def shorten_names(names: Sequence[str]) -> list[str]:
     return [f"{top}.* ({len(group)})" if len(group) > 1 else group[0] for top, group in groups.items()]
 
 
-def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
+def load_encoder(
+    network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, preparation: Mapping[str, Any] | None = None
+) -> LoadReport | None:
     """Load a pre-trained encoder into a network's `vit`, print what was loaded, and refuse half an encoder.
 
     Args:
@@ -206,13 +209,15 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
         checkpoint: our pre-training `model.pt`, the published `hi_end_mae_10k.pth`, a segmenter's `model.pt`, or
             an empty string to start from scratch. At another `img_size` positions that were learned are interpolated;
             of fixed ones the network has its own.
+        preparation: how scans are prepared now, see :func:`shared_networks.datasets.record.training_record`. A record
+            of another spacing or window causes a warning. None does not compare.
 
     Returns:
         The report, None from scratch.
 
     Raises:
-        InputError: if the file is missing or unreadable, does not cover the whole encoder, or the token grid of its
-            learned positions cannot be told.
+        InputError: if the file is missing or unreadable, does not cover the whole encoder, is of another modality, or
+            the token grid of its learned positions cannot be told.
     """
     if not checkpoint:
         print("pretrained_encoder is empty: the encoder starts from scratch", flush=True)
@@ -222,7 +227,7 @@ def load_encoder(network: HiEndUNETR | HiEndMAE, checkpoint: str | Path) -> Load
             f"{checkpoint}: no pre-trained encoder there. Give --pretrained_encoder a model.pt of hi_end_mae_pretrain, "
             "the published hi_end_mae_10k.pth, or '' to train from scratch."
         )
-    return _load(network, checkpoint, "encoder")
+    return _load(network, checkpoint, "encoder", preparation=preparation)
 
 
 def load_start_weights(
@@ -244,31 +249,38 @@ def load_start_weights(
         InputError: as :func:`load_segmenter` and :func:`load_encoder`.
     """
     if init_weights:
-        return load_segmenter(network, init_weights, record["labels"])
+        return load_segmenter(network, init_weights, record["labels"], record["preparation"])
     if record.model is not None and not Path(pretrained_encoder).is_file():
         return None
-    return load_encoder(network, pretrained_encoder)
+    return load_encoder(network, pretrained_encoder, record["preparation"])
 
 
-def load_hi_end_mae(network: HiEndMAE, checkpoint: str | Path) -> LoadReport | None:
+def load_hi_end_mae(
+    network: HiEndMAE, checkpoint: str | Path, preparation: Mapping[str, Any] | None = None
+) -> LoadReport | None:
     """Load a whole pre-training network to continue its pre-training, print a report, and refuse anything else.
 
     Args:
         network: to be loaded.
         checkpoint: our `model.pt`, the published `hi_end_mae_10k.pth`, or an empty string to start from scratch.
             Position tables of another `img_size` are left out, as the network computes its own.
+        preparation: see :func:`load_encoder`.
 
     Returns:
         The report, None from scratch.
 
     Raises:
-        InputError: if the file is missing or unreadable, or its names or shapes are not the network's.
+        InputError: if the file is missing or unreadable, its names or shapes are not the network's, or it is of another
+            modality.
     """
-    return _load(network, checkpoint, "network") if checkpoint else None
+    return _load(network, checkpoint, "network", preparation=preparation) if checkpoint else None
 
 
 def load_segmenter(
-    network: HiEndUNETR, checkpoint: str | Path, labels: Mapping[str, int] | None = None
+    network: HiEndUNETR,
+    checkpoint: str | Path,
+    labels: Mapping[str, int] | None = None,
+    preparation: Mapping[str, Any] | None = None,
 ) -> LoadReport | None:
     """Load a fine-tuned segmenter, to go on from it, print what was loaded, and drop its head if the classes differ.
 
@@ -277,15 +289,16 @@ def load_segmenter(
         checkpoint: a `model.pt` of a segmentation bundle, or an empty string for none. At another `img_size` its
             learned positions are interpolated.
         labels: values of the labels by name; a head that was trained on others is dropped too. None does not compare.
+        preparation: see :func:`load_encoder`.
 
     Returns:
         The report, None for none.
 
     Raises:
-        InputError: if the file is missing or unreadable, if anything but head and positions is not the network's, or
-            if the token grid of its positions cannot be told.
+        InputError: if the file is missing or unreadable, if anything but head and positions is not the network's, if it
+            is of another modality, or if the token grid of its positions cannot be told.
     """
-    return _load(network, checkpoint, "segmenter", labels) if checkpoint else None
+    return _load(network, checkpoint, "segmenter", labels, preparation) if checkpoint else None
 
 
 def network_settings(network: nn.Module) -> dict[str, Any]:
@@ -308,12 +321,18 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
 
 
 def _load(
-    network: HiEndUNETR | HiEndMAE, checkpoint: str | Path, part: str, labels: Mapping[str, int] | None = None
+    network: HiEndUNETR | HiEndMAE,
+    checkpoint: str | Path,
+    part: str,
+    labels: Mapping[str, int] | None = None,
+    preparation: Mapping[str, Any] | None = None,
 ) -> LoadReport:
     """Load the network, or its encoder alone, and change nothing if the checkpoint does not cover it."""
     record = read_record(checkpoint)
     settings = network_settings(network)
     check_network(checkpoint, record, {"num_heads": settings["num_heads"]} if part == "encoder" else settings)
+    if preparation is not None:
+        check_start_preparation(checkpoint, record, preparation)
     if record is None and part == "segmenter":
         logger.warning("%s has no record: cases that trained it may now validate or test unnoticed", checkpoint)
     weights = read_weights(checkpoint)

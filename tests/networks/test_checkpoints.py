@@ -627,6 +627,7 @@ def test_safetensors_hold_the_same_weights(form: str, tmp_path: Path) -> None:
     assert_same_weights(read_weights(file), encoder if form == "monai_vit" else source)
 
 
+NO_CASES: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
 HEADS = {"num_heads": 3, "out_indices": [0, 1, 2]}
 
 
@@ -666,6 +667,61 @@ def test_settings_that_no_shape_tells_are_compared_with_the_record(load, make, c
     )
     if load is not check_weights and make is tiny_segmenter:
         assert_same_weights(network.state_dict(), before)
+
+
+CT = {"modality": "CT", "spacing": (6, 6, 7.5), "intensity_range": (-1000, 1000), "img_size": [4, 6, 12]}
+
+
+def start_encoder(network: HiEndUNETR, file: Path, preparation: dict[str, Any]) -> None:
+    load_start_weights(network, "", file, training_record("", NO_CASES, preparation))
+
+
+def start_segmenter(network: HiEndUNETR, file: Path, preparation: dict[str, Any]) -> None:
+    load_start_weights(network, file, "", training_record("", NO_CASES, preparation))
+
+
+@pytest.mark.parametrize(
+    ("load", "make"),
+    [(start_encoder, tiny_segmenter), (start_segmenter, tiny_segmenter), (load_hi_end_mae, tiny_mae)],
+)
+def test_weights_to_start_from_are_compared_with_the_scans(load, make, tmp_path, caplog):
+    source, file = tiny_mae() if load is start_encoder else make(), tmp_path / "model.pt"
+    write_model(source.state_dict(), file, training_record("", NO_CASES, CT))
+    load(make(), file, {**CT, "spacing": [6.0, 6.0, 7.5], "img_size": [8, 6, 12]})
+    assert caplog.messages == []
+    load(make(), file, {**CT, "spacing": [4, 4, 4], "intensity_range": [-175, 250]})
+    assert caplog.messages == [
+        f"{file}: trained on scans prepared otherwise: spacing was [6, 6, 7.5] and is [4, 4, 4], intensity_range was "
+        "[-1000, 1000] and is [-175, 250]. Pass --spacing [6,6,7.5] --intensity_range [-1000,1000] to go on with the "
+        "same"
+    ]
+    network = make()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(InputError, match=r"trained on CT, and modality is MR; pass --modality CT if that is what"):
+        load(network, file, {**CT, "modality": "MR"})
+    assert_same_weights(network.state_dict(), before)
+    caplog.clear()
+    write_model(source.state_dict(), file, training_record("", NO_CASES, {**CT, "modality": "MR"}))
+    load(make(), file, {**CT, "modality": "MR", "intensity_range": [0, 1]})  # which MR does not use
+    file.with_suffix(".json").unlink()
+    load(make(), file, {**CT, "spacing": [1, 1, 1]})
+    assert not any("prepared otherwise" in message for message in caplog.messages)
+
+
+def test_bundles_compare_the_weights_that_they_start_from(tmp_path, caplog):
+    for bundle, key in ((BUNDLES[0], "init_weights"), (BUNDLES[1], "pretrained_encoder")):
+        parser = ConfigParser()
+        parser.read_config([ROOT / bundle / "configs" / f"{name}.json" for name in ("train", "small")])
+        shipped = str(ROOT / BUNDLES[0] / "weights" / "small.pt")
+        parser.update({"bundle_root": str(ROOT / bundle), key: shipped, "ckpt_dir": str(tmp_path)})
+        parser.update({"record": {**parser["record"], "split": NO_CASES, "train": None, "validation": None}})
+        place = next(i for i, item in enumerate(parser["initialize"]) if "checkpoints.load_" in str(item))
+        for spacing, told in (([3.0, 3.0, 3.0], 0), ([3.0, 3.0, 5.0], 1)):
+            parser["spacing"] = spacing
+            parser.parse(reset=True)
+            caplog.clear()
+            parser.get_parsed_content(f"initialize#{place}")
+            assert len([text for text in caplog.messages if "Pass --spacing [3.0,3.0,3.0]" in text]) == told
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
