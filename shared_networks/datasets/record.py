@@ -361,30 +361,6 @@ def trained_labels(record: Record) -> list[str]:
     return sorted(record["labels"], key=record["labels"].__getitem__)
 
 
-def check_preparation(checkpoint: str | Path, preparation: Mapping[str, Any]) -> None:
-    """Refuse a model that was trained on scans prepared otherwise, such as to another voxel size.
-
-    Args:
-        checkpoint: `model.pt`; without a record nothing can be compared, which is said.
-        preparation: as for :func:`training_record`.
-
-    Raises:
-        InputError: a setting differs, or see :func:`read_record`.
-    """
-    record = read_record(checkpoint)
-    if record is None:
-        logger.warning(
-            "%s has no %s: label names, preparation of scans and cases of training cannot be compared",
-            checkpoint,
-            record_file(checkpoint).name,
-        )
-    elif differing := different_settings(record["preparation"], preparation):
-        raise InputError(
-            f"{checkpoint}: trained on scans prepared otherwise: {listed_differences(differing)}. "
-            f"Pass {options({key: there for key, (there, _) in differing.items()})}"
-        )
-
-
 def check_start_preparation(checkpoint: str | Path, record: Record | None, preparation: Mapping[str, Any]) -> None:
     """Refuse weights to start from of another modality, and warn of another spacing or window.
 

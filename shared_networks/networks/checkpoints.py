@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from shared_networks.datasets.record import (
     SAFETENSORS,
     TrainingRecord,
     check_network,
-    check_preparation,
     check_start_preparation,
+    different_settings,
+    listed_differences,
+    options,
     read_record,
     record_file,
     safetensors_form,
@@ -29,12 +31,11 @@ from shared_networks.errors import InputError
 from shared_networks.files import atomic_write
 from shared_networks.networks.hi_end_mae import HiEndMAE
 from shared_networks.networks.official import OFFICIAL_PREFIX, from_official, to_official
-from shared_networks.networks.positions import grid_text, is_sincos, token_grid
+from shared_networks.networks.positions import POSITIONS, check_grids, grid_text, is_sincos, token_grid
 from shared_networks.networks.unetr import HiEndUNETR
 from shared_networks.networks.vit import interpolate_positions
 
 logger = logging.getLogger(__name__)
-POSITIONS = "position_embeddings"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -108,55 +109,90 @@ def half_precision(weights: Mapping[str, Tensor], source: str | Path) -> dict[st
     return halved
 
 
+def passed_options(tensors: bool, settings: Mapping[str, Any]) -> str:
+    """Say how to run a command with weights that do not fit its settings.
+
+    Args:
+        tensors: whether names or shapes differ, so that the weights need other configs.
+        settings: values of their training that differ now, by option.
+    """
+    if not tensors:
+        return f"Pass {options(settings)}"
+    more = f"with {options(settings)}, " if settings else ""
+    return f"Give the configs that it was trained with (such as tiny.json), {more}or the weights of this network."
+
+
 def check_weights(
     checkpoints: str | Path | Sequence[str | Path],
     network: nn.Module,
     preparation: Mapping[str, Any] | None = None,
+    advise: Callable[[bool, Mapping[str, Any]], str] = passed_options,
 ) -> None:
     """Refuse checkpoints that are not of this network and these scans, before any work is done.
 
     Args:
         checkpoints: a trained `model.pt`, or several.
         network: the network that is to be loaded.
-        preparation: how scans are prepared, see :func:`shared_networks.datasets.record.check_preparation`; None without
-            scans.
+        preparation: how scans are prepared, as for :func:`shared_networks.datasets.record.training_record`; None
+            without scans. Without a record it cannot be compared, which is said.
+        advise: says what to do about a difference, as :func:`passed_options`.
 
     Raises:
         InputError: if a file is missing or unreadable, its names or shapes differ from the network's, its positions
-            are of another token grid that has as many tokens, it is not the file that its record is of, or it was
-            trained with another network or on scans prepared otherwise.
+            are of another token grid, it is not the file that its record is of, or it was trained with another
+            network or on scans prepared otherwise. The settings that differ are named all at once.
     """
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    here = {**(preparation or {}), **_by_option(network_settings(network))}
     for checkpoint in ensure_tuple(checkpoints):
-        if not Path(checkpoint).is_file():
-            raise InputError(f"{checkpoint}: no trained weights there. Train first, or give --checkpoint a model.pt.")
-        weights = read_weights(checkpoint)
+        _check_is_there(Path(checkpoint))
+        weights, record = read_weights(checkpoint), read_record(checkpoint)
+        if record is None and preparation is not None:
+            logger.warning(
+                "%s has no %s: label names, preparation of scans and cases of training cannot be compared",
+                checkpoint,
+                record_file(checkpoint).name,
+            )
+        there = {**record["preparation"], **_by_option(record.get("network", {}))} if record else {}
+        differing = different_settings(there, here)
         found = {name: list(tensor.shape) for name, tensor in weights.items()}
         names = found.keys() | wanted.keys()
         wrong = sorted(name for name in names if found.get(name) != wanted.get(name))
+        ours = isinstance(network, HiEndUNETR | HiEndMAE)
+        if ours and all(n.endswith(POSITIONS) and found.get(n, ())[::2] == wanted.get(n, [])[::2] for n in wrong):
+            wrong = []  # it is img_size that differs, as is said below
+        parts = []
         if wrong:
             name = wrong[0]
-            raise InputError(
-                f"{checkpoint}: {len(wrong)} of {len(names)} tensors do not fit the network ({name} is "
-                f"{found.get(name, 'not')} there, {wanted.get(name, 'not')} here). Give the configs that it was "
-                "trained with (such as tiny.json), or the weights of this network."
+            parts.append(
+                f"{len(wrong)} of {len(names)} tensors do not fit the network ({name} is {found.get(name, 'not')} "
+                f"there, {wanted.get(name, 'not')} here)"
             )
+        if differing:
+            parts.append(f"trained with other settings: {listed_differences(differing)}")
+        if parts:
+            settings = {name: before for name, (before, _) in differing.items()}
+            raise InputError(f"{checkpoint}: {'; '.join(parts)}. {advise(bool(wrong), settings)}")
         if isinstance(network, HiEndUNETR | HiEndMAE):
-            _check_grids(checkpoint, weights, network)
-        check_network(checkpoint, read_record(checkpoint), network_settings(network))
-        if preparation is not None:
-            check_preparation(checkpoint, preparation)
+            check_grids(checkpoint, weights, network.vit.grid)
 
 
-def _check_grids(checkpoint: str | Path, weights: Mapping[str, Tensor], network: HiEndUNETR | HiEndMAE) -> None:
-    """Refuse positions of another token grid than the network's."""
-    own = network.vit.grid
-    for name, tensor in weights.items():
-        if name.endswith(POSITIONS) and (grid := token_grid(tensor, own)) != own:
-            raise InputError(
-                f"{checkpoint}: its positions are of {grid_text(grid)} tokens, img_size and patch_size make "
-                f"{grid_text(own)}. Give the img_size that it was trained with."
-            )
+def _check_is_there(checkpoint: Path) -> None:
+    """Refuse a path without a file, and say where to get weights."""
+    if checkpoint.is_file():
+        return
+    advice = "Train first, or give --checkpoint a model.pt."
+    if checkpoint.parent.name == "weights":  # the default of an overlay, such as small.json
+        advice = (
+            "Give --checkpoint a model.pt that these configs trained, or write it here from one: "
+            f"python -m shared_networks.bundle.halve --checkpoint MODEL --output {checkpoint}"
+        )
+    raise InputError(f"{checkpoint}: no trained weights there. {advice}")
+
+
+def _by_option(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Return :func:`network_settings` by the options that set them."""
+    return {f"network_def#{name}": value for name, value in network.items()}
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from shared_networks.errors import InputError
 from shared_networks.networks.vit import sincos_positions
+
+POSITIONS = "position_embeddings"
+"""What names of position tables end with."""
+
+
+def check_grids(checkpoint: str | Path, weights: Mapping[str, Tensor], expected: Sequence[int]) -> None:
+    """Refuse positions of another token grid than the network's.
+
+    Args:
+        checkpoint: file of the weights, for the message.
+        weights: flat state_dict.
+        expected: (h, w, d), the network's own grid.
+
+    Raises:
+        InputError: a position table is of another grid.
+    """
+    for name, tensor in weights.items():
+        if name.endswith(POSITIONS) and (grid := token_grid(tensor, expected)) != list(expected):
+            raise InputError(
+                f"{checkpoint}: its positions are of {grid_text(grid)} tokens, img_size and patch_size make "
+                f"{grid_text(expected)}. Give the img_size that it was trained with."
+            )
 
 
 def token_grid(positions: Tensor, expected: Sequence[int]) -> list[int] | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -279,6 +280,64 @@ def test_check_quotes_what_does_not_fit(change, message, tmp_path):
         check_weights(file, network)
     assert str(file) in str(error.value) and "tiny.json" in str(error.value)
     assert f"of {len(network.state_dict().keys() | weights.keys())} tensors" in str(error.value)
+
+
+PARTS = {"train": [], "validation": [], "test": []}
+PREPARED = {"modality": "CT", "spacing": [4.0, 4.0, 5.0], "intensity_range": [-160, 240], "img_size": [4, 6, 12]}
+
+
+def recorded(network, folder, **preparation):
+    """A model with the record of its training."""
+    record = training_record("", PARTS, {**PREPARED, **preparation}, network=network_settings(network))
+    write_model(network.state_dict(), folder / "model.pt", record)
+    return folder / "model.pt"
+
+
+def test_all_settings_of_the_training_are_named_at_once(tmp_path):
+    """Also img_size, which changes the shape of the positions alone."""
+    file = recorded(tiny_segmenter(), tmp_path)
+    check_weights(file, tiny_segmenter(), PREPARED)
+    now = {"modality": "MR", "spacing": [5.0, 5.0, 5.0], "intensity_range": [-160, 240], "img_size": [4, 6, 8]}
+    with pytest.raises(InputError) as error:
+        check_weights(file, tiny_segmenter(img_size=(4, 6, 8), num_heads=2), now)
+    assert str(error.value) == (
+        f"{file}: trained with other settings: modality was CT and is MR, spacing was [4.0, 4.0, 5.0] and is "
+        "[5.0, 5.0, 5.0], img_size was [4, 6, 12] and is [4, 6, 8], network_def#num_heads was 3 and is 2. Pass "
+        "--modality CT --spacing [4.0,4.0,5.0] --img_size [4,6,12] --network_def#num_heads 3"
+    )
+
+
+def test_other_configs_are_advised_with_the_settings_that_they_do_not_hold(tmp_path):
+    file = recorded(tiny_segmenter(), tmp_path)
+    with pytest.raises(InputError) as error:
+        check_weights(file, tiny_segmenter(feature_size=5, img_size=(4, 6, 8)), {**PREPARED, "img_size": [4, 6, 8]})
+    assert re.fullmatch(
+        re.escape(f"{file}: ")
+        + r"\d+ of \d+ tensors do not fit the network \(\w+\.[^)]*\); trained with other settings: "
+        r"img_size was \[4, 6, 12\] and is \[4, 6, 8\]\. Give the configs that it was trained with "
+        r"\(such as tiny\.json\), with --img_size \[4,6,12\], or the weights of this network\.",
+        str(error.value),
+    )
+
+
+def test_without_a_record_another_img_size_is_told_by_the_positions(tmp_path):
+    file = save(tiny_segmenter().state_dict(), tmp_path)
+    with pytest.raises(InputError) as error:
+        check_weights(file, tiny_segmenter(img_size=(4, 6, 8)))
+    assert str(error.value) == (
+        f"{file}: its positions are of 2 x 2 x 3 tokens, img_size and patch_size make 2 x 2 x 2. "
+        "Give the img_size that it was trained with."
+    )
+
+
+def test_check_says_where_weights_of_an_overlay_come_from(tmp_path):
+    file = tmp_path / "weights" / "small.pt"
+    with pytest.raises(InputError) as error:
+        check_weights(file, tiny_segmenter())
+    assert str(error.value) == (
+        f"{file}: no trained weights there. Give --checkpoint a model.pt that these configs trained, or write it here "
+        f"from one: python -m shared_networks.bundle.halve --checkpoint MODEL --output {file}"
+    )
 
 
 def test_encoder_lands_in_full_and_the_report_says_so(tmp_path, capsys):
@@ -645,10 +704,10 @@ HEADS = {"num_heads": 3, "out_indices": [0, 1, 2]}
 )
 def test_settings_that_no_shape_tells_are_compared_with_the_record(load, make, changed, kept, tmp_path):
     source = tiny_mae() if load is load_encoder else make()
-    recorded = {**HEADS, **({"decoder_num_heads": 2} if isinstance(source, HiEndMAE) else {})}
-    assert network_settings(source) == recorded
+    settings = {**HEADS, **({"decoder_num_heads": 2} if isinstance(source, HiEndMAE) else {})}
+    assert network_settings(source) == settings
     parts = {"train": [], "validation": [], "test": []}
-    for name, record in (("new", training_record("", parts, {}, network=recorded)), ("old", {})):
+    for name, record in (("new", training_record("", parts, {}, network=settings)), ("old", {})):
         file = tmp_path / name / "model.pt"
         write_model(source.state_dict(), file, training_record("", parts, {}) | record)
     arguments = (
@@ -660,9 +719,12 @@ def test_settings_that_no_shape_tells_are_compared_with_the_record(load, make, c
     network = make(**{setting: value})
     with pytest.raises(InputError) as error:
         load(*arguments(tmp_path / "new/model.pt", network))
-    there = str(recorded[setting])
+    there = str(settings[setting])
+    said = (
+        "trained with other settings: network_def#" if load is check_weights else "of a network with other settings: "
+    )
     assert str(error.value) == (
-        f"{tmp_path}/new/model.pt: of a network with other settings: {setting} was {there} and is "
+        f"{tmp_path}/new/model.pt: {said}{setting} was {there} and is "
         f"{list(value) if setting == 'out_indices' else value}. Pass --network_def#{setting} {there.replace(', ', ',')}"
     )
     if load is not check_weights and make is tiny_segmenter:
