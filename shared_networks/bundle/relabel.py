@@ -13,6 +13,7 @@ from typing import Any
 
 from shared_networks.bundle.card import card_section, general_card, relative_links
 from shared_networks.bundle.config_format import format_config
+from shared_networks.bundle.description import described_card, described_metadata, scans_of
 from shared_networks.datasets.labels import dataset_labels
 from shared_networks.datasets.record import read_record, record_file, trained_labels
 from shared_networks.errors import InputError, report_in_one_line
@@ -46,7 +47,7 @@ def relabelled(
     channels = {str(value): name for value, name in enumerate(label_names)}
     prediction = {**data_format["outputs"]["pred"], "num_channels": len(label_names), "channel_def": channels}
     made["network_data_format"] = {**data_format, "outputs": {**data_format["outputs"], "pred": prediction}}
-    train = configs["train"]
+    train, scans = configs["train"], scans_of(configs["inference"])
     return {
         "train": {
             **train,
@@ -54,7 +55,7 @@ def relabelled(
             "split": {**train["split"], "val_cases": list(val_cases)},
         },
         "inference": {**configs["inference"], "label_names": list(label_names)},
-        "metadata": made,
+        "metadata": described_metadata(made, scans),
     }
 
 
@@ -63,7 +64,8 @@ def relabel(bundle: str | Path, labels: str | Path) -> None:
 
     Changed are `label_names` in `configs/train.json` and `configs/inference.json`, `val_cases`, which are another data
     set's, and what `configs/metadata.json` says. The card is made anew. Removed are files in `docs` that the card
-    before showed, weights of other labels in `weights`, and what configs say of these weights.
+    before showed, and weights of other labels in `weights`. Overlays that take these by default take those of the new
+    labels, once they are written there.
 
     Args:
         bundle: a copy of a segmentation bundle.
@@ -93,11 +95,11 @@ def relabel(bundle: str | Path, labels: str | Path) -> None:
     }
     leftover = other_weights(folder, names)
     written = {files[name]: format_config(new) for name, new in relabelled(configs, names, [], metadata).items()}
-    written |= without_weights(folder, leftover)
     card = folder / "docs" / "README.md"
     old = card.read_text(encoding="utf-8") if card.is_file() else ""
     recipe = card_section(old, "Network and recipe")
-    written[card] = general_card(metadata["name"], names, metadata["references"], recipe)
+    made = general_card(metadata["name"], names, metadata["references"], recipe)
+    written[card] = described_card(made, scans_of(configs["inference"]))
     shown = {folder / "docs" / link for link in set(relative_links(old)) - set(relative_links(written[card]))}
     leftover += sorted(file for file in shown if file.parent == folder / "docs" and file.is_file())
     for file, text in written.items():
@@ -116,18 +118,6 @@ def other_weights(bundle: Path, label_names: Sequence[str]) -> list[Path]:
         if file.suffix != ".json" and (record := read_record(file)) and trained_labels(record) != list(label_names):
             files += [file, record_file(file)]
     return files
-
-
-def without_weights(bundle: Path, files: Sequence[Path]) -> dict[Path, str]:
-    """Return the configs that take a removed file of `weights` by default, without this default."""
-    changed = {}
-    for config in sorted((bundle / "configs").glob("*.json")):
-        content = read_json(config)
-        default = str(content.get("checkpoint", ""))
-        if any(f"/weights/{file.name}" in default for file in files):
-            kept = {key: value for key, value in content.items() if key not in ("checkpoint", "_desc_checkpoint")}
-            changed[config] = format_config(kept)
-    return changed
 
 
 if __name__ == "__main__":

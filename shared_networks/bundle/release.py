@@ -23,9 +23,17 @@ from monai.bundle import ConfigParser
 
 from shared_networks.bundle.card import card_labels, model_card, note_on_release, released_card, with_ckpt_dir
 from shared_networks.bundle.config_format import format_config
+from shared_networks.bundle.description import described_card, described_metadata, input_text, scans_of
 from shared_networks.bundle.relabel import RELABELLED
 from shared_networks.datasets.labels import model_labels
-from shared_networks.datasets.record import SAFETENSORS, read_record, record_file, safetensors_form
+from shared_networks.datasets.record import (
+    SAFETENSORS,
+    different_settings,
+    read_record,
+    record_file,
+    safetensors_form,
+    trained_labels,
+)
 from shared_networks.errors import InputError, report_in_one_line
 from shared_networks.files import atomic_write
 from shared_networks.networks.checkpoints import check_weights
@@ -111,11 +119,11 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
         weights: see :func:`released_weights`; by default those that the overlay names.
 
     Returns:
-        Content of files by their path in the bundle. Weights that an overlay names are in `models` alone.
+        Content of files by their path in the bundle. Weights that the overlay names are in `models` alone.
 
     Raises:
-        InputError: as :func:`check_labels`, :func:`bake`, :func:`released_weights` and
-            :func:`shared_networks.version.released_content`.
+        InputError: as :func:`check_labels`, :func:`check_scans`, :func:`check_shipped`, :func:`bake`,
+            :func:`released_weights` and :func:`shared_networks.version.released_content`.
     """
     bundle = root / name
     files = {
@@ -125,26 +133,31 @@ def bundle_files(root: Path, name: str, overlay: str = "", weights: str | Path =
     package = (root / "shared_networks").rglob("*")
     files |= {file: file.relative_to(root) for file in package if file.suffix == ".py" or file.name == "py.typed"}
     content = {path.as_posix(): released_content(file) for file, path in files.items()}
+    named = overlay_weights(content)
+    if overlay:
+        content |= bake(content, overlay)
     check_labels(bundle, content)
-    baked = bake(content, overlay) if overlay else {}
-    own = overlay_weights(bundle, overlay, content) if overlay else None
-    content |= baked
-    if own:
-        shipped = own.relative_to(bundle).as_posix()
-        content = {path: text for path, text in content.items() if not path.startswith("weights/")}
-        content |= {
-            path: text.replace(shipped.encode(), b"models/model.pt")
-            for path, text in content.items()
-            if path.startswith("docs/") and path.endswith(".md")
-        }
-        if not weights and not own.is_file():
-            print(f"{name}: no {shipped}, so it is released without weights", flush=True)
-        weights = weights or (own if own.is_file() else "")
-    config = ConfigParser(json.loads(content["configs/inference.json"]))
-    config["bundle_root"] = str(bundle)
+    check_scans(bundle, content)
+    own = named.get(overlay, "")
+    if own and not weights and (bundle / own).is_file():
+        weights = bundle / own
+        del named[overlay]
+        if own not in named.values():
+            for path in (own, record_file(own).as_posix()):
+                content.pop(path, None)
+            content |= {
+                path: text.replace(own.encode(), b"models/model.pt")
+                for path, text in content.items()
+                if path.startswith("docs/") and path.endswith(".md")
+            }
+    elif not weights:
+        reason = f"no {own}" if own else "no --weights"
+        print(f"{name}: {reason}, so it is released without models/model.pt", flush=True)
+    check_shipped(bundle, content, named)
+    config = inference_config(bundle, content)
     card = released_card(content["docs/README.md"].decode())
     if weights:
-        content |= released_weights(config, Path(weights))
+        content |= released_weights(config, Path(weights), overlay)
         card = with_ckpt_dir(card)
     if overlay or weights:
         card = note_on_release(card, release_note(config, overlay, bool(weights)))
@@ -187,6 +200,70 @@ def check_labels(bundle: Path, files: Mapping[str, bytes]) -> None:
             )
 
 
+def check_scans(bundle: Path, files: Mapping[str, bytes]) -> None:
+    """Refuse a bundle of which some part is of scans that are prepared otherwise than its inference prepares them.
+
+    Args:
+        bundle: its folder.
+        files: of the bundle, by path.
+
+    Raises:
+        InputError: the card, the metadata or another config has another modality, voxel size, window or crop.
+    """
+    scans = scans_of(json.loads(files["configs/inference.json"]))
+    for path, text in files.items():
+        if re.fullmatch(r"configs/\w+\.json", path) and "bundle_root" in (config := json.loads(text)):
+            for name, (there, here) in different_settings(scans, scans_of(config)).items():
+                raise InputError(
+                    f"{bundle / path}: {name} is {here}, and {there} in configs/inference.json; put the wrong one right"
+                )
+    metadata, card = json.loads(files["configs/metadata.json"]), files["docs/README.md"].decode()
+    for path, found, wanted in (
+        ("configs/metadata.json", format_config(metadata), format_config(described_metadata(metadata, scans))),
+        ("docs/README.md", card, described_card(card, scans)),
+    ):
+        lines = zip(found.splitlines(), wanted.splitlines(), strict=False)
+        if line := next((pair for pair in lines if pair[0] != pair[1]), None):
+            there, here = (text.strip(" ,") for text in line)
+            raise InputError(
+                f"{bundle / path}: by configs/inference.json it says {here}, not {there}; put the wrong one right"
+            )
+
+
+def check_shipped(bundle: Path, files: Mapping[str, bytes], named: Mapping[str, str]) -> None:
+    """Refuse weights of a bundle that do not fit the overlay that names them, and tell of those that none names.
+
+    Args:
+        bundle: its folder.
+        files: of the bundle, by path.
+        named: of :func:`overlay_weights`.
+
+    Raises:
+        InputError: weights are of another network, or of scans prepared otherwise.
+    """
+    for overlay, file in named.items():
+        if file in files:
+            config = inference_config(bundle, files, overlay)
+
+            def advise(tensors: bool, settings: Mapping[str, Any], config: str = f"configs/{overlay}.json") -> str:
+                here = f", or put {_as_json(settings)} there" if settings else ""
+                return f"{config} takes it by default: write it from a model that was trained with it{here}"
+
+            check_weights(bundle / file, network_of(config), config.get_parsed_content("preparation"), advise)
+    for file in files:
+        if file.startswith("weights/") and not file.endswith(".json") and file not in named.values():
+            print(f"{bundle.name}: no config names {file}, so it is not compared with one", flush=True)
+
+
+def inference_config(bundle: Path, files: Mapping[str, bytes], overlay: str = "") -> ConfigParser:
+    """Return the inference config of a bundle's files, under an overlay if one is named."""
+    config = ConfigParser(json.loads(files["configs/inference.json"]))
+    settings = json.loads(files[f"configs/{overlay}.json"]) if overlay else {}
+    config.update({name: value for name, value in settings.items() if name.split("#")[0] in config})
+    config["bundle_root"] = str(bundle)
+    return config
+
+
 def release_note(config: ConfigParser, overlay: str, weights: bool) -> str:
     """Say on top of a card what a release is, where the card alone would mislead.
 
@@ -201,10 +278,11 @@ def release_note(config: ConfigParser, overlay: str, weights: bool) -> str:
         spacing, crop = (
             " x ".join(f"{length:g}" for length in config.get_parsed_content(key)) for key in ("spacing", "img_size")
         )
+        values = input_text(config.get_parsed_content("preparation"))
         sentences += [
             f"**This release has the network of `configs/{overlay}.json`: {size:.1f} M parameters, voxels of "
-            f"{spacing} mm, crops of {crop} voxels.** Its configs have these defaults. What follows describes the full "
-            "network."
+            f"{spacing} mm, crops of {crop} voxels.** Its input is {values}. Its configs have "
+            "these defaults. What follows describes the full network, before these changes."
         ]
     if weights:
         sentences += [
@@ -222,25 +300,26 @@ def network_of(config: ConfigParser) -> torch.nn.Module:
     return network
 
 
-def overlay_weights(bundle: Path, overlay: str, files: Mapping[str, bytes]) -> Path | None:
-    """Return the file of weights that an overlay names as `checkpoint`, which need not exist; None if it names none.
+def overlay_weights(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the weights that overlays take by default, which need not exist: paths in the bundle by overlay.
 
     Args:
-        bundle: folder of the bundle.
-        overlay: name, as for :func:`bake`.
         files: of the bundle, by path.
     """
-    config = ConfigParser(json.loads(files["configs/inference.json"]))
-    config.update(json.loads(files.get(f"configs/{overlay}.json", b"{}")))
-    config["bundle_root"] = str(bundle)
-    file = Path(config.get_parsed_content("checkpoint"))
-    return None if file.parent.name == "models" else file
+    named = {}
+    for path, text in files.items():
+        if overlay := re.fullmatch(r"configs/(\w+)\.json", path):
+            default = str(json.loads(text).get("checkpoint", ""))
+            if file := re.search(r"(?<![^/'])weights/[\w.-]+", default):
+                named[overlay[1]] = file[0]
+    return named
 
 
 def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
-    """Make an overlay's settings the defaults of the other configs, and of the metadata.
+    """Make an overlay's settings the defaults of the other configs, and what metadata and card say of scans.
 
     The weights that it names are those of the bundle from then on, `models/model.pt`, so `checkpoint` is left out.
+    Other overlays that name weights get the defaults before, where they set none, as these belong to the weights.
 
     Args:
         files: of a bundle, by path.
@@ -265,10 +344,18 @@ def bake(files: Mapping[str, bytes], overlay: str) -> dict[str, bytes]:
     if lost := [key for key in settings if not any(key.split("#")[0] in configs[path] for path in alone)]:
         raise InputError(f"--overlay {overlay}: no config has {', '.join(lost)} of {file}; take them out")
     own = {path: {k: v for k, v in settings.items() if k.split("#")[0] in configs[path]} for path in alone}
-    if "img_size" in settings:
-        shapes = ("inputs#image#spatial_shape", "outputs#pred#spatial_shape")
-        own["configs/metadata.json"] = {f"network_data_format#{shape}": settings["img_size"] for shape in shapes}
     baked = {path: with_settings(files[path].decode(), changes).encode() for path, changes in own.items() if changes}
+    for name in overlay_weights(files).keys() - {overlay}:
+        defaults = (ConfigParser(configs[path]) for path in reversed(alone))
+        before = {key: config[key] for config in defaults for key in settings if key in config}
+        if lacking := {key: value for key, value in before.items() if key not in configs[f"configs/{name}.json"]}:
+            baked[f"configs/{name}.json"] = format_config({**configs[f"configs/{name}.json"], **lacking}).encode()
+    scans = scans_of(json.loads(baked.get("configs/inference.json", files["configs/inference.json"])))
+    metadata, card = json.loads(files["configs/metadata.json"]), files["docs/README.md"].decode()
+    if (described := described_metadata(metadata, scans)) != metadata:
+        baked["configs/metadata.json"] = format_config(described).encode()
+    if (described_anew := described_card(card, scans)) != card:
+        baked["docs/README.md"] = described_anew.encode()
     return {**baked, file: format_config(values).encode()}
 
 
@@ -294,24 +381,38 @@ def with_settings(config: str, settings: Mapping[str, Any]) -> str:
     return format_config(content)
 
 
-def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
-    """Read weights for a bundle's zip, once they are known to fit its network and labels.
+def released_weights(config: ConfigParser, weights: Path, overlay: str = "") -> dict[str, bytes]:
+    """Read weights for a bundle's zip, once they are known to fit its network, labels and preparation of scans.
 
     Args:
         config: the bundle's inference config.
         weights: `model.pt` as training writes it: a flat state_dict, for a segmenter with its record beside it; or
             the same as `.safetensors`.
+        overlay: that is baked into the config, if any, for the message.
 
     Returns:
         Content of `models/model.pt`, in PyTorch's form and unchanged numbers, and of its record `models/model.json`,
         which no longer names any case; see :func:`shared_networks.version.released_record`.
 
     Raises:
-        InputError: names or shapes are not the network's, the state_dict is not flat, or the labels are unknown or
-            not the bundle's.
+        InputError: names or shapes are not the network's, scans were prepared otherwise, the state_dict is not flat,
+            or the labels are unknown or not the bundle's.
     """
+
+    def advise(tensors: bool, settings: Mapping[str, Any]) -> str:
+        if tensors and not settings:
+            return "Release with the overlay that it was trained with, such as --overlay tiny"
+        copy = f", a copy of configs/{overlay}.json" if overlay and not tensors else ""
+        copy = ", a copy of the one that it was trained with" if tensors else copy
+        return (
+            f"Put {_as_json(settings)} into an overlay of your own in the bundle, such as configs/own.json{copy}, and "
+            "release with --overlay own"
+        )
+
     names, network = config.get("label_names"), network_of(config)
-    check_weights(weights, network)
+    if names and (record := read_record(weights)):
+        _check_names(weights, trained_labels(record), names)
+    check_weights(weights, network, config.get_parsed_content("preparation"), advise)
     if safe := weights.suffix == SAFETENSORS:
         content = safetensors_form(weights).load_file(weights)
     else:
@@ -320,10 +421,8 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
         raise InputError(
             f"{weights}: not a flat state_dict under our names, as training writes it; save that alone to a model.pt"
         )
-    if names and model_labels(weights) != names:
-        raise InputError(
-            f"{record_file(weights)}: not the labels of this bundle; release these weights in the one that trained them"
-        )
+    if names:
+        _check_names(weights, model_labels(weights), names)
     stream = BytesIO()
     if safe:
         torch.save(content, stream)
@@ -332,6 +431,19 @@ def released_weights(config: ConfigParser, weights: Path) -> dict[str, bytes]:
         digest = hashlib.sha256(files["models/model.pt"]).hexdigest()
         files["models/model.json"] = record_text({**released_record(record), "weights_sha256": digest})
     return files
+
+
+def _check_names(weights: Path, there: Sequence[str], here: Sequence[str]) -> None:
+    """Refuse weights of other labels than a bundle's."""
+    if there != here:
+        raise InputError(
+            f"{record_file(weights)}: not the labels of this bundle; release these weights in the one that trained them"
+        )
+
+
+def _as_json(settings: Mapping[str, Any]) -> str:
+    """Return settings as they stand in a config."""
+    return json.dumps(settings)[1:-1]
 
 
 def write_release(output_dir: Path, name: str, files: Mapping[str, bytes]) -> Path:

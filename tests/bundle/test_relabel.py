@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 
 from shared_networks.bundle.card import card_labels, general_card, labels_section, relative_links
 from shared_networks.bundle.config_format import format_config
+from shared_networks.bundle.halve import halve
 from shared_networks.bundle.relabel import relabel
 from shared_networks.bundle.release import bundle_files
 from shared_networks.datasets.record import training_record, write_model
@@ -52,7 +53,7 @@ def model(file: Path, names: list[str], overlay: str = "tiny") -> Path:
     parser.read_config([ROOT / BTCV / "configs" / f"{name}.json" for name in ("inference", overlay)])
     parser.update({"bundle_root": str(ROOT / BTCV), "num_classes": len(names)})
     weights = parser.get_parsed_content("network_def").state_dict()
-    write_model(weights, file, training_record("", PARTS, {}, label_names=names))
+    write_model(weights, file, training_record("", PARTS, parser.get_parsed_content("preparation"), label_names=names))
     return file
 
 
@@ -71,17 +72,37 @@ def test_card_and_metadata_are_of_the_new_labels_and_of_no_other_data(own: Path)
         assert (own / "docs" / link).is_file(), link
 
 
-def test_weights_of_other_labels_go_and_configs_no_longer_name_them(
-    own: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_of_other_labels_go_and_small_json_takes_those_of_the_new_ones(own: Path, tmp_path: Path) -> None:
+    """The way of the guide: relabel, train with small.json, halve, release."""
     assert list((own / "weights").iterdir()) == []
+    small, before = (root / "configs/small.json" for root in (own, ROOT / BTCV))
+    assert small.read_text() == before.read_text()
+    file = own / "weights" / "small.pt"
+    halve(model(tmp_path / "trained" / "model.pt", NAMES, overlay="small"), file)
+    files = bundle_files(tmp_path, "own_seg", overlay="small")
+    assert files["models/model.pt"] == file.read_bytes() and "models/model.json" in files
+    assert not [path for path in files if path.startswith("weights/")]
+    assert "Its weights are `models/model.pt`" in files["README.md"].decode()
+    files = bundle_files(tmp_path, "own_seg")
+    assert files["weights/small.pt"] == file.read_bytes() and "models/model.pt" not in files
     parser = ConfigParser()
     parser.read_config([own / "configs" / f"{name}.json" for name in ("inference", "small")])
     parser["bundle_root"] = str(own)
-    assert Path(parser.get_parsed_content("checkpoint")) == own / "models" / "model.pt"
-    small, before = (json.loads((root / "configs/small.json").read_text()) for root in (own, ROOT / BTCV))
-    assert small == {key: value for key, value in before.items() if "checkpoint" not in key}
-    assert "weights" not in json.dumps(small)
+    assert Path(parser.get_parsed_content("checkpoint")) == file
+
+
+def test_a_copy_whose_configs_are_of_mr_is_one_of_mr(tmp_path: Path) -> None:
+    bundle = copied(BTCV, tmp_path)
+    for name in ("train", "inference"):
+        file = bundle / "configs" / f"{name}.json"
+        file.write_text(file.read_text().replace('"modality": "CT"', '"modality": "MR"'))
+    relabel(bundle, dataset(tmp_path, NAMES))
+    metadata = json.loads((bundle / "configs/metadata.json").read_text())
+    assert metadata["task"] == "Segmentation of 3 organ(s) in MR"
+    assert metadata["network_data_format"]["inputs"]["image"]["modality"] == "MR"
+    card = (bundle / "docs/README.md").read_text()
+    assert "an MR scan in, the [labels]" in card and "| MR, 0 to 1 |" in card
+    bundle_files(tmp_path, "own_seg")
 
 
 def test_weights_of_the_new_labels_and_of_unknown_ones_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,13 +79,10 @@ def tiny_weights(bundle: str, folder: Path, labels: str = "", overlay: str = "ti
     weights = parser.get_parsed_content("network_def").state_dict()
     if labels:
         cases = {part: [{"image": f"{part}_Smith.nii.gz"}] for part in ("train", "validation", "test")}
-        split = {"seed": 0, "val_cases": ["validation_Smith"]}
-        spacing = {"spacing": [4.0, 4.0, 4.0]}
-        write_model(
-            weights,
-            folder / "model.pt",
-            training_record("/data/X", Split(cases, split), spacing, label_names=label_names(labels)),
-        )
+        split = Split(cases, {"seed": 0, "val_cases": ["validation_Smith"]})
+        preparation = parser.get_parsed_content("preparation")
+        record = training_record("/data/X", split, preparation, label_names=label_names(labels))
+        write_model(weights, folder / "model.pt", record)
     else:
         folder.mkdir(parents=True)
         torch.save(weights, folder / "model.pt")
@@ -191,7 +188,7 @@ def test_weights_that_ship_are_the_model_of_a_release_with_their_overlay(
 ) -> None:
     for archive in release(tmp_path, overlay="small", root=shipping):
         unzip(archive, tmp_path)
-    assert f"{FLARE}: no weights/small.pt, so it is released without weights\n" in capsys.readouterr().out
+    assert f"{FLARE}: no weights/small.pt, so it is released without models/model.pt\n" in capsys.readouterr().out
     assert not (tmp_path / FLARE / "models").exists()
     for name in (PRETRAIN, BTCV):
         shipped = shipping / name / "weights" / "small.pt"
@@ -218,8 +215,9 @@ def test_other_releases_carry_the_weights_that_ship_beside_their_own(shipping: P
     (archive,) = release(
         tmp_path / "dist", BTCV, overlay="small", weights=shipping / "trained" / BTCV / "model.pt", root=shipping
     )
-    given = unzip(archive, tmp_path / "given") / "models" / "model.pt"
-    assert given.read_bytes() == (shipping / "trained" / BTCV / "model.pt").read_bytes()
+    given = unzip(archive, tmp_path / "given")
+    assert (given / "models/model.pt").read_bytes() == (shipping / "trained" / BTCV / "model.pt").read_bytes()
+    assert (given / "weights/small.pt").is_file() and "`weights/small.pt` holds" in (given / "README.md").read_text()
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -333,7 +331,7 @@ def test_weights_go_in_as_they_are(bundle: str, labels: str, tmp_path: Path) -> 
     assert {file.name for file in models.iterdir()} == {"model.pt", *(["model.json"] if labels else [])}
     if labels:
         assert model_labels(models / "model.pt") == list(label_names(labels))
-        assert read_record(models / "model.pt")["preparation"] == {"spacing": [4.0, 4.0, 4.0]}  # type: ignore[index]
+        assert read_record(models / "model.pt")["preparation"]["spacing"] == [4.0, 4.0, 4.0]  # type: ignore[index]
         assert "Smith" not in (models / "model.json").read_text()
 
 
@@ -382,7 +380,7 @@ def wrong_weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     elif request.param == "partial":
         content.popitem()
         torch.save(content, weights)
-    if request.param.startswith(("nested", "prefixed")):
+    if request.param.startswith(("nested", "prefixed", "partial")):
         weights.with_suffix(".json").unlink()  # it is of the weights before
     return weights
 
