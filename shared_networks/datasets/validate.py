@@ -81,8 +81,8 @@ def check_cases(
         modality: `"CT"`, whose values must be HU, or `"MR"`, whose values must not; `None` accepts either.
         intensity_range: values that become 0 and 1; `None` accepts any.
         in_channels: files that the network takes of each case; `None` accepts any number.
-        num_tissues: the images are tissue maps, with indices below it; modality and intensities do not matter then.
-            `None` refuses tissue maps.
+        num_tissues: the images are tissue maps, with indices below it, of which CTs are drawn: no other modality is
+            accepted, and intensities do not matter. `None` refuses tissue maps.
 
     Returns:
         `cases` themselves, so that a config can use the result in their place.
@@ -94,6 +94,11 @@ def check_cases(
         raise InputError(
             "no case to check; look at dataset_dir: it must hold at least one image (pass --dataset_dir FOLDER)"
             ", and with val_fraction 0 none validates"
+        )
+    if num_tissues is not None and modality != "CT":
+        raise InputError(
+            f"modality is {modality!r}, but what is drawn from tissue maps are CTs; pass --modality CT, or leave out "
+            "configs/synthetic.json to train on scans"
         )
     if num_tissues is not None and (most := max(num_tissues, num_classes or 0)) > 256:
         raise InputError(f"{most} tissues or classes: maps and labels are read as bytes; give at most 256 of each")

@@ -35,6 +35,12 @@ def test_tissue_maps_are_accepted_with_their_number_of_tissues(tmp_path: Path, b
     assert check_cases(cases, 2, modality="CT", intensity_range=(-175, 250), num_tissues=4) == cases
 
 
+@pytest.mark.parametrize("modality", ["MR", None])
+def test_what_is_drawn_of_tissue_maps_is_a_ct(tmp_path: Path, blocks: np.ndarray, modality: str | None) -> None:
+    with pytest.raises(InputError, match=f"^modality is {modality!r}, but .* are CTs; pass --modality CT, or leave"):
+        check_cases([write(tmp_path, blocks)], 2, modality=modality, num_tissues=4)
+
+
 @pytest.mark.parametrize("modality", ["CT", "MR", None])
 def test_tissue_maps_are_refused_as_scans_in_one_line(tmp_path: Path, blocks: np.ndarray, modality: str | None) -> None:
     with pytest.raises(
@@ -51,12 +57,12 @@ def test_without_that_name_a_map_still_is_no_ct(tmp_path: Path, blocks: np.ndarr
 
 def test_tissues_outside_the_table_are_listed_with_their_file(tmp_path: Path, blocks: np.ndarray) -> None:
     with pytest.raises(InputError, match=r"a_0000.nii.gz: tissues 2, 3 are not in the table, which has 2, 0 to 1"):
-        check_cases([write(tmp_path, blocks)], 2, num_tissues=2)
+        check_cases([write(tmp_path, blocks)], 2, modality="CT", num_tissues=2)
 
 
 def test_maps_and_labels_are_bytes(tmp_path: Path, blocks: np.ndarray) -> None:
     with pytest.raises(InputError, match="300 tissues or classes: maps and labels are read as bytes; give at most 256"):
-        check_cases([write(tmp_path, blocks)], 300, num_tissues=4)
+        check_cases([write(tmp_path, blocks)], 300, modality="CT", num_tissues=4)
 
 
 def test_scans_are_no_tissue_maps() -> None:
