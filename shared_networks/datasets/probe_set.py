@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.utils import ensure_tuple
 
 from shared_networks.datasets.cases import find_cases
 from shared_networks.datasets.labels import dataset_labels
+from shared_networks.datasets.tissue_maps import refuse_tissue_maps
 from shared_networks.datasets.validate import check_cases
 from shared_networks.errors import InputError
 
@@ -40,7 +42,7 @@ def probe_cases(
         a data set.
 
     Raises:
-        InputError: there is no such folder, it has no labels or a single case, or its files have problems.
+        InputError: there is no such folder, it has no labels, a single case or tissue maps, or its files have problems.
     """
     if not probe_dir:
         return []
@@ -62,6 +64,8 @@ def probe_cases(
         )
     # RandomState and not default_rng: only its stream is promised never to change.
     chosen = [cases[index] for index in np.random.RandomState(seed).permutation(len(cases))[:MOST_CASES]]
+    images = [file for case in chosen for file in ensure_tuple(case["image"])]
+    refuse_tissue_maps(images, "give --probe_dir labelled CTs, as a probe draws none")
     check_cases(chosen, modality=modality, intensity_range=intensity_range, in_channels=in_channels)
     return chosen
 

@@ -14,11 +14,18 @@ TISSUE_CHANNEL = "tissue map"
 """What `dataset.json` calls the first channel of a folder of tissue maps."""
 
 
-def refuse_tissue_maps(images: Iterable[str]) -> None:
+_DRAW = (
+    "to train on CTs drawn from it, add configs/synthetic.json to --config_file; to evaluate, write CTs with "
+    "shared_networks.synthetic.phantom"
+)
+
+
+def refuse_tissue_maps(images: Iterable[str], advice: str = _DRAW) -> None:
     """Refuse images whose data set says that they are tissue maps.
 
     Args:
         images: files of an nnU-Net folder; others are passed over.
+        advice: what to do, where no CT could be drawn from them.
 
     Raises:
         InputError: `dataset.json` in a folder names the first channel :data:`TISSUE_CHANNEL`.
@@ -27,10 +34,7 @@ def refuse_tissue_maps(images: Iterable[str]) -> None:
         content = read_json(file) if file.is_file() else None
         channels = content.get("channel_names") if isinstance(content, dict) else None
         if isinstance(channels, dict) and channels.get("0") == TISSUE_CHANNEL:
-            raise InputError(
-                f"{file}: channel 0 is {TISSUE_CHANNEL!r}, no scan; to train on CTs drawn from it, add "
-                "configs/synthetic.json to --config_file; to evaluate, write CTs with shared_networks.synthetic.phantom"
-            )
+            raise InputError(f"{file}: channel 0 is {TISSUE_CHANNEL!r}, no scan; {advice}")
 
 
 def tissue_problems(values: np.ndarray, num_tissues: int) -> list[str]:

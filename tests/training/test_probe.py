@@ -259,6 +259,18 @@ def test_folders_that_cannot_be_probed(tmp_path: Path) -> None:
         probe_cases(damaged, 0)
 
 
+def test_tissue_maps_are_not_probed_and_no_overlay_would_change_that(tmp_path: Path) -> None:
+    """CTs are drawn to train and to evaluate; a probe has its own chain of transforms."""
+    folder = write(tmp_path / "maps", 2)
+    (folder / "dataset.json").write_text('{"channel_names": {"0": "tissue map"}}')
+    with pytest.raises(InputError) as caught:
+        probe_cases(folder, 0)
+    assert str(caught.value) == (
+        f"{folder}/dataset.json: channel 0 is 'tissue map', no scan; "
+        "give --probe_dir labelled CTs, as a probe draws none"
+    )
+
+
 @pytest.mark.integration
 def test_a_training_is_watched_and_stays_the_same_to_the_last_bit(datasets: dict[str, Path], tmp_path: Path) -> None:
     """With a probe and without: the same weights, the same other curves."""
