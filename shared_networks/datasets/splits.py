@@ -76,7 +76,7 @@ def split_cases(
     ordered = sorted(cases, key=lambda case: (name_of(case), str(case["image"])))
     names = [name_of(case) for case in ordered]
     if len(ordered) == 1 and val_fraction:
-        logger.warning("%s is the only case: it trains and validates, so Dice measures memorisation", names[0])
+        logger.warning("%s is the only case: it trains and validates, so validation measures memorisation", names[0])
         return {"train": ordered, "validation": list(ordered)}
 
     wanted = ensure_tuple(val_cases)

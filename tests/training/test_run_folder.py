@@ -214,7 +214,7 @@ def test_the_only_case_is_trained_resumed_and_reported_on(tmp_path: Path, caplog
     write_dataset(tmp_path / "data", train=1, test=0, seed=2, voxel_mm=6.0)
     with caplog.at_level(logging.WARNING):
         train(tmp_path / "data", tmp_path / "run")
-    assert "is the only case: it trains and validates, so Dice measures memorisation" in caplog.text
+    assert "is the only case: it trains and validates, so validation measures memorisation" in caplog.text
     train(tmp_path / "data", tmp_path / "run", resume=True)
     evaluate(tmp_path / "data", tmp_path / "run")
     assert (tmp_path / "run" / "report" / "dice.csv").is_file()
