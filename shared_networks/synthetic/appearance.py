@@ -5,7 +5,9 @@ All filters are small matrices along one axis, so that a crop takes some millise
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +73,64 @@ class Variety(NamedTuple):
 USUAL = Variety()
 CLINICAL = Variety(enhancement=(0.8, 1.2), spread=0.4, shift=3, scale=0.005, shading=(0, 4), streaks=(50, 300))
 """Of scans that are written once: as different as those of one hospital."""
+
+
+_CHANCES = ("contrast", "across", "view", "end")
+_ABOVE_ZERO = ("variation_mm", "slice_mm", "noise_hu", "streaks")  # what divides, or has its logarithm drawn
+
+
+def checked_variety(arguments: Mapping[str, Any]) -> Variety:
+    """Make a variety of the arguments that a config gives.
+
+    Args:
+        arguments: by name, of :class:`Variety`; ranges are lists or tuples.
+
+    Raises:
+        InputError: a name is unknown, or a value is no chance, amount or range.
+    """
+    if unknown := sorted(arguments.keys() - set(Variety._fields)):
+        raise InputError(f"{unknown[0]!r} is no argument of drawn CTs; give one of {', '.join(Variety._fields)}")
+    values: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(Variety._field_defaults[name], tuple):
+            values[name] = checked_range(name, value, name in _ABOVE_ZERO)
+        else:
+            [values[name]] = checked_amounts(name, [value], most=1 if name in _CHANCES else math.inf)
+    return Variety(**values)
+
+
+def checked_range(name: str, value: Any, above_zero: bool = False) -> Range:
+    """Return a range of what is drawn, for which a config may give anything.
+
+    Raises:
+        InputError: it is not two numbers of at least 0, or above it, in order.
+    """
+    if not _are_amounts(value, 2) or value[0] > value[1] or (above_zero and value[0] == 0):
+        least = "above 0" if above_zero else "of at least 0"
+        raise InputError(f"{name} of drawn CTs is {value!r}; give two numbers {least}, the lower one first")
+    return value[0], value[1]
+
+
+def checked_amounts(name: str, values: Any, count: int = 1, most: float = math.inf) -> list[float]:
+    """Return numbers that what is drawn depends on, for which a config may give anything.
+
+    Raises:
+        InputError: they are not so many numbers from 0 to the most.
+    """
+    if not _are_amounts(values, count) or max(values) > most:
+        what = "a number" if count == 1 else f"{count} numbers"
+        limits = "of at least 0" if most == math.inf else f"from 0 to {most:g}"
+        given = values[0] if count == 1 else values
+        raise InputError(f"{name} of drawn CTs is {given!r}; give {what} {limits}")
+    return list(values)
+
+
+def _are_amounts(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == count
+        and all(type(item) in (int, float) and 0 <= item < math.inf for item in values)
+    )
 
 
 class Drawn(NamedTuple):

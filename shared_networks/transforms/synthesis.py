@@ -17,7 +17,14 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from shared_networks.errors import InputError
-from shared_networks.synthetic.appearance import Variety, along, bumps, draw_scan
+from shared_networks.synthetic.appearance import (
+    along,
+    bumps,
+    checked_amounts,
+    checked_range,
+    checked_variety,
+    draw_scan,
+)
 from shared_networks.synthetic.tissue_table import TissueTable, read_tissue_table
 
 _CANDIDATES = 4096  # voxels among which a crop's centre is sought: an adrenal gland is met every second time
@@ -42,6 +49,9 @@ class RandCropWarpd(Randomizable, MapTransform):
         zoom: least and largest scale.
         stretch: share by which an axis is scaled more or less than the others, at most.
         deformation: largest standard deviation in mm of smooth shifts over 70 mm, and over 25 mm.
+
+    Raises:
+        InputError: an argument from `centres` on is no range or number that can be drawn with.
     """
 
     def __init__(
@@ -63,8 +73,13 @@ class RandCropWarpd(Randomizable, MapTransform):
         self.spacing = np.array(ensure_tuple_rep(spacing, 3), float)
         self.num_samples = num_samples
         self.label_key, self.body_key = label_key, body_key or self.keys[0]
-        self.centres = np.array(centres, float) * ([label_key is not None, 1, 1])
-        self.rotation, self.zoom, self.stretch, self.deformation = rotation, zoom, stretch, deformation
+        self.centres = np.array(checked_amounts("centres", centres, 3)) * ([label_key is not None, 1, 1])
+        if not self.centres.any():
+            raise InputError(f"centres of drawn CTs is {centres!r}; give a weight above 0 to the body or to any place")
+        self.rotation = checked_amounts("rotation", rotation, 3)
+        self.zoom = checked_range("zoom", zoom, above_zero=True)
+        [self.stretch] = checked_amounts("stretch", [stretch], most=1)
+        self.deformation = checked_amounts("deformation", deformation, 2)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
         """Return `num_samples` crops of a case.
@@ -160,6 +175,9 @@ class DrawCTd(MapTransform):
         label_key: of labels that are cleared where the field of view ends.
         seed: of the drawing, together with the file's name.
         variety: arguments of :class:`shared_networks.synthetic.appearance.Variety`: how much scans differ.
+
+    Raises:
+        InputError: the table cannot be read, or an argument of the variety is unknown or no range.
     """
 
     def __init__(
@@ -174,7 +192,7 @@ class DrawCTd(MapTransform):
         super().__init__(keys)
         self.table: TissueTable = read_tissue_table(table)
         self.spacing = None if spacing is None else np.array(ensure_tuple_rep(spacing, 3), float)
-        self.label_key, self.seed, self.variety = label_key, seed, Variety(**variety)
+        self.label_key, self.seed, self.variety = label_key, seed, checked_variety(variety)
 
     def generator(self, volume: MetaTensor) -> np.random.Generator:
         """Return the source of variation of a map: its seed and its file's name."""
@@ -213,6 +231,9 @@ class RandDrawCTd(DrawCTd, Randomizable):
         spacing: voxel size in mm; by default the map's affine tells.
         label_key: of labels that are cleared where the field of view ends.
         variety: arguments of :class:`shared_networks.synthetic.appearance.Variety`: how much scans differ.
+
+    Raises:
+        InputError: the table cannot be read, or an argument of the variety is unknown or no range.
     """
 
     def __init__(

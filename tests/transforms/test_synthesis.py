@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,56 @@ def test_wrong_maps_are_refused_by_their_file(tissues: str) -> None:
         DrawCTd("image", tissues)(data)
     with pytest.raises(InputError, match="a tissue map has 2 channels; give one"):
         DrawCTd("image", tissues)({"image": torch.zeros(2, 4, 4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"noise_hu": [0, 40]}, "noise_hu of drawn CTs is [0, 40]; give two numbers above 0, the lower one first"),
+        ({"slice_mm": [0, 5]}, "slice_mm of drawn CTs is [0, 5]; give two numbers above 0"),
+        ({"variation_mm": [0, 5]}, "variation_mm of drawn CTs is [0, 5]; give two numbers above 0"),
+        ({"streaks": [0, 500]}, "streaks of drawn CTs is [0, 500]; give two numbers above 0"),
+        ({"noise_hu": 10}, "noise_hu of drawn CTs is 10; give two numbers above 0"),
+        ({"noise_hu": [40, 5]}, "noise_hu of drawn CTs is [40, 5]"),
+        ({"noise_hu": ["3", 30]}, "noise_hu of drawn CTs is ['3', 30]"),
+        ({"noise_hu": [3, float("nan")]}, "noise_hu of drawn CTs is [3, nan]"),
+        ({"texture": [-1, 1]}, "texture of drawn CTs is [-1, 1]; give two numbers of at least 0, the lower one first"),
+        ({"shading": [0, 4, 8]}, "shading of drawn CTs is [0, 4, 8]"),
+        ({"contrast": 5}, "contrast of drawn CTs is 5; give a number from 0 to 1"),
+        ({"view": True}, "view of drawn CTs is True; give a number from 0 to 1"),
+        ({"shift": [3, 8]}, "shift of drawn CTs is [3, 8]; give a number of at least 0"),
+        ({"spread": float("inf")}, "spread of drawn CTs is inf; give a number of at least 0"),
+        ({"noise_HU": [3, 30]}, "'noise_HU' is no argument of drawn CTs; give one of contrast, enhancement, spread"),
+    ],
+)
+def test_a_range_that_cannot_be_drawn_from_is_refused_before_anything_is(
+    tissues: str, setting: dict[str, Any], said: str
+) -> None:
+    for kind in (DrawCTd, RandDrawCTd):
+        with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+            kind("image", tissues, **setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"zoom": [0, 1.2]}, "zoom of drawn CTs is [0, 1.2]; give two numbers above 0, the lower one first"),
+        ({"zoom": 1}, "zoom of drawn CTs is 1"),
+        ({"rotation": 10}, "rotation of drawn CTs is 10; give 3 numbers of at least 0"),
+        ({"stretch": 2}, "stretch of drawn CTs is 2; give a number from 0 to 1"),
+        ({"deformation": [5]}, "deformation of drawn CTs is [5]; give 2 numbers of at least 0"),
+        ({"centres": [1, 1]}, "centres of drawn CTs is [1, 1]; give 3 numbers"),
+        (
+            {"centres": [0, 0, 0]},
+            "centres of drawn CTs is [0, 0, 0]; give a weight above 0 to the body or to any place",
+        ),
+    ],
+)
+def test_a_crop_that_cannot_be_warped_is_refused_before_any_is(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+        crop(**setting)
+
+
+def test_without_labels_a_weight_of_organs_alone_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^centres of drawn CTs is \[1, 0, 0\]; give a weight above 0 to the body"):
+        RandCropWarpd("image", (9, 9, 9), SPACING, centres=[1, 0, 0])
