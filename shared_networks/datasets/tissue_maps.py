@@ -14,10 +14,7 @@ TISSUE_CHANNEL = "tissue map"
 """What `dataset.json` calls the first channel of a folder of tissue maps."""
 
 
-_DRAW = (
-    "to train on CTs drawn from it, add configs/synthetic.json to --config_file; to evaluate, write CTs with "
-    "shared_networks.synthetic.phantom"
-)
+_DRAW = "to train or to evaluate on CTs drawn from it, add configs/synthetic.json to --config_file"
 
 
 def refuse_tissue_maps(images: Iterable[str], advice: str = _DRAW) -> None:

@@ -174,6 +174,7 @@ class DrawCTd(MapTransform):
         spacing: voxel size in mm; by default the map's affine tells.
         label_key: of labels that are cleared where the field of view ends.
         seed: of the drawing, together with the file's name.
+        allow_missing_keys: whether a case may lack some of the maps.
         variety: arguments of :class:`shared_networks.synthetic.appearance.Variety`: how much scans differ.
 
     Raises:
@@ -187,9 +188,10 @@ class DrawCTd(MapTransform):
         spacing: Sequence[float] | float | None = None,
         label_key: str | None = None,
         seed: int = 0,
+        allow_missing_keys: bool = False,
         **variety: Any,
     ) -> None:
-        super().__init__(keys)
+        super().__init__(keys, allow_missing_keys)
         self.table: TissueTable = read_tissue_table(table)
         self.spacing = None if spacing is None else np.array(ensure_tuple_rep(spacing, 3), float)
         self.label_key, self.seed, self.variety = label_key, seed, checked_variety(variety)

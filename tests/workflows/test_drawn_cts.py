@@ -21,7 +21,7 @@ from tests.conftest import BUNDLES, COARSE, ROOT
 pytestmark = pytest.mark.integration
 
 
-def workflow(bundle: str, data: Path, out: Path, overlay: str = "synthetic.json", **override: Any) -> ConfigWorkflow:
+def workflow(bundle: str, data: Path, out: Path, *overlays: str, **override: Any) -> ConfigWorkflow:
     configs = ROOT / bundle / "configs"
     settings = {
         "epochs": 1,
@@ -36,12 +36,30 @@ def workflow(bundle: str, data: Path, out: Path, overlay: str = "synthetic.json"
         settings |= {"pretrained_encoder": ""}
         del settings["val_fraction"]
     return ConfigWorkflow(
-        config_file=[str(configs / name) for name in ("train.json", "tiny.json", overlay)],
+        config_file=[str(configs / name) for name in ("train.json", "tiny.json", *(overlays or ("synthetic.json",)))],
         logging_file=False,
         bundle_root=str(ROOT / bundle),
         dataset_dir=str(data),
         **{**settings, "ckpt_dir": str(out), "output_dir": str(out), **override},
     )
+
+
+def check_evaluation(bundle: str, data: Path, out: Path, fixed: torch.Tensor) -> None:
+    """The report is of the CT that the case always has, and its picture of one on the map's own grid."""
+    report = out / "report"
+    flow = workflow(bundle, data, out, "synthetic.json", "evaluate.json", output_dir=str(report))
+    flow.initialize()
+    [case] = flow.parser.get_parsed_content("validate#dataset")
+    tissue = nib.load(case["scan"].meta["filename_or_obj"])
+    assert case["scan"].shape == case["truth"].shape == (1, *tissue.shape) and case["image"].max() <= 1
+    air = np.asarray(tissue.dataobj) == 0
+    assert float(case["scan"][0][air].median()) < -900 < -200 < float(case["scan"][0][~air].median())
+    chosen = workflow(bundle, data, out, "synthetic.json", "evaluate.json")
+    chosen.parser["report_cases"] = "$@split['validation']"
+    [again] = chosen.parser.get_parsed_content("validate#dataset")
+    assert torch.equal(again["image"].as_tensor(), fixed)
+    flow.run()
+    assert (report / "test_000_evaluation.png").is_file() and "test_000,liver," in (report / "metrics.csv").read_text()
 
 
 def of_bundle(bundle: str, folders: dict[str, Path]) -> Path:
@@ -72,6 +90,8 @@ def test_training_draws_cts_of_tissue_maps(bundle: str, tissue_maps: dict[str, P
     if "seg" in bundle:
         assert set(first["label"].unique().tolist()) > {0} and fixed.shape == validation[0]["label"].shape
     flow.run()
+    if "seg" in bundle:
+        check_evaluation(bundle, of_bundle(bundle, tissue_maps), tmp_path, fixed)
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     losses = parse("train#trainer").state.output[0]["loss"]
@@ -84,7 +104,7 @@ def test_tissue_maps_are_no_cts_and_cts_no_tissue_maps(
 ) -> None:
     """One clear line before anything is written: a network must not learn indices as Hounsfield units."""
     with pytest.raises(Exception, match=r".") as caught:
-        workflow(bundle, tissue_maps["btcv"], tmp_path / "out", overlay="tiny.json").initialize()
+        workflow(bundle, tissue_maps["btcv"], tmp_path / "out", "tiny.json").initialize()
     error = input_error_in(caught.value)
     assert error is not None and "channel 0 is 'tissue map', no scan" in str(error) and "\n" not in str(error)
     with pytest.raises(Exception, match=r".") as caught:
