@@ -110,7 +110,8 @@ def check_start(record: Record, before: Record, source: str | Path) -> None:
         source: the file that holds `before`.
 
     Raises:
-        InputError: label names, preparation, network or split differ, or a case would validate or test that trained.
+        InputError: label names, preparation, network, drawing of CTs or split differ, or a case would validate or test
+            that trained.
     """
     if trained_labels(before) != trained_labels(record):
         raise InputError(
@@ -123,6 +124,7 @@ def check_start(record: Record, before: Record, source: str | Path) -> None:
             f"Pass {options({key: there for key, (there, _) in differing.items()})}, or another --ckpt_dir"
         )
     check_network(source, before, record["network"], ", or another --ckpt_dir")
+    _check_drawing(record, before, source)
     same = before["dataset"] == record["dataset"]
     if same and (differing := different_splits(before, record)):
         raise InputError(
@@ -130,6 +132,20 @@ def check_start(record: Record, before: Record, source: str | Path) -> None:
             f"Give the settings of training, {split_options(before)}, or another --ckpt_dir"
         )
     check_unseen(record, {part: seen_cases(before, part) for part in ("train", "validation")}, source, same, before)
+
+
+def _check_drawing(record: Record, before: Record, source: str | Path) -> None:
+    """Refuse CTs drawn otherwise: scores of one training must be of the same validation CTs."""
+    now, then = record["drawing"], before.get("drawing", record["drawing"])  # earlier versions recorded none
+    if bool(now) != bool(then):
+        was, use = ("CTs drawn from tissue maps", "give") if then else ("scans", "leave out")
+        raise InputError(f"{source}: trained on {was}; {use} configs/synthetic.json, or give another --ckpt_dir")
+    texts = {"tissue_table": "another tissue table", "ranges": "other ranges"}
+    if differing := different_settings(then, now):
+        raise InputError(
+            f"{source}: trained on CTs drawn with {' and '.join(map(texts.__getitem__, differing))}; give the "
+            "--tissue_table and the configs/synthetic.json of that training, or another --ckpt_dir"
+        )
 
 
 def check_unseen(

@@ -70,6 +70,7 @@ def training_record(
     start_weights: Sequence[str | Path] = (),
     ckpt_dir: str | Path | None = None,
     network: Mapping[str, Any] | None = None,
+    drawing: Mapping[str, str] | None = None,
 ) -> TrainingRecord:
     """Collect what a training's `model.json` says.
 
@@ -85,11 +86,12 @@ def training_record(
             count as seen, whatever the split is now.
         ckpt_dir: folder of the training.
         network: settings of the network that change what it computes but no tensor's shape, such as `num_heads`.
+        drawing: digests of what CTs depend on that are drawn from tissue maps; none of scans.
 
     Returns:
-        `labels` as nnU-Net v2 has them in `dataset.json`; `dataset`, `split`, `preparation` and `network`; for each
-        part the names of its cases with a digest of each labelled scan; `validated_on`, a digest of what the validation
-        cases hold, labelled or not; and `seen_before`, cases of earlier trainings.
+        `labels` as nnU-Net v2 has them in `dataset.json`; `dataset`, `split`, `preparation`, `network` and `drawing`;
+        for each part the names of its cases with a digest of each labelled scan; `validated_on`, a digest of what the
+        validation cases hold, labelled or not; and `seen_before`, cases of earlier trainings.
 
     Raises:
         InputError: a record of the weights to start from is of other weights or cannot be read.
@@ -114,6 +116,7 @@ def training_record(
         "split": dict(getattr(split, "settings", {})),
         "preparation": dict(preparation),
         "network": dict(network or {}),
+        "drawing": dict(drawing or {}),
         **{part: case_digests(cases) for part, cases in parts.items()},
         "validated_on": _validation_digest(parts["validation"]),
         "seen_before": seen,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -251,3 +253,34 @@ class RandDrawCTd(DrawCTd, Randomizable):
     def generator(self, volume: MetaTensor) -> np.random.Generator:
         """Return a new source of variation, which the transform's random state seeds."""
         return np.random.default_rng(self.R.randint(0, 2**32, 2, dtype=np.uint32))
+
+
+def drawing_digests(train: Sequence[Any], validation: Sequence[Any]) -> dict[str, str]:
+    """Return what CTs that are drawn depend on beside the tissue maps, for the record of a training.
+
+    Args:
+        train: transforms that prepare the cases that train.
+        validation: transforms that prepare those that choose the model.
+
+    Returns:
+        SHA-256 of the tables' values, `tissue_table`, and of the other arguments of all drawing, `ranges`.
+
+    Raises:
+        InputError: training draws no CT.
+    """
+    if not any(isinstance(transform, RandDrawCTd) for transform in train):
+        raise InputError(
+            "configs/synthetic.json is given, but another overlay has train#random_transforms too, so that no CT is "
+            "drawn to train on; leave one of the two out"
+        )
+    drawings = [transform for transform in (*train, *validation) if isinstance(transform, DrawCTd)]
+    varieties = [
+        {name: np.array(value, float).tolist() for name, value in drawing.variety._asdict().items()}
+        for drawing in drawings
+    ]
+    seeds = [[type(drawing).__name__, drawing.seed] for drawing in drawings]
+    values = {
+        "tissue_table": [[column.tolist() for column in drawing.table[1:-1]] for drawing in drawings],
+        "ranges": [seeds, varieties],
+    }
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in values.items()}

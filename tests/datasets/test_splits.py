@@ -312,6 +312,31 @@ def test_the_advice_names_no_share_where_names_chose_the_validation_cases(tmp_pa
         check_start(record(split, val_cases=["c"], val_fraction=0.2, num_train_cases=1), before, "s")
 
 
+def drawn(table: str = "", ranges: str = "a") -> dict:
+    drawing = {"tissue_table": table, "ranges": ranges} if table else {}
+    return training_record("", parts({}, "", ""), {"spacing": 2.0}, drawing=drawing)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (drawn("a"), drawn("b"), "s: trained on CTs drawn with another tissue table; give the --tissue_table and the "),
+        (drawn("a"), drawn("a", "b"), "s: trained on CTs drawn with other ranges; give the --tissue_table and the con"),
+        (drawn("a"), drawn("b", "b"), "s: trained on CTs drawn with another tissue table and other ranges; give"),
+        (drawn("a"), drawn(), "s: trained on CTs drawn from tissue maps; give configs/synthetic.json, or give another"),
+        (drawn(), drawn("a"), "s: trained on scans; leave out configs/synthetic.json, or give another --ckpt_dir"),
+    ],
+)
+def test_a_training_goes_on_with_cts_drawn_alike(before, now, said):
+    """The scores of its validation CTs are compared; scans of a report are no part of that."""
+    with pytest.raises(InputError) as caught:
+        check_start(now, before, "s")
+    assert str(caught.value).startswith(said)
+    check_start(before, before, "s")
+    assert before["preparation"] == now["preparation"]
+    check_start(now, {key: value for key, value in before.items() if key != "drawing"}, "s")
+
+
 def test_the_only_case_may_train_choose_and_be_reported_on(tmp_path):
     split = parts(scans(tmp_path / "ours", "a"), "a", "a")
     now = record(split, tmp_path / "ours")

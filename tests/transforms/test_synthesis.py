@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from shared_networks.errors import InputError
 from shared_networks.training.sampler import SeededCacheDataset, SeededDataLoader
-from shared_networks.transforms.synthesis import DrawCTd, RandCropWarpd, RandDrawCTd
+from shared_networks.transforms.synthesis import DrawCTd, RandCropWarpd, RandDrawCTd, drawing_digests
 
 ORGAN_OF = torch.tensor([0, 0, 1, 2, 3], dtype=torch.uint8)
 """Label of each tissue: air, fat, liver, spleen, bone."""
@@ -284,3 +284,42 @@ def test_a_crop_that_cannot_be_warped_is_refused_before_any_is(setting: dict[str
 def test_without_labels_a_weight_of_organs_alone_is_refused() -> None:
     with pytest.raises(InputError, match=r"^centres of drawn CTs is \[1, 0, 0\]; give a weight above 0 to the body"):
         RandCropWarpd("image", (9, 9, 9), SPACING, centres=[1, 0, 0])
+
+
+def test_digests_tell_tables_and_ranges_apart_wherever_the_table_lies(tissues: str, tmp_path: Path) -> None:
+    def digests(table: str = tissues, train: Any = (), validation: Any = ()) -> dict[str, str]:
+        chain = [crop(), RandDrawCTd("image", table, 3.0, **dict(train))]
+        return drawing_digests(chain, [DrawCTd(["image", "scan"], table, **dict(validation))])
+
+    usual = digests()
+    copy, other = tmp_path / "copy.json", tmp_path / "other.json"
+    copy.write_text(Path(tissues).read_text())
+    content = json.loads(copy.read_text())
+    content["tissues"].insert(0, content["tissues"].pop())
+    other.write_text(json.dumps(content))
+    assert digests(str(copy)) == usual and {len(value) for value in usual.values()} == {64}
+    assert digests(str(other)).items() ^ usual.items() == {
+        ("tissue_table", digests(str(other))["tissue_table"]),
+        ("tissue_table", usual["tissue_table"]),
+    }
+    changed = [digests(train={"noise_hu": [5, 40]}), digests(validation={"noise_hu": [5, 40]})]
+    changed.append(digests(validation={"seed": 1}))
+    assert {found["tissue_table"] for found in changed} == {usual["tissue_table"]}
+    assert len({usual["ranges"], *(found["ranges"] for found in changed)}) == 4
+    assert digests(train={"noise_hu": [3, 30.0], "spread": 1}) == usual  # as is the default
+
+
+def test_a_training_that_draws_nothing_is_refused(tissues: str) -> None:
+    """As where another overlay with transforms of its own follows: indices are no Hounsfield units."""
+    with pytest.raises(InputError, match="another overlay has train#random_transforms too, so that no CT is drawn"):
+        drawing_digests([crop()], [DrawCTd("image", tissues)])
+
+
+def test_maps_that_a_case_may_lack_are_drawn_where_they_are(tissues: str) -> None:
+    data = body()
+    alone = DrawCTd(["image", "scan"], tissues, allow_missing_keys=True)(data)
+    assert alone.keys() == data.keys()
+    both = DrawCTd(["image", "scan"], tissues, allow_missing_keys=True)({**data, "scan": data["image"]})
+    assert torch.equal(both["scan"].as_tensor(), alone["image"].as_tensor())
+    with pytest.raises(KeyError):
+        DrawCTd(["image", "scan"], tissues)(data)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
+from shared_networks.datasets.leaks import check_start
+from shared_networks.datasets.record import Record
 from shared_networks.errors import InputError, input_error_in
 from shared_networks.synthetic.tissue_table import read_tissue_table
 from tests.conftest import BUNDLES, COARSE, ROOT
@@ -42,6 +44,17 @@ def workflow(bundle: str, data: Path, out: Path, *overlays: str, **override: Any
         dataset_dir=str(data),
         **{**settings, "ckpt_dir": str(out), "output_dir": str(out), **override},
     )
+
+
+def check_drawing_on_record(bundle: str, data: Path, out: Path, record: Record) -> None:
+    """Another table is another drawing; scans are prepared alike."""
+    content = json.loads((data / "tissues.json").read_text())
+    content["tissues"][1], content["tissues"][2] = content["tissues"][2], content["tissues"][1]
+    (out / "other.json").write_text(json.dumps(content))
+    other = workflow(bundle, data, out, tissue_table=str(out / "other.json")).parser.get_parsed_content("record")
+    assert record["drawing"].keys() == {"tissue_table", "ranges"} and "drawing" not in record["preparation"]
+    with pytest.raises(InputError, match=r"^state.ckpt: trained on CTs drawn with another tissue table; give the --"):
+        check_start(other, record, "state.ckpt")
 
 
 def check_evaluation(bundle: str, data: Path, out: Path, fixed: torch.Tensor) -> None:
@@ -89,6 +102,7 @@ def test_training_draws_cts_of_tissue_maps(bundle: str, tissue_maps: dict[str, P
     assert torch.equal(fixed, validation[0]["image"].as_tensor()) and torch.equal(fixed, fresh[0]["image"].as_tensor())
     if "seg" in bundle:
         assert set(first["label"].unique().tolist()) > {0} and fixed.shape == validation[0]["label"].shape
+    check_drawing_on_record(bundle, of_bundle(bundle, tissue_maps), tmp_path, parse("record"))
     flow.run()
     if "seg" in bundle:
         check_evaluation(bundle, of_bundle(bundle, tissue_maps), tmp_path, fixed)
