@@ -231,6 +231,11 @@ def read_settings(
         elif isinstance(one.value, str) and str not in kind.native:  # MONAI takes it as it is
             problems.append(f"{one}: is text; write {json.dumps(value)}")
     problems += _misfits(settings)
+    if config.get().keys() >= {"prepared_dir", "tissue_table"}:
+        problems.append(
+            "configs/prepared.json and configs/synthetic.json are given together, but a store holds scans and no "
+            "tissue maps; leave one of the two out"
+        )
     if "checkpoint" in named and (several := settings.get("checkpoints")):
         problems.append(f"one model, {settings.get('checkpoint')}, and several, {several}, are given; give one of both")
     if problems:

@@ -402,6 +402,16 @@ def test_every_overlay_is_read_over_every_config_that_has_its_parts(bundle) -> N
     assert foreign == FOREIGN.intersection(itertools.product(wholes, overlays))
 
 
+@pytest.mark.parametrize("overlays", list(itertools.permutations(["prepared.json", "synthetic.json"])))
+def test_no_ct_is_drawn_from_a_store(overlays, command_line) -> None:
+    with pytest.raises(InputError) as caught:
+        command_line((PRETRAIN, "train.json", *overlays, "tiny.json"))
+    assert str(caught.value) == (
+        "configs/prepared.json and configs/synthetic.json are given together, but a store holds scans and no tissue "
+        "maps; leave one of the two out"
+    )
+
+
 @pytest.mark.parametrize("overlay", ["small.json", "tiny.json"])
 def test_a_store_has_the_spacing_of_an_overlay_of_another_size(overlay, command_line) -> None:
     spacing = json.loads((ROOT / PRETRAIN / "configs" / overlay).read_text())["spacing"]
