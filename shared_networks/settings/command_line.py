@@ -16,7 +16,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from pydoc import ErrorDuringImport, locate
 from typing import Any, NamedTuple
 
@@ -28,12 +27,12 @@ from shared_networks.errors import InputError
 from shared_networks.processes import check_processes
 from shared_networks.settings.kinds import FLAG, NOT_NEGATIVE, Kind, list_of, number, whole
 from shared_networks.settings.table import SETTINGS
+from shared_networks.settings.words import OPTION, command_line_options, positional_words
 from shared_networks.version import check_copy
 
 logger = logging.getLogger(__name__)
 
 _NO_TEXT = re.compile(r"\s*(?:[+-]?[\d._]+(?:e[+-]?\d+)?|true|false|yes|no|on|off)\s*", re.IGNORECASE)
-_FLAG = re.compile(r"--|-[a-zA-Z]")  # what fire takes for an option; "-175" is a value
 
 
 class Given(NamedTuple):
@@ -73,7 +72,7 @@ def take_settings(resolved: dict[str, Any]) -> None:
     if getattr(main, "name", None) != "monai.bundle.__main__" or sys.argv[1:2] not in (["run"], ["run_workflow"]):
         return
     words = sys.argv[2:]
-    if sys.argv[1] == "run_workflow" and words[:1] and not _FLAG.match(words[0]):  # the workflow's class
+    if sys.argv[1] == "run_workflow" and words[:1] and not OPTION.match(words[0]):  # the workflow's class
         words = words[1:]
     settings = command_line_settings(words)
     if settings.get("bundle_root", resolved.get("bundle_root")) != resolved.get("bundle_root"):
@@ -412,47 +411,6 @@ def _kind_of(current: Any, annotation: str) -> Kind | None:
     if isinstance(current, list) and current and all(type(item) in (int, float) for item in current):
         return list_of(number("a number", math.isfinite), f"a list of numbers, such as {str(current).replace(' ', '')}")
     return None
-
-
-def command_line_options(arguments: Sequence[str]) -> dict[str, str | bool]:
-    """Read options as fire does.
-
-    Args:
-        arguments: the words after `run`, such as `["--dataset-dir", "/data", "--net#width=8", "--noamp"]`.
-
-    Returns:
-        Their texts by name, or True or False without a text, here
-        `{"dataset_dir": "/data", "net#width": "8", "amp": False}`.
-    """
-    return _split(arguments)[0]
-
-
-def positional_words(arguments: Sequence[str]) -> list[str]:
-    """Return the words that are neither options nor their values; arguments as `command_line_options`."""
-    return _split(arguments)[1]
-
-
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
-    words = list(arguments)
-    if "--" in words:  # what follows the last one is for fire itself
-        words = words[: len(words) - 1 - words[::-1].index("--")]
-    options: dict[str, str | bool] = {}
-    positional = []
-    taken = False
-    for word, following in zip_longest(words, words[1:], fillvalue="--"):
-        if taken or not _FLAG.match(word):
-            positional += [] if taken else [word]
-            taken = False
-            continue
-        key, equals, text = word.lstrip("-").partition("=")
-        key = key.replace("-", "_")
-        value: str | bool = text
-        if not equals and not _FLAG.match(following):
-            value, taken = following, True
-        elif not equals:
-            key, value = (key[2:], False) if key.startswith("no") else (key, True)
-        options[key] = value
-    return options, positional
 
 
 def unknown_options(options: Collection[str], known: Collection[str]) -> list[str]:

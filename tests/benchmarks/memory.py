@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared_networks.errors import InputError, report_in_one_line
-from shared_networks.settings.command_line import Given, command_line_options, positional_words, read_settings
+from shared_networks.settings.command_line import Given, read_settings
 from shared_networks.settings.kinds import FILES
+from shared_networks.settings.words import command_line_options, positional_words
 
 GIB = 2**30
 CARDS = (8, 16, 24, 80)

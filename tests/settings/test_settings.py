@@ -28,15 +28,14 @@ from shared_networks.networks.unetr import HiEndUNETR
 from shared_networks.settings.command_line import (
     Given,
     call_with_options,
-    command_line_options,
     command_line_settings,
-    positional_words,
     read_settings,
     take_settings,
     unknown_options,
 )
 from shared_networks.settings.kinds import COUNT, PATH
 from shared_networks.settings.table import SETTINGS
+from shared_networks.settings.words import command_line_options, positional_words
 from shared_networks.synthetic import phantom
 from tests.conftest import BUNDLES, ROOT
 
