@@ -39,7 +39,7 @@ def check_run_folder(folder: str | Path, record: TrainingRecord, resume: bool = 
         InputError: no case trains; the folder cannot be written to, or holds a training and no setting says what to do
             with it; its `model.json` is of other weights than `model.pt`; or settings contradict each other.
     """
-    if not record["train"]:
+    if record["validation"] and not record["train"]:
         raise InputError(
             f"{record['dataset'] or 'dataset_dir'}: no case to train on, {len(record['validation'])} validate; list "
             "cases to train on under 'training'"
