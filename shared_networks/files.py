@@ -138,8 +138,8 @@ def check_tables(record: Path, keys: Collection[str], tables: Iterable[str]) -> 
         )
 
 
-def check_table(table: str | Path, first: str) -> None:
-    """Refuse to replace a table of another program or user.
+def check_beginning(table: str | Path, first: str) -> None:
+    """Refuse to replace a table of another program or user, where no record tells whose it is.
 
     Args:
         table: that is to be written.
@@ -148,8 +148,13 @@ def check_table(table: str | Path, first: str) -> None:
     Raises:
         InputError: it is there and does not.
     """
-    if os.path.lexists(table) and not (os.path.isfile(table) and Path(table).read_bytes().startswith(first.encode())):
-        raise InputError(
-            f"{table}: does not begin with {first}, so no earlier run wrote it, and it would be lost; "
-            "give another --output_dir, or rename it"
-        )
+    if not os.path.lexists(table):
+        return
+    if os.path.isfile(table):
+        with open(table, "rb") as stream:
+            if stream.read(len(first.encode())) == first.encode():
+                return
+    raise InputError(
+        f"{table}: does not begin with {first}, so no earlier run wrote it, and it would be lost; "
+        "give another --output_dir, or rename it"
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from shared_networks import files
 from shared_networks.errors import InputError
-from shared_networks.files import check_output_folder, check_table
+from shared_networks.files import check_beginning, check_output_folder
 
 
 def test_an_output_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +21,10 @@ def test_an_output_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_table_of_someone_else_is_not_replaced(tmp_path: Path) -> None:
-    check_table(table := tmp_path / "table.csv", "rank,case")
+    check_beginning(table := tmp_path / "table.csv", "rank,case")
     table.write_text("rank,case\n1,a\n")
-    check_table(table, "rank,case")
+    check_beginning(table, "rank,case")
     with pytest.raises(InputError, match=r"table.csv: does not begin with val_masked_mse, .*give another --output_dir"):
-        check_table(table, "val_masked_mse")
+        check_beginning(table, "val_masked_mse")
     with pytest.raises(InputError, match="does not begin with"):
-        check_table(tmp_path, "rank")
+        check_beginning(tmp_path, "rank")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from shared_networks.datasets.pairs import source_file
 from shared_networks.errors import InputError
-from shared_networks.files import atomic_write, check_table, write_csv, write_json
+from shared_networks.files import atomic_write, check_beginning, write_csv, write_json
 from shared_networks.inference.done import read_note
 from shared_networks.inference.predict import Scans
 from shared_networks.inference.ranks import Ranks
@@ -286,7 +286,7 @@ class SaveUncertaintyd(SaveImageLabelsd):
             if value is not None and value is not False and value != []:
                 fix = "give --flip_axes" if name == "tta_flip_axes" else "leave the setting out"
                 raise InputError(f"--{name} {value}: uncertainty.json writes no labels; {fix}")
-        check_table(Path(output_dir) / "uncertainty.csv", ",".join(RANKING))
+        check_beginning(Path(output_dir) / "uncertainty.csv", ",".join(RANKING))
         super().__init__(
             keys, label_names=(), output_dir=output_dir, checkpoints=checkpoints, settings=settings, ranks=ranks
         )

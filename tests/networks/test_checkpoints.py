@@ -320,16 +320,6 @@ def test_other_configs_are_advised_with_the_settings_that_they_do_not_hold(tmp_p
     )
 
 
-def test_without_a_record_another_img_size_is_told_by_the_positions(tmp_path):
-    file = save(tiny_segmenter().state_dict(), tmp_path)
-    with pytest.raises(InputError) as error:
-        check_weights(file, tiny_segmenter(img_size=(4, 6, 8)))
-    assert str(error.value) == (
-        f"{file}: its positions are of 2 x 2 x 3 tokens, img_size and patch_size make 2 x 2 x 2. "
-        "Give the img_size that it was trained with."
-    )
-
-
 def test_check_says_where_weights_of_an_overlay_come_from(tmp_path):
     file = tmp_path / "weights" / "small.pt"
     with pytest.raises(InputError) as error:
@@ -468,13 +458,15 @@ def test_an_unknown_table_of_a_cubic_number_is_of_a_cube():
     assert token_grid(torch.randn(1, 28, 24), [2, 2, 2]) is None
 
 
-def test_check_refuses_positions_of_another_grid_of_as_many_tokens(tmp_path):
+@pytest.mark.parametrize(("img_size", "grid"), [((6, 6, 8), "3 x 2 x 2"), ((4, 6, 8), "2 x 2 x 2")])
+def test_without_a_record_positions_of_another_grid_are_refused(img_size, grid, tmp_path):
+    """Of as many tokens, or of another number of them."""
     file = save(trained().state_dict(), tmp_path)
     check_weights(file, tiny_segmenter())
     with pytest.raises(InputError) as error:
-        check_weights(file, tiny_segmenter(img_size=(6, 6, 8)))
+        check_weights(file, tiny_segmenter(img_size=img_size))
     assert str(error.value) == (
-        f"{file}: its positions are of 2 x 2 x 3 tokens, img_size and patch_size make 3 x 2 x 2. "
+        f"{file}: its positions are of 2 x 2 x 3 tokens, img_size and patch_size make {grid}. "
         "Give the img_size that it was trained with."
     )
 

@@ -75,12 +75,12 @@ def trials(size: Settings, variants: Mapping[str, Variant], pretrainings: Mappin
 
     rest = [count for count in size["labels"] if count != MAIN_LABELS]
     numbers = range(max(pretrainings.values()))
-    curves = {labels: [round(share * steps) for share in shares] for labels, shares in CURVES.items()}
-    curved = {*curves} <= {*size["labels"]} and {*CURVE_ARMS} <= {*size["arms"]}
+    curved = CURVES if {*CURVES} <= {*size["labels"]} and {*CURVE_ARMS} <= {*size["arms"]} else {}
+    curves = {labels: [round(share * steps) for share in shares] for labels, shares in curved.items()}
     return [
         *arms([count for count in size["labels"] if count == MAIN_LABELS], numbers),
         *arms(rest, numbers[:1]),
-        *(trial for labels, counts in curves.items() if curved for trial in others(CURVE_ARMS, labels, counts)),
+        *(trial for labels, counts in curves.items() for trial in others(CURVE_ARMS, labels, counts)),
         *others([name for name in variants if name not in ARMS], MAIN_LABELS, [steps]),
         *arms(rest, numbers[1:]),
     ]
